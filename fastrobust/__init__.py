@@ -1,0 +1,19 @@
+"""fastrobust: image classifiers that withstand adversarial examples, trained as fast as the hardware allows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["load"]
+
+if TYPE_CHECKING:
+    from fastrobust.run import load
+
+
+def __getattr__(name: str):
+    if name == "load":
+        from fastrobust.run import load
+
+        return load
+    raise AttributeError(f"module 'fastrobust' has no attribute '{name}'")

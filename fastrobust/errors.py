@@ -1,0 +1,20 @@
+"""The errors that fastrobust raises on purpose."""
+
+
+class FastrobustError(Exception):
+    """A problem the user can mend; its message says what was wrong, where, and what to do.
+
+    The command-line programs print the message without a traceback and exit with status 2.
+    """
+
+
+class ConfigError(FastrobustError):
+    """A configuration is not valid."""
+
+
+class DataError(FastrobustError):
+    """A data set is missing, damaged, or not in a form that can be read."""
+
+
+class RunError(FastrobustError):
+    """A run cannot start, continue or be read back."""

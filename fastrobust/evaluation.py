@@ -1,0 +1,77 @@
+"""Clean and robust accuracy of a model on a test set: what `summary.json` and the evaluate command report."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrobust import attacks
+from fastrobust.config import Config
+from fastrobust.data import sources
+from fastrobust.progress import Progress
+
+
+def test_set(config: Config, limit: int | None) -> sources.ImageSet:
+    """The test images at the resolution of the last phase; with `limit`, so many of them, evenly spaced."""
+    resolution = config.phases[-1].resolution if config.data.dataset == "image_folder" else None
+    data = config.data
+    return sources.load(data.dataset, "test", data.path, resolution=resolution, download=data.download, limit=limit)
+
+
+def evaluate(
+    model: nn.Module,
+    data: sources.ImageSet,
+    *,
+    epsilon: float,
+    alpha: float,
+    steps: int,
+    restarts: int,
+    batch_size: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32. epsilon and alpha are in pixels
+    of [0, 1]. The model may be on any device; its mode and gradients are left as they are."""
+    device = next(model.parameters()).device
+    images = data.images.to(device).contiguous(memory_format=torch.channels_last)
+    labels = data.labels.to(device)
+    began = time.monotonic()
+    with Progress(f"PGD-{steps}-{restarts} at epsilon {describe(epsilon)}", restarts * len(labels)) as bar:
+        state = {"restart": 0, "left": len(labels), "next": 0}
+
+        def progress(restart: int, examples: int) -> None:
+            if restart != state["restart"]:  # the examples that no longer need attacking are done
+                bar.done = restart * len(labels)
+                state["restart"] = restart
+            bar.advance(examples, f"restart {restart + 1} of {restarts}" if bar.due() else None)
+
+        verdicts = attacks.pgd(
+            model,
+            images,
+            labels,
+            epsilon=epsilon,
+            alpha=alpha,
+            steps=steps,
+            restarts=restarts,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+        )
+        clean, robust = int(verdicts.clean.sum()), int(verdicts.robust.sum())
+    return {
+        "clean_accuracy": clean / len(labels),
+        "robust_accuracy": robust / len(labels),
+        "examples": len(labels),
+        "epsilon": epsilon,
+        "attack": f"pgd-{steps}-{restarts}",
+        "alpha": alpha,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+def describe(epsilon: float) -> str:
+    """0.3 -> `0.3`, 8/255 -> `8/255`."""
+    scaled = epsilon * 255
+    return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 and round(scaled) else f"{epsilon:g}"

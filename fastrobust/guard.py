@@ -1,0 +1,44 @@
+"""Detectors of catastrophic overfitting: single-step training that stops making models robust, from one epoch to the next.
+
+They look at the history of a run: per epoch, `train_accuracy` on the perturbed images that it was trained on, and
+`guard_accuracy` under PGD on one training minibatch.
+"""
+
+from __future__ import annotations
+
+FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
+GAP = 0.5  # between the accuracy under the training attack and under PGD: no healthy run comes near it
+
+
+def fell(history: list[dict], drop: float) -> bool:
+    """PGD accuracy is more than `drop` below the epoch before (paper, appendix B; the authors' `early_stop`)."""
+    return len(history) > 1 and history[-2]["guard_accuracy"] - history[-1]["guard_accuracy"] > drop
+
+
+def never_rose(history: list[dict]) -> bool:
+    """The training attack is beaten, PGD is not: the model overfits its attack without ever having been robust."""
+    return history[-1]["train_accuracy"] - history[-1]["guard_accuracy"] > GAP
+
+
+def jumped(history: list[dict]) -> bool:
+    """Training adversarial accuracy rises by more than FREE_JUMP, and by more than twice what the epoch before gained. Costs nothing, and
+    is a hint only: some healthy runs take off late."""
+    if len(history) < 3:
+        return False
+    a, b, c = (record["train_accuracy"] for record in history[-3:])
+    return c - b > FREE_JUMP and c - b > 2 * max(b - a, 0.0) and b > 0.2
+
+
+def verdict(history: list[dict], drop: float) -> tuple[str, str] | None:
+    """("overfit" or "suspect", why) for the last epoch of the history, or None when it looks healthy."""
+    last = history[-1]
+    if fell(history, drop):
+        before = history[-2]["guard_accuracy"]
+        return "overfit", f"PGD accuracy on a training minibatch fell from {before:.1%} to {last['guard_accuracy']:.1%}"
+    if never_rose(history):
+        accuracy = last["train_accuracy"]
+        return "overfit", f"{accuracy:.1%} under the training attack, but {last['guard_accuracy']:.1%} under PGD"
+    if jumped(history):
+        before, now = history[-2]["train_accuracy"], last["train_accuracy"]
+        return "suspect", f"accuracy under the training attack jumped from {before:.1%} to {now:.1%}"
+    return None

@@ -1,0 +1,166 @@
+"""A model that is being trained: its gradient with respect to the input, and its weight updates.
+
+Everything that changes from step to step (weights, optimiser moments, learning rate, loss scale, running sums) is a
+tensor on the device that is written in place, so that nothing waits for the host and a step can be replayed as a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No weight of the model asks for a gradient: an attack pass differentiates with respect to its input alone."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+class Learner:
+    """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run.
+
+    With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
+    differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
+    be lost. The sign of a gradient does not depend on the scale. Weights and sums are fp32 in every precision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer,
+        lr_table: Tensor,
+        *,
+        precision: str = "fp32",
+        attack_batchnorm: str = "train",
+    ):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.attack_batchnorm = attack_batchnorm
+        self.autocast = torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.lr_table = lr_table.to(self.device)
+        self.lr = torch.zeros((), device=self.device)
+        self.updates = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.optimizer = build_optimizer(model, optimizer, self.lr)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.autocast:
+            return self.model(x).float()
+
+    def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified
+        correctly there (bool, N). Weights get no gradient."""
+        if self.attack_batchnorm == "eval":
+            self.model.eval()
+        with frozen(self.model):
+            x = x.detach().requires_grad_()
+            logits = self.forward(x)
+            loss = self.scaler.scale(F.cross_entropy(logits, y))
+            (gradient,) = torch.autograd.grad(loss, x)
+        self.model.train()
+        return gradient, logits.detach().argmax(1) == y
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """One optimiser step on the loss at x; adds to the running sums."""
+        logits = self.forward(x.detach())
+        self._step(logits, y)
+
+    def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+        """`update`, and the gradient with respect to x out of the same backward pass."""
+        x = x.detach().requires_grad_()
+        self._step(self.forward(x), y)
+        return x.grad
+
+    def _step(self, logits: Tensor, y: Tensor) -> None:
+        loss = F.cross_entropy(logits, y)
+        self.lr.copy_(self.lr_table.index_select(0, self.updates)[0])
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.updates.add_(1)
+        self.loss_sum.add_(loss.detach() * len(y))
+        self.correct.add_((logits.detach().argmax(1) == y).sum())
+        self.seen.add_(len(y))
+
+    def read_sums(self) -> tuple[float, int, int]:
+        """(sum of losses, correct answers, examples) since the last reset. Waits for the device."""
+        return self.loss_sum.item(), self.correct.item(), self.seen.item()
+
+    def reset_sums(self) -> None:
+        for total in (self.loss_sum, self.correct, self.seen):
+            total.zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes, by name, without copying."""
+        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for i, p in enumerate(self._parameters()):
+            tensors |= {f"optimizer.{i}.{name}": t for name, t in self.optimizer.state[p].items()}
+        tensors |= {f"sums.{name}": getattr(self, name) for name in ("updates", "loss_sum", "correct", "seen")}
+        return tensors
+
+    def state_dict(self) -> dict:
+        state = {name: t.detach().clone() for name, t in self.tensors().items()}
+        return {"tensors": state, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Writes in place. Raises KeyError or RuntimeError when names or shapes do not match."""
+        mine = self.tensors()
+        if mine.keys() != state["tensors"].keys():
+            odd = sorted(mine.keys() ^ state["tensors"].keys())
+            raise KeyError(f"the stored state does not fit this model and optimiser: {odd[:3]}")
+        with torch.no_grad():
+            for name, t in mine.items():
+                if t.shape != state["tensors"][name].shape:
+                    raise RuntimeError(f"{name} has shape {tuple(t.shape)}, stored {tuple(state['tensors'][name].shape)}")
+                t.copy_(state["tensors"][name])
+        if self.scaler.is_enabled():
+            self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def build_optimizer(model: nn.Module, config, lr: Tensor) -> torch.optim.Optimizer:
+    """SGD or Adam in one fused call per step, reading its learning rate from the tensor `lr`. Its state exists from the
+    start (zero moments: what the first step would have made), so that every step is the same."""
+    normalisation = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
+    spared = {id(p) for m in model.modules() if isinstance(m, normalisation) for p in m.parameters()}
+    if config.decay_batchnorm:
+        spared = set()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+        moments = ["momentum_buffer"] if config.momentum else []
+    else:
+        optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+        moments = ["exp_avg", "exp_avg_sq"]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        for p in group["params"]:
+            optimizer.state[p] = {name: torch.zeros_like(p) for name in moments}
+            if config.name == "adam":
+                optimizer.state[p]["step"] = torch.zeros((), device=p.device)
+    return optimizer

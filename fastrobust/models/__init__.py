@@ -1,0 +1,68 @@
+"""Models by name, each behind its normalisation: they take images in [0, 1] and give logits."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.errors import ConfigError
+from fastrobust.models.mnist_net import mnist_net
+from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.models.torchvision_compat import import_torchvision
+
+
+def _small_preact_resnet18(channels: int, classes: int) -> nn.Module:
+    return PreActResNet18(channels, classes, width=16)
+
+
+OWN = {"mnist_net": mnist_net, "preact_resnet18": PreActResNet18, "preact_resnet18_w16": _small_preact_resnet18}
+
+
+class Normalized(nn.Module):
+    """(x - mean) / std per channel, then `network`. x: N x C x H x W in [0, 1]."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network((x - self.mean) / self.std)
+
+
+def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
+    """A freshly initialised model in channels-last memory. Names: ours, torchvision's, or `timm/NAME`. Raises ConfigError."""
+    if name in OWN:
+        network = OWN[name](channels, classes)
+    elif name.startswith("timm/"):
+        network = _timm(name.removeprefix("timm/"), channels, classes)
+    else:
+        network = _torchvision(name, channels, classes)
+    return Normalized(network, mean, std).to(memory_format=torch.channels_last)
+
+
+def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
+    models = import_torchvision().models
+    known = models.list_models(module=models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*OWN, *known], n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"ours: {', '.join(OWN)}; or any of torchvision's, or timm/NAME"
+        raise ConfigError(f"model.name: there is no model '{name}'; {hint}")
+    if channels != 3:
+        raise ConfigError(f"model.name: torchvision's {name} takes 3 channels, the images have {channels}")
+    return models.get_model(name, weights=None, num_classes=classes)
+
+
+def _timm(name: str, channels: int, classes: int) -> nn.Module:
+    try:
+        import_torchvision()  # timm imports it
+        import timm
+    except ImportError:
+        raise ConfigError(f"model.name: timm/{name} needs timm: pip install 'fastrobust[timm]'") from None
+    if name not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        raise ConfigError(f"model.name: timm has no model '{name}'" + (f"; did you mean 'timm/{near[0]}'?" if near else ""))
+    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)

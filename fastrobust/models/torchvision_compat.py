@@ -1,0 +1,23 @@
+"""Import torchvision beside a torch that it was not compiled for."""
+
+from __future__ import annotations
+
+import importlib
+
+
+def import_torchvision():
+    """The torchvision module. On a CPU-only torch the published torchvision wheel fails to load its compiled operators,
+    and its import then stops where it registers a shape function for an operator that is not there. Defining those two
+    operators' names is enough for its models, transforms and downloads; its codecs and nms stay unusable."""
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    import torch
+
+    global _library  # the definitions last as long as this object
+    _library = torch.library.Library("torchvision", "DEF")
+    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return importlib.import_module("torchvision")

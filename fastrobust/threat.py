@@ -1,0 +1,31 @@
+"""The threat model: an L-infinity ball of radius epsilon around an image, cut with the pixel box [0, 1].
+
+Pure functions on tensors. Images x and perturbations delta have one shape, N x C x H x W; pixels are in [0, 1], and so
+epsilon and alpha are fractions of that range (8/255 = 0.0314).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def project(delta: Tensor, x: Tensor, epsilon: float) -> Tensor:
+    """The nearest perturbation (in every pixel) with |delta| <= epsilon and x + delta in [0, 1]: clamp to [-epsilon,
+    epsilon], then to [-x, 1 - x]."""
+    return clip_to_box(delta.clamp(-epsilon, epsilon), x)
+
+
+def clip_to_box(delta: Tensor, x: Tensor) -> Tensor:
+    """The nearest perturbation with x + delta in [0, 1]."""
+    return torch.minimum(torch.maximum(delta, -x), 1 - x)
+
+
+def uniform_start(x: Tensor, radius: float) -> Tensor:
+    """delta ~ U(-radius, radius) in every pixel, cut with the pixel box (paper, Algorithm 3)."""
+    return clip_to_box(torch.empty_like(x).uniform_(-radius, radius), x)
+
+
+def signed_step(delta: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+    """delta + alpha sign(gradient). A pixel whose gradient is zero, or not a number, stays where it is."""
+    return delta + alpha * gradient.sign()

@@ -1,0 +1,141 @@
+"""Train a robust classifier: python -m fastrobust.train CONFIG [key=value ...]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from fastrobust import config as config_module
+from fastrobust.cli import main_with_errors
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m fastrobust.train", description=__doc__.splitlines()[0])
+    p.add_argument("config", nargs="?", help="a YAML file, such as configs/mnist_fgsm.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="such as epsilon=4/255 phases.0.epochs=5 seed=1")
+    p.add_argument("--dry-run", action="store_true", help="print the resolved config, the plan and the estimated time")
+    p.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_intermixed_args(argv)
+    if arguments.config and "=" in arguments.config and arguments.resume:
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = None
+    return main_with_errors(lambda: start(arguments))
+
+
+def start(arguments: argparse.Namespace) -> int:
+    from fastrobust.errors import ConfigError
+
+    if arguments.resume:
+        return resume(arguments)
+    if not arguments.config:
+        raise ConfigError("name a config file, such as configs/mnist_fgsm.yaml, or use --resume RUN")
+    config = config_module.load(arguments.config, arguments.overrides)
+    from fastrobust import run, trainer
+
+    device = trainer.pick_device(config.device)
+    if arguments.dry_run:
+        from fastrobust.plan import show_plan
+
+        show_plan(config, device)
+        return 0
+    if (Path(config.output) / config.name / run.CONFIG).exists():
+        run.create(config)  # says so, before any data is read
+    print(f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}", flush=True)
+    job = trainer.Trainer(config, Path(config.output) / config.name, device)
+    run.create(config)
+    return finish(job)
+
+
+def resume(arguments: argparse.Namespace) -> int:
+    from fastrobust import run, trainer
+    from fastrobust.errors import RunError
+
+    directory, config = run.open_run(arguments.resume)
+    if arguments.config or arguments.overrides:
+        base = config_module.load(arguments.config, arguments.overrides) if arguments.config else None
+        if base is None:
+            raise RunError(f"--resume goes on with the config in {directory}: {' '.join(arguments.overrides)} cannot change it")
+        odd = config_module.differences(config, base)
+        if odd:
+            raise RunError(
+                f"{directory} was begun with another config than {arguments.config}:\n  " + "\n  ".join(odd[:8])
+                + f"\nResume without naming a config (`--resume {directory}`), or start a new run with `name=NAME`"
+            )
+    if (directory / run.SUMMARY).exists():
+        print(f"{directory} is finished")
+        show_summary(json.loads((directory / run.SUMMARY).read_text()), directory)
+        return 0
+    job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
+    stored = run.load_checkpoint(directory)
+    if stored is None:
+        print(f"{directory} has no checkpoint yet: starting from the beginning")
+    else:
+        job.restore(*stored)
+        print(f"{directory}: going on after {job.learner.updates.item()} updates")
+    return finish(job)
+
+
+def finish(job) -> int:
+    """Train to the end, then evaluate and write what came out."""
+    from fastrobust import evaluation, run, trainer
+
+    config, directory = job.config, job.directory
+    job.train()
+    model = job.learner.model.eval()
+    run.save_weights(directory, model, config, job.data.classes)
+    settings = config.evaluation
+    test = evaluation.test_set(config, settings.limit)
+    began = time.monotonic()
+    evaluations = [
+        evaluation.evaluate(
+            model,
+            test,
+            epsilon=epsilon,
+            alpha=epsilon / 4 if settings.alpha is None else settings.alpha,
+            steps=settings.steps,
+            restarts=settings.restarts,
+            batch_size=settings.batch_size,
+            seed=config.seed,
+        )
+        for epsilon in settings.epsilon
+    ]
+    facts = {"history": job.history, "position": job.position}
+    summary = trainer.summarize(config, directory, facts, evaluations)
+    summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
+    run.write_json(directory / run.SUMMARY, summary)
+    show_summary(summary, directory)
+    return 0
+
+
+def show_summary(summary: dict, directory: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastrobust.evaluation import describe
+    from fastrobust.progress import duration
+
+    table = Table(title=f"{summary['name']}: {summary['method']}, {summary['model']} on {summary['dataset']}", title_justify="left")
+    for heading in ("images", "accuracy", "examples"):
+        table.add_column(heading, justify="left" if heading == "images" else "right")
+    table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
+    for e in summary["evaluations"]:
+        table.add_row(f"{e['attack']}, epsilon {describe(e['epsilon'])}", f"{e['robust_accuracy']:.2%}", str(e["examples"]))
+    console = Console(highlight=False)
+    console.print(table)
+    if summary["stopped"]:
+        console.print(f"warning: {summary['stopped']}", markup=False, soft_wrap=True)
+    per_epoch = duration(summary["seconds_per_epoch"])
+    console.print(f"trained in {duration(summary['train_seconds'])} ({per_epoch} per epoch); files in {directory}/", soft_wrap=True)
+    console.print(f"evaluate again:  python -m fastrobust.evaluate {directory}", soft_wrap=True)
+    console.print(f'use it:          model = fastrobust.load("{directory}")', markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,326 @@
+"""Training: phases, epochs, metrics, the guard and checkpoints. The only place where all parts meet."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrobust import attacks, guard, methods, run, schedules
+from fastrobust.config import Config
+from fastrobust.data import sources
+from fastrobust.data.augment import augment, center_crop
+from fastrobust.data.resident import Resident, end_of_pass
+from fastrobust.errors import ConfigError, FastrobustError, RunError
+from fastrobust.learner import Learner
+from fastrobust.progress import Progress, duration
+
+
+class Interrupted(FastrobustError):
+    """Stopped by a signal, with a checkpoint written."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device
+
+
+def load_training_data(config: Config, phase: int) -> sources.ImageSet:
+    data = config.data
+    size = config.phases[phase].resize if data.dataset == "image_folder" else None
+    found = sources.load(data.dataset, "train", data.path, resolution=size, download=data.download, limit=data.limit)
+    if len(found.labels) < config.phases[phase].batch_size:
+        raise ConfigError(
+            f"phases.{phase}.batch_size is {config.phases[phase].batch_size}, but there are only {len(found.labels)} images"
+        )
+    return found
+
+
+def lr_table(config: Config, examples: int) -> Tensor:
+    """The learning rate of every weight update of a run. An update stands for its middle in time, so that neither the
+    first nor the last of a schedule from 0 to 0 is wasted."""
+    schedule = schedules.from_config(config.schedule, config.epochs)
+    rates, begun = [], 0
+    for phase in config.phases:
+        updates = steps_in(config, phase, examples) * config.replays
+        rates += [schedule(begun + (u + 0.5) / updates * phase.epochs) for u in range(updates)]
+        begun += phase.epochs
+    return torch.tensor(rates)
+
+
+def steps_in(config: Config, phase, examples: int) -> int:
+    return end_of_pass(config.passes(phase) - 1, examples, phase.batch_size)
+
+
+class Trainer:
+    """One run. `position` says where it stands; with the tensors of the learner, the kept delta and the state of the
+    random generators it is all that a checkpoint needs."""
+
+    def __init__(self, config: Config, directory: Path, device: torch.device):
+        self.config, self.directory, self.device = config, directory, device
+        self.data = load_training_data(config, 0)
+        self.loader = Resident(self.data, device)
+        torch.manual_seed(config.seed)
+        model = run.build_model(config, self.data.classes).to(device)
+        self.learner = Learner(
+            model.train(),
+            config.optimizer,
+            lr_table(config, len(self.loader)),
+            precision=config.precision,
+            attack_batchnorm=getattr(config.method, "attack_batchnorm", "train"),
+        )
+        self.method = methods.from_config(config.method, config.epsilon)
+        self.keeps_delta = config.method.name == "free" or getattr(config.method, "init", None) == "previous"
+        self.position = {"phase": 0, "pass": 0, "step": 0, "epoch_seconds": 0.0, "train_seconds": 0.0, "stopped": None}
+        self.history: list[dict] = []
+        self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
+        self.good_epoch = 0
+        self.signum: int | None = None
+        self._begin_phase()
+
+    # state
+
+    def _begin_phase(self) -> None:
+        """The phase's images (decoded anew if their size changes) and the perturbation kept between its batches."""
+        phase = self.config.phases[self.position["phase"]]
+        if self.config.data.dataset == "image_folder" and self.loader.images.shape[1] != phase.resize:
+            self.loader = Resident(load_training_data(self.config, self.position["phase"]), self.device)
+        channels = self.loader.images.shape[3]
+        shape = (phase.batch_size, channels, phase.resolution, phase.resolution)
+        self.delta = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
+
+    def save(self) -> None:
+        state = self.learner.state_dict()
+        tensors = {f"learner.{name}": t for name, t in state["tensors"].items()} | {"delta": self.delta}
+        tensors |= {f"good.{name}": t for name, t in self.good.items()} | {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        facts = {
+            "format": 1,
+            "config": self.config.to_dict(),
+            "position": self.position,
+            "history": self.history,
+            "scaler": state["scaler"],
+            "good_epoch": self.good_epoch,
+            "examples": len(self.loader),
+        }
+        run.save_checkpoint(self.directory, tensors, facts)
+
+    def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if facts["examples"] != len(self.loader):
+            raise RunError(f"the run was begun on {facts['examples']} images, but there are {len(self.loader)} now")
+        self.position, self.history, self.good_epoch = facts["position"], facts["history"], facts["good_epoch"]
+        if self.position["phase"] < len(self.config.phases):
+            self._begin_phase()
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        try:
+            self.learner.load_state_dict({"tensors": part("learner."), "scaler": facts["scaler"]})
+            self.delta.copy_(tensors["delta"])
+        except (KeyError, RuntimeError) as error:
+            raise RunError(f"the checkpoint in {self.directory} does not fit its config: {error}") from None
+        self.good = {name: t.to(self.device) for name, t in part("good.").items()}
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+
+    # training
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """images: uint8 B x C x H x W, labels: int64 B."""
+        phase = self.config.phases[self.position["phase"]]
+        x = augment(images, self.config.data.augment, phase.resolution)
+        delta = self.method(self.learner, x, labels, self.delta)
+        if self.keeps_delta:
+            self.delta.copy_(delta)
+
+    def train(self) -> None:
+        """Train from where the run stands to its end. Raises Interrupted after a signal, and FastrobustError when the loss
+        is no longer a number."""
+        config, position = self.config, self.position
+        n = len(self.loader)
+        total = sum(steps_in(config, phase, n) for phase in config.phases)
+        done = sum(steps_in(config, phase, n) for phase in config.phases[: position["phase"]]) + position["step"]
+        self.writer = self._tensorboard()
+        previous = {s: signal.signal(s, self._note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with Progress("train", total, done) as bar:
+                while position["phase"] < len(config.phases) and not position["stopped"]:
+                    phase = config.phases[position["phase"]]
+                    while position["pass"] < config.passes(phase) and not position["stopped"]:
+                        self._train_pass(phase, bar)
+                    if not position["stopped"]:
+                        position.update({"phase": position["phase"] + 1, "pass": 0, "step": 0})
+                        if position["phase"] < len(config.phases):
+                            self._begin_phase()
+                    self.save()
+        finally:
+            self.writer.close()
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _train_pass(self, phase, bar: Progress) -> None:
+        position = self.position
+        last = end_of_pass(position["pass"], len(self.loader), phase.batch_size)
+        began = time.perf_counter() - position["epoch_seconds"]
+        images = labels = None
+        for images, labels in self.loader.batches(
+            self.config.seed, position["phase"], phase.batch_size, position["step"], last
+        ):
+            self.train_step(images, labels)
+            position["step"] += 1
+            bar.advance(1, self._detail() if bar.due() else None)
+            if self.signum is not None:
+                position["epoch_seconds"] = time.perf_counter() - began
+                self._stop_for_signal()
+        loss_sum, correct, seen = self.learner.read_sums()  # waits for the device
+        seconds = time.perf_counter() - began
+        self._check_finite(loss_sum)
+        position["epoch_seconds"] = 0.0
+        position["train_seconds"] += seconds
+        position["pass"] += 1
+        record = {
+            "epoch": self._epochs_done(),
+            "phase": position["phase"],
+            "updates": self.learner.updates.item(),
+            "loss": loss_sum / seen,
+            "train_accuracy": correct / seen,
+            "learning_rate": self.learner.lr.item(),
+            "seconds": seconds,
+            "images_per_second": seen / self.config.replays / seconds,
+        }
+        self.history.append(record)
+        self.learner.reset_sums()
+        if self.config.method.name != "standard" and self.config.guard.action != "off":
+            self._guard(center_crop(images, phase.resolution), labels, bar)
+        for name in record.keys() - {"epoch", "phase", "updates", "warning"}:
+            self.writer.add_scalar(name, record[name], record["updates"])
+        self.writer.flush()
+        self._epoch_line(record, bar)
+        run.write_metrics(self.directory, self.history)
+        self.save()
+
+    def _guard(self, images: Tensor, labels: Tensor, bar: Progress) -> None:
+        """Attack the last minibatch of the epoch; on overfitting go back to the weights of the last healthy epoch."""
+        settings, record = self.config.guard, self.history[-1]
+        verdicts = attacks.pgd(
+            self.learner.model,
+            images,
+            labels,
+            epsilon=self.config.epsilon,
+            alpha=settings.alpha,
+            steps=settings.steps,
+            restarts=1,
+            seed=record["epoch"],
+        )
+        record["guard_clean_accuracy"] = verdicts.clean.float().mean().item()
+        record["guard_accuracy"] = verdicts.robust.float().mean().item()
+        found = guard.verdict(self.history, settings.drop)
+        model = self.learner.model.state_dict()
+        if found is None or found[0] == "suspect":
+            if settings.action == "stop":
+                self.good = {name: t.detach().clone() for name, t in model.items()}
+                self.good_epoch = record["epoch"]
+        if found is None:
+            return
+        record["warning"] = f"{'catastrophic overfitting' if found[0] == 'overfit' else 'suspicious'}: {found[1]}"
+        if found[0] == "overfit" and settings.action == "stop":
+            kept = f"the weights after epoch {self.good_epoch} are kept" if self.good else "no epoch was healthy"
+            self.position["stopped"] = f"stopped after epoch {record['epoch']}: {record['warning']}; {kept}"
+            with torch.no_grad():
+                for name, t in self.good.items():
+                    model[name].copy_(t)
+
+    def _check_finite(self, loss_sum: float) -> None:
+        """A loss that is not a number has spoilt the weights, unless fp16's scaler skipped that update."""
+        if math.isfinite(loss_sum):
+            return
+        if self.config.precision == "fp16" and all(p.isfinite().all() for p in self.learner.model.parameters()):
+            return
+        kept = f"the checkpoint of epoch {self._epochs_done()} is kept" if self.history else "there is no earlier checkpoint"
+        raise FastrobustError(
+            f"{self.directory}: the loss became {loss_sum} in epoch {self._epochs_done() + 1}; {kept}. "
+            "Lower the learning rate (schedule) and start anew"
+        )
+
+    def _epochs_done(self) -> int:
+        """Whole epochs behind us, counted as the paper does (a replay of `free` is an epoch)."""
+        config, position = self.config, self.position
+        before = sum(phase.epochs for phase in config.phases[: position["phase"]])
+        if position["phase"] == len(config.phases):
+            return before
+        return before + min(position["pass"] * config.replays, config.phases[position["phase"]].epochs)
+
+    # signals, lines and curves
+
+    def _note_signal(self, signum: int, frame) -> None:
+        if self.signum is not None:  # asked twice: stop here and now
+            signal.default_int_handler(signum, frame)
+        self.signum = signum
+
+    def _stop_for_signal(self) -> None:
+        if math.isfinite(self.learner.read_sums()[0]):
+            self.save()
+        name = signal.Signals(self.signum).name
+        raise Interrupted(f"stopped by {name}; go on with: python -m fastrobust.train --resume {self.directory}", self.signum)
+
+    def _detail(self) -> str:
+        loss_sum, correct, seen = self.learner.read_sums()
+        return f"epoch {self._epochs_done() + 1}  loss {loss_sum / seen:.3f}  accuracy {correct / seen:.1%}"
+
+    def _epoch_line(self, record: dict, bar: Progress) -> None:
+        name = "accuracy" if self.config.method.name == "standard" else "adversarial"
+        text = f"epoch {record['epoch']:>3}/{self.config.epochs}  loss {record['loss']:.4f}  "
+        text += f"{name} {record['train_accuracy']:.1%}  "
+        if "guard_accuracy" in record:
+            text += f"minibatch clean {record['guard_clean_accuracy']:.1%} PGD {record['guard_accuracy']:.1%}  "
+        text += f"lr {record['learning_rate']:.2e}  {record['images_per_second']:,.0f} images/s  "
+        bar.line(text + f"{duration(record['seconds'])}  {bar.time_left()} left")
+        if "warning" in record:
+            bar.line(f"warning: {record['warning']}")
+        if self.position["stopped"]:
+            bar.line(self.position["stopped"])
+
+    def _tensorboard(self):
+        from torch.utils.tensorboard import SummaryWriter
+
+        with run.explained(f"TensorBoard events cannot be written to {self.directory}"):
+            return SummaryWriter(str(self.directory), purge_step=self.learner.updates.item() + 1)
+
+
+def summarize(config: Config, directory: Path, trainer_facts: dict, evaluations: list[dict]) -> dict[str, Any]:
+    """What `summary.json` holds. The first evaluation (the config's first epsilon) gives the headline figures."""
+    history, position = trainer_facts["history"], trainer_facts["position"]
+    first = evaluations[0]
+    return {
+        "name": config.name,
+        "method": config.method.name,
+        "dataset": config.data.dataset,
+        "model": config.model.name,
+        **{key: first[key] for key in ("clean_accuracy", "robust_accuracy", "attack", "epsilon", "alpha", "examples")},
+        "evaluations": evaluations,
+        "training_epsilon": config.epsilon,
+        "epochs": history[-1]["epoch"],
+        "stopped": position["stopped"],
+        "train_seconds": position["train_seconds"],
+        "seconds_per_epoch": position["train_seconds"] / history[-1]["epoch"],
+        "seed": config.seed,
+        "precision": config.precision,
+        **json.loads((directory / "environment.json").read_text()),
+    }
