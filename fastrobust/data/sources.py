@@ -1,10 +1,9 @@
 """Data sets: what is on disk -> arrays in memory.
 
-`load` finds a data set and reads one split of it. Archives are read in place: nothing in them is written to disk
-or executed. Every problem with the data is a `DataError`.
+`load` finds a data set and reads one split of it. Archives are read in place: nothing in them is written to
+disk or executed. Every problem with the data is a `DataError`.
 """
 
-import codecs
 import difflib
 import gzip
 import hashlib
@@ -49,16 +48,12 @@ class ImageSet:
     source: str
 
 
-@dataclass(frozen=True)
-class DatasetFacts:
-    """What is fixed about a data set; None where the user's data and settings decide.
+class DatasetFacts(NamedTuple):
+    """What is fixed about a data set; None where the user's data and settings decide."""
 
-    channels: 1 (grey) or 3 (RGB). size: height and width in pixels. classes: class names in label order.
-    """
-
-    channels: int
-    size: int | None
-    classes: tuple[str, ...] | None
+    channels: int  # 1 (grey) or 3 (RGB)
+    size: int | None  # height and width in pixels
+    classes: tuple[str, ...] | None  # in label order
 
 
 _FASHION = (
@@ -71,35 +66,39 @@ DATASETS: dict[str, DatasetFacts] = {
     "cifar10": DatasetFacts(3, 32, _CIFAR),
     "image_folder": DatasetFacts(3, None, None),
 }
-_PLACES = {  # in the data root, in the order in which they are tried
-    "mnist": ("mnist", "MNIST/raw", "."),
-    "fashion_mnist": (
-        "fashion_mnist", "fashion-mnist", "FashionMNIST/raw", "/usr/share/datasets/fashion-mnist",
-    ),
-    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar10", "cifar10-jpeg"),
-    "image_folder": (),
-}  # fmt: skip
-_TORCHVISION_PLACES = ("MNIST/raw", "FashionMNIST/raw", "cifar-10-batches-py", "cifar-10-python.tar.gz")
+_DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
+_PLACES = {  # relative to the data root, in the order in which they are tried
+    "mnist": ["mnist", "MNIST/raw", "."],
+    "fashion_mnist": ["fashion_mnist", "fashion-mnist", "FashionMNIST/raw", _DEBIAN_FASHION],
+    "cifar10": ["cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar10", "cifar10-jpeg"],
+    "image_folder": [],
+}
+_TORCHVISION_PLACES = ["MNIST/raw", "FashionMNIST/raw", "cifar-10-batches-py", "cifar-10-python.tar.gz"]
 _IDX_NAMES = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+    "train": ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"],
+    "test": ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"],
 }
 _IDX_MD5 = {  # of the uncompressed images file and labels file
-    ("mnist", "train"): ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624"),
-    ("mnist", "test"): ("2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"),
-    ("fashion_mnist", "train"): ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"),
-    ("fashion_mnist", "test"): ("8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"),
+    ("mnist", "train"): ["6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624"],
+    ("mnist", "test"): ["2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"],
+    ("fashion_mnist", "train"): ["f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"],
+    ("fashion_mnist", "test"): ["8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"],
 }
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
-_DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
+_PICKLE_GLOBALS = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+_SPLIT_FOLDERS = {"train": ["train"], "test": ["test", "val", "validation"]}
+_LAYOUT = "a folder or tar file(s) of train/<class>/<image> and one of test/..., val/..., validation/..."
 _ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF")
-_LAYOUT = (
-    "a folder, or tar file(s), holding train/<class>/<image> and one of test/<class>/<image>, val/<class>/<image>, "
-    "validation/<class>/<image>"
-)
+_IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
+_DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
+_MEMINFO = Path("/proc/meminfo")
 
 
 def load(
@@ -123,7 +122,7 @@ def load(
         raise DataError(f"there is no split {split!r}: use 'train' or 'test'")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 image, not {limit}")
-    size = resolution if facts.size is None else facts.size
+    size = facts.size or resolution
     if size is None or size < 1:
         raise DataError(f"{dataset} needs a resolution in pixels, for example 224, not {resolution}")
     if resolution not in (None, size):
@@ -133,7 +132,7 @@ def load(
     except DataError:
         if not download or dataset == "image_folder":
             raise
-        _download(dataset, path)
+        _download(dataset, _root(path))
         place = locate(dataset, path)
 
     classes = facts.classes
@@ -142,16 +141,15 @@ def load(
     else:
         archives = _archives(place)
         source = ", ".join(map(str, archives)) or str(place)
-        read = [_tar_members(archive) for archive in archives] or [_folder_members(place)]
-        members = [member for part in read for member in part]
+        listings = [_tar_members(archive) for archive in archives] or [_folder_members(place)]
+        members = [member for listing in listings for member in listing]
         batches = {member.name.rpartition("/")[2]: member for member in members}
         if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
             images, labels = _read_batches(batches, split, source)
         else:
             chosen, labels, classes = _split_members(members, split, classes, source)
             keep = _evenly_spaced(len(chosen), limit)
-            images = _decode_all([chosen[i] for i in keep], size, resize=facts.size is None)
-            labels = labels[keep]
+            images, labels = _decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
     if limit is not None and limit < len(labels):
         keep = _evenly_spaced(len(labels), limit)
         images, labels = images[keep], labels[keep]
@@ -162,17 +160,15 @@ def load(
 def locate(dataset: str, path: str | Path | None = None) -> Path:
     """The folder or file that `load` would read, judged by file names; nothing is opened or fetched.
 
-    path: that folder or file itself, or a folder that torchvision downloaded into. None means the usual folders
-    in $FASTROBUST_DATA, or in ./data if that is not set. Raises DataError that lists the places looked in.
+    path: that folder or file itself, or a folder that torchvision downloaded into. None means the usual
+    places in $FASTROBUST_DATA, or in ./data if that is not set. Raises DataError that lists where it looked.
     """
     _facts(dataset)
-    root = _root(path)
-    if path is None:
-        places = [root / name for name in _PLACES[dataset]]
-    else:
-        places = [*(root / name for name in _PLACES[dataset] if name in _TORCHVISION_PLACES), root]
+    names = _PLACES[dataset]
+    if path is not None:
+        names = [name for name in names if name in _TORCHVISION_PLACES] + ["."]
     looked = []
-    for place in places:
+    for place in (_root(path) / name for name in names):
         try:
             problem = _problem(dataset, place)
         except OSError as error:
@@ -180,14 +176,13 @@ def locate(dataset: str, path: str | Path | None = None) -> Path:
         if problem is None:
             return place
         looked.append(f"  {place}: {problem}")
+    advice = (
+        "Set `download: true` or a `path` in the config's data section, or the environment variable\n"
+        f"FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the data sets' folder.\n"
+        "`apt-get install dataset-fashion-mnist` installs fashion_mnist."
+    )
     if dataset == "image_folder":
-        advice = f"Give as `path` {_LAYOUT}"
-    else:
-        advice = (
-            "Set `download: true` or a `path` in the config's data section, or set the environment variable "
-            f"FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the folder that holds the "
-            "data sets. `apt-get install dataset-fashion-mnist` installs fashion_mnist"
-        )
+        advice = f"Set `path` in the config's data section to {_LAYOUT}"
     raise DataError("\n".join([f"{dataset} was not found. Looked in:", *looked, advice]))
 
 
@@ -214,7 +209,7 @@ def _facts(dataset: str) -> DatasetFacts:
 
 
 def _root(path: str | Path | None) -> Path:
-    """The user's path, or the folder in which data sets are looked for and downloaded."""
+    """The user's path, or else the folder in which data sets are looked for and downloaded."""
     return Path(path if path is not None else os.environ.get("FASTROBUST_DATA") or "data").expanduser()
 
 
@@ -223,8 +218,8 @@ def _problem(dataset: str, place: Path) -> str | None:
     if not place.exists():
         return "does not exist"
     if dataset in ("mnist", "fashion_mnist"):
-        needed = [name for pair in _IDX_NAMES.values() for name in pair if _idx_file(place, name) is None]
-        return f"lacks {', '.join(needed)} (plain or .gz)" if needed else None
+        absent = [name for names in _IDX_NAMES.values() for name in names if _idx_file(place, name) is None]
+        return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
     if place.is_file() or (place / "train").is_dir():
         return None
     batches = [name for names in _BATCHES.values() for name in names]
@@ -250,14 +245,13 @@ def _archives(place: Path) -> list[Path]:
     return sorted(file for file in place.iterdir() if file.name.endswith(_ARCHIVE_SUFFIXES))
 
 
-def _download(dataset: str, path: str | Path | None) -> None:
+def _download(dataset: str, root: Path) -> None:
     from fastrobust.models.torchvision_compat import import_torchvision
 
+    datasets = import_torchvision().datasets
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
-    download = getattr(import_torchvision().datasets, kind)
-    root = _root(path)
     try:
-        download(str(root), download=True)
+        getattr(datasets, kind)(str(root), download=True)
     except Exception as error:  # whatever the network, the server or the disk came up with
         raise DataError(
             f"{dataset} could not be downloaded to {root} ({type(error).__name__}: {error}). "
@@ -268,78 +262,67 @@ def _download(dataset: str, path: str | Path | None) -> None:
 def _evenly_spaced(count: int, limit: int | None) -> np.ndarray:
     """Ascending indices of `limit` of `count` things, or of all of them."""
     taken = count if limit is None else min(limit, count)
-    return np.arange(taken) * count // max(taken, 1)
+    return np.arange(taken) * count // taken
 
 
-def _memory_budget() -> float:
-    """Bytes that a data set may take: 80 % of the memory that the system has available, where it says so."""
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return 0.8 * 1024 * int(found[1]) if found else math.inf
-
-
-def _check_memory(needed: int, what: str) -> None:
-    budget = _memory_budget()
-    if needed > budget:
+def _check_memory(needed: int, what: str | Path) -> None:
+    """Raise DataError if `needed` bytes are over 80 % of the memory available, where the system tells that."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
+    available = 1024 * int(found[1]) if found else math.inf
+    if needed > 0.8 * available:
         raise DataError(
-            f"{what} needs {needed / 1e9:.2f} GB of memory, and {budget / 1e9:.2f} GB (80 % of what is available) "
-            "may be used: set a `limit`, lower the resolution, or use a machine with more memory"
+            f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "
+            "available: set a `limit`, lower the resolution or use a machine with more memory"
         )
 
 
 @contextmanager
-def _reading(where: str | Path) -> Iterator[None]:
-    """Turns what goes wrong while a file is read into a DataError."""
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, plain or compressed; what goes wrong while it is read becomes a DataError."""
     try:
-        yield
+        with open(path, "rb") as file:
+            start = file.read(6)
+        compressed = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
+        with compressed.get(start[:2], open)(path, "rb") as file:
+            yield file
     except EOFError as error:
-        raise DataError(f"{where} is truncated ({error}): fetch it again") from error
+        raise DataError(f"{path} is truncated ({error}): fetch it again") from error
     except _DAMAGE as error:
-        raise DataError(f"{where} is truncated or corrupt ({error}): fetch it again") from error
+        raise DataError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
     except OSError as error:
-        raise DataError(f"{where} cannot be read ({error.strerror or error}): check the file") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open a file that may be compressed with gzip or xz."""
-    with open(path, "rb") as file:
-        start = file.read(6)
-    if start.startswith(b"\x1f\x8b"):
-        return gzip.open(path, "rb")
-    return lzma.open(path, "rb") if start == b"\xfd7zXZ\0" else open(path, "rb")
+        raise DataError(f"{path} cannot be read ({error.strerror or error}): check the file") from error
 
 
 def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Checked images N x 28 x 28 x 1, labels N and the names of their files."""
     files = [_idx_file(folder, name) or folder / name for name in _IDX_NAMES[split]]
-    images, labels = read_idx_pair(files[0], files[1], len(DATASETS[dataset].classes or ()))
+    images, labels = read_idx_pair(files[0], files[1], 10)
     for file, array, expected in zip(files, (images, labels), _IDX_MD5[dataset, split], strict=True):
         header = struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape)
         found = hashlib.md5(header + array.tobytes(), usedforsecurity=False).hexdigest()
         if found != expected:
             raise DataError(
-                f"{file} is not a file of {dataset}: the checksum (MD5) of its uncompressed content is {found}, not "
-                f"{expected}: fetch it again, or use an image_folder for images of your own"
+                f"{file} is not the one of {dataset}: the MD5 checksum of its content is {found}, not {expected}: "
+                "fetch it again, or use an image_folder for images of your own"
             )
     return images[..., None], labels, ", ".join(map(str, files))
 
 
 def _read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
-    """The uint8 array, N x item, in an idx file; memory is taken as data is read, not as the header claims."""
-    with _reading(path), _open(path) as file:
-        header = file.read(8 + 4 * len(item))
-        if len(header) < 8 + 4 * len(item):
-            raise EOFError(f"{len(header)} bytes are no idx header")
+    """The uint8 array, N x item, in an idx file; takes memory for what is there, not for what it claims."""
+    length = 8 + 4 * len(item)
+    with _opened(path) as file:
+        header = file.read(length)
+        if len(header) < length:
+            raise EOFError(f"{len(header)} bytes instead of a header of {length}")
         magic, count, *shape = struct.unpack(f">{2 + len(item)}I", header)
         if magic != 0x801 + len(item) or tuple(shape) != item or count == 0:
-            raise ValueError(f"not an idx file of N x {item} bytes: magic {magic:#x}, shape {(count, *shape)}")
+            raise ValueError(f"no idx file of N x {item} bytes: magic {magic:#x}, shape {(count, *shape)}")
         expected = count * math.prod(item)
         claim = f"its header claims {count} items = {expected} bytes"
         if expected > 1032 * path.stat().st_size:  # the most that gzip can compress
             raise EOFError(f"{claim}, the file has {path.stat().st_size}")
-        _check_memory(expected, str(path))
+        _check_memory(expected, path)
         data = bytearray()
         while len(data) <= expected and (chunk := file.read(min(1 << 20, expected + 1 - len(data)))):
             data += chunk
@@ -367,10 +350,9 @@ class _Member(NamedTuple):
 
 def _folder_members(folder: Path) -> list[_Member]:
     def fail(error: OSError) -> None:
-        raise error
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}): check the folder") from error
 
-    with _reading(folder):
-        tree = list(os.walk(folder, onerror=fail, followlinks=True))
+    tree = os.walk(folder, onerror=fail, followlinks=True)
     files = [Path(parent, name) for parent, _, names in tree for name in names]
     return [_Member(file.relative_to(folder).as_posix(), str(file), file.read_bytes) for file in files]
 
@@ -378,16 +360,23 @@ def _folder_members(folder: Path) -> list[_Member]:
 def _tar_members(path: Path) -> list[_Member]:
     """The files in a tar archive. A compressed archive is kept in memory; a plain one is read when needed."""
     members = []
-    with _reading(path), _open(path) as file:
-        held = None if isinstance(file, io.BufferedReader) else _inflate(file, path)
+    with _opened(path) as file:
+        held = None
+        if not isinstance(file, io.BufferedReader):
+            held = io.BytesIO()
+            while chunk := file.read(1 << 22):
+                held.write(chunk)
+                _check_memory(held.tell(), f"{path}, uncompressed,")
+            held.seek(0)
         source = held or file
         with tarfile.open(fileobj=source, mode="r:") as archive:
             for info in archive:
                 name = info.name.removeprefix("./")
                 where = f"{name} in {path}"
                 if info.isreg():
-                    read = partial(_read_at, path if held is None else held, info.offset_data, info.size)
-                    members.append(_Member(name, where, read))
+                    members.append(
+                        _Member(name, where, partial(_read_at, held or path, info.offset_data, info.size))
+                    )
                 elif (info.islnk() or info.issym()) and _is_image(name):
                     raise DataError(f"{where} is a link: make the archive with `tar -h --hard-dereference`")
             end = archive.offset
@@ -398,17 +387,6 @@ def _tar_members(path: Path) -> list[_Member]:
     return members
 
 
-def _inflate(file: IO[bytes], path: Path) -> io.BytesIO:
-    held = io.BytesIO()
-    budget = _memory_budget()
-    while chunk := file.read(1 << 22):
-        held.write(chunk)
-        if held.tell() > budget:
-            raise DataError(f"{path} is too large for the memory when uncompressed: make it a plain .tar")
-    held.seek(0)
-    return held
-
-
 def _read_at(source: io.BytesIO | Path, offset: int, size: int) -> bytes:
     if isinstance(source, io.BytesIO):
         return bytes(source.getbuffer()[offset : offset + size])
@@ -417,23 +395,13 @@ def _read_at(source: io.BytesIO | Path, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_PICKLE_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,
-}
-
-
 class _BatchUnpickler(pickle.Unpickler):
     """Unpickles numpy arrays and plain values, and refuses everything that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is forbidden: it could run code")
-        return _PICKLE_GLOBALS[module, name]
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is forbidden")
+        return super().find_class(module, name)
 
 
 def _read_batches(batches: dict[str, _Member], split: str, source: str) -> tuple[np.ndarray, np.ndarray]:
@@ -452,11 +420,10 @@ def _read_batches(batches: dict[str, _Member], split: str, source: str) -> tuple
                 raise ValueError(f"labels are {marks.dtype} {marks.shape} for {len(rows)} images")
         except Exception as error:  # a damaged pickle can raise anything
             problem = f"{type(error).__name__}: {error}"
-            raise DataError(f"{where} is no CIFAR-10 batch or truncated ({problem}): fetch it again") from error
+            raise DataError(f"{where} is damaged or no CIFAR-10 batch ({problem}): fetch it again") from error
         _check_labels(marks, 10, where)
         pixels.append(rows)
         labels.append(marks)
-    _check_memory(sum(rows.size for rows in pixels), source)
     planes = np.concatenate(pixels).reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.concatenate(labels)
 
@@ -468,30 +435,29 @@ def _is_image(name: str) -> bool:
 def _split_members(
     members: list[_Member], split: str, classes: tuple[str, ...] | None, source: str
 ) -> tuple[list[_Member], np.ndarray, tuple[str, ...]]:
-    """The images of a split sorted by (class, file name), their labels, and the class names of all splits."""
-    groups: dict[str, list[_Member]] = {}
+    """The images of a split sorted by (class, file name), their labels, and the class names."""
+    groups: dict[str, list[tuple[str, str, _Member]]] = {}  # split folder -> (class, file name, image)
     for member in members:
-        if member.name.count("/") >= 2 and _is_image(member.name):
-            groups.setdefault(member.name.split("/")[0], []).append(member)
-    folders = {side: [name for name in names if name in groups] for side, names in _SPLIT_FOLDERS.items()}
-    if any(len(names) != 1 for names in folders.values()):
+        folder, _, rest = member.name.partition("/")
+        if "/" in rest and _is_image(rest):
+            name, _, file = rest.partition("/")
+            groups.setdefault(folder, []).append((name, file, member))
+    sides = {side: [name for name in names if name in groups] for side, names in _SPLIT_FOLDERS.items()}
+    if any(len(names) != 1 for names in sides.values()):
         found = ", ".join(sorted(groups)) or "no such folder"
         raise DataError(f"{source} must be {_LAYOUT}; it has images in {found}")
-    train, test = ({m.name.split("/")[1] for m in groups[folders[side][0]]} for side in ("train", "test"))
-    expected = set(classes or train)
+    train, test = ({name for name, _, _ in groups[folder]} for (folder,) in sides.values())
+    expected = set(classes or train | test)
     if train != expected or test != expected:
-        differ = sorted((train ^ expected) | (test ^ expected))
-        raise DataError(
-            f"{source}: train and test must have images of the same {len(expected)} classes, but they differ in "
-            f"{', '.join(differ[:5])}: mend those class folders"
-        )
+        differ = ", ".join(sorted((train ^ expected) | (test ^ expected))[:5])
+        raise DataError(f"{source}: train and test must have the same classes, but differ in {differ}")
     name, copies = Counter(member.name for member in members).most_common(1)[0]
     if copies > 1:
         raise DataError(f"{source}: {name} occurs {copies} times: remove the archives that overlap")
-    chosen = sorted(groups[folders[split][0]], key=lambda member: member.name.split("/", 2))
-    classes = tuple(sorted(train))
-    index = {name: label for label, name in enumerate(classes)}
-    return chosen, np.array([index[member.name.split("/")[1]] for member in chosen]), classes
+    index = {name: label for label, name in enumerate(sorted(expected))}
+    chosen = sorted(groups[sides[split][0]])
+    labels = np.array([index[name] for name, _, _ in chosen])
+    return [member for _, _, member in chosen], labels, tuple(index)
 
 
 def _decode_all(members: list[_Member], size: int, resize: bool) -> np.ndarray:
@@ -513,23 +479,21 @@ def _decode_all(members: list[_Member], size: int, resize: bool) -> np.ndarray:
 def _decode(member: _Member, size: int, resize: bool) -> Image.Image:
     """An upright RGB image, size x size: resized and cropped to that, or required to be that."""
     try:
-        with Image.open(io.BytesIO(member.read()), formats=_IMAGE_FORMATS) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
-                raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
-            if image.mode == "P":
-                image = image.convert("RGBA")  # the way for palettes with transparency
-            if image.mode != "RGB":
-                image = image.convert("RGB")
-            width, height = image.size
-            if resize and image.size != (size, size):
-                short = min(width, height)
-                width, height = size * width // short, size * height // short
-                left, top = round((width - size) / 2), round((height - size) / 2)
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-                image = image.crop((left, top, left + size, top + size))
-            if image.size != (size, size):
-                raise ValueError(f"it is {width} x {height} pixels, not {size} x {size}")
-            return image
+        image = Image.open(io.BytesIO(member.read()), formats=_IMAGE_FORMATS)
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
+            raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
+        if image.mode == "P":  # RGBA first, the way for palettes with transparency
+            image = image.convert("RGBA")
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        if resize and image.size != (size, size):
+            width, height = (size * length // min(image.size) for length in image.size)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
+        if image.size != (size, size):
+            raise ValueError(f"it is {image.width} x {image.height} pixels, not {size} x {size}")
+        return image
     except Exception as error:  # a damaged image can raise anything
         raise DataError(f"{member.where} is not a usable image ({error}): replace or remove it") from error
