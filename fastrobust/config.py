@@ -303,7 +303,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def read_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -416,7 +416,9 @@ def _explain(error: dict[str, Any]) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, and the nearest right key for an unknown one."""
     tags = {"standard", "fgsm", "n_fgsm", "pgd", "free", "sgd", "adam", "cyclic", "multistep", "points"}
     loc = [str(part) for part in error["loc"]]
-    loc = [part for i, part in enumerate(loc) if not (i == 1 and loc[0] in ("method", "optimizer", "schedule") and part in tags)]
+    loc = [
+        part for i, part in enumerate(loc) if not (i == 1 and loc[0] in ("method", "optimizer", "schedule") and part in tags)
+    ]
     loc = [part for part in loc if not part.startswith(("function-", "tuple[", "constrained-"))]
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":

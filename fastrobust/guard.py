@@ -21,8 +21,8 @@ def never_rose(history: list[dict]) -> bool:
 
 
 def jumped(history: list[dict]) -> bool:
-    """Training adversarial accuracy rises by more than FREE_JUMP, and by more than twice what the epoch before gained. Costs nothing, and
-    is a hint only: some healthy runs take off late."""
+    """Accuracy on the training attack rises by more than FREE_JUMP, and by more than twice what the epoch before gained.
+    Costs nothing, and is a hint only: some healthy runs take off late."""
     if len(history) < 3:
         return False
     a, b, c = (record["train_accuracy"] for record in history[-3:])

@@ -80,7 +80,7 @@ def pgd(
 
 
 def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: float, replays: int) -> Tensor:
-    """"Free" adversarial training (paper, Algorithm 2): every replay of the minibatch updates the weights, and the same
+    """Free adversarial training (paper, Algorithm 2): every replay of the minibatch updates the weights, and the same
     backward pass moves delta, by epsilon. delta is kept between minibatches."""
     for _ in range(replays):
         delta = threat.clip_to_box(delta, x)

@@ -43,9 +43,7 @@ def create(config: config_module.Config) -> Path:
     """Make the directory of a new run. Raises RunError if one is there already, or cannot be made."""
     run = Path(config.output) / config.name
     if (run / CONFIG).exists():
-        raise RunError(
-            f"{run} holds a run already; continue it with `--resume {run}`, or choose another with `name=NAME`"
-        )
+        raise RunError(f"{run} holds a run already; continue it with `--resume {run}`, or choose another with `name=NAME`")
     with explained(f"the run directory {run} cannot be made"):
         run.mkdir(parents=True, exist_ok=True)
         write_text(run / CONFIG, config.to_yaml())
@@ -149,7 +147,7 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, config_module.Confi
     try:
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         config = config_module.parse(json.loads(metadata["config"]), str(weights))
         classes = tuple(json.loads(metadata["classes"]))
     except (SafetensorError, OSError, json.JSONDecodeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ def interpolate(points: Sequence[tuple[float, float]], epoch: float) -> float:
     points share an epoch the rate jumps, and the later one holds from there on."""
     if epoch < points[0][0]:
         return points[0][1]
-    for (e0, lr0), (e1, lr1) in zip(points, points[1:], strict=False):
+    for (e0, lr0), (e1, lr1) in itertools.pairwise(points):
         if e0 <= epoch < e1:
             return lr0 + (lr1 - lr0) * (epoch - e0) / (e1 - e0)
     return points[-1][1]

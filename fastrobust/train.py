@@ -61,11 +61,14 @@ def resume(arguments: argparse.Namespace) -> int:
     if arguments.config or arguments.overrides:
         base = config_module.load(arguments.config, arguments.overrides) if arguments.config else None
         if base is None:
-            raise RunError(f"--resume goes on with the config in {directory}: {' '.join(arguments.overrides)} cannot change it")
+            raise RunError(
+                f"--resume goes on with the config in {directory}: {' '.join(arguments.overrides)} cannot change it"
+            )
         odd = config_module.differences(config, base)
         if odd:
             raise RunError(
-                f"{directory} was begun with another config than {arguments.config}:\n  " + "\n  ".join(odd[:8])
+                f"{directory} was begun with another config than {arguments.config}:\n  "
+                + "\n  ".join(odd[:8])
                 + f"\nResume without naming a config (`--resume {directory}`), or start a new run with `name=NAME`"
             )
     if (directory / run.SUMMARY).exists():
@@ -121,7 +124,10 @@ def show_summary(summary: dict, directory: Path) -> None:
     from fastrobust.evaluation import describe
     from fastrobust.progress import duration
 
-    table = Table(title=f"{summary['name']}: {summary['method']}, {summary['model']} on {summary['dataset']}", title_justify="left")
+    table = Table(
+        title=f"{summary['name']}: {summary['method']}, {summary['model']} on {summary['dataset']}",
+        title_justify="left",
+    )
     for heading in ("images", "accuracy", "examples"):
         table.add_column(heading, justify="left" if heading == "images" else "right")
     table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
@@ -132,7 +138,10 @@ def show_summary(summary: dict, directory: Path) -> None:
     if summary["stopped"]:
         console.print(f"warning: {summary['stopped']}", markup=False, soft_wrap=True)
     per_epoch = duration(summary["seconds_per_epoch"])
-    console.print(f"trained in {duration(summary['train_seconds'])} ({per_epoch} per epoch); files in {directory}/", soft_wrap=True)
+    console.print(
+        f"trained in {duration(summary['train_seconds'])} ({per_epoch} per epoch); files in {directory}/",
+        soft_wrap=True,
+    )
     console.print(f"evaluate again:  python -m fastrobust.evaluate {directory}", soft_wrap=True)
     console.print(f'use it:          model = fastrobust.load("{directory}")', markup=False, soft_wrap=True)
 

@@ -90,11 +90,11 @@ class Trainer:
         self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
         self.good_epoch = 0
         self.signum: int | None = None
-        self._begin_phase()
+        self.enter_phase()
 
     # state
 
-    def _begin_phase(self) -> None:
+    def enter_phase(self) -> None:
         """The phase's images (decoded anew if their size changes) and the perturbation kept between its batches."""
         phase = self.config.phases[self.position["phase"]]
         if self.config.data.dataset == "image_folder" and self.loader.images.shape[1] != phase.resize:
@@ -125,7 +125,7 @@ class Trainer:
             raise RunError(f"the run was begun on {facts['examples']} images, but there are {len(self.loader)} now")
         self.position, self.history, self.good_epoch = facts["position"], facts["history"], facts["good_epoch"]
         if self.position["phase"] < len(self.config.phases):
-            self._begin_phase()
+            self.enter_phase()
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -168,7 +168,7 @@ class Trainer:
                     if not position["stopped"]:
                         position.update({"phase": position["phase"] + 1, "pass": 0, "step": 0})
                         if position["phase"] < len(config.phases):
-                            self._begin_phase()
+                            self.enter_phase()
                     self.save()
         finally:
             self.writer.close()
@@ -233,10 +233,9 @@ class Trainer:
         record["guard_accuracy"] = verdicts.robust.float().mean().item()
         found = guard.verdict(self.history, settings.drop)
         model = self.learner.model.state_dict()
-        if found is None or found[0] == "suspect":
-            if settings.action == "stop":
-                self.good = {name: t.detach().clone() for name, t in model.items()}
-                self.good_epoch = record["epoch"]
+        if (found is None or found[0] == "suspect") and settings.action == "stop":
+            self.good = {name: t.detach().clone() for name, t in model.items()}
+            self.good_epoch = record["epoch"]
         if found is None:
             return
         record["warning"] = f"{'catastrophic overfitting' if found[0] == 'overfit' else 'suspicious'}: {found[1]}"
@@ -278,7 +277,9 @@ class Trainer:
         if math.isfinite(self.learner.read_sums()[0]):
             self.save()
         name = signal.Signals(self.signum).name
-        raise Interrupted(f"stopped by {name}; go on with: python -m fastrobust.train --resume {self.directory}", self.signum)
+        raise Interrupted(
+            f"stopped by {name}; go on with: python -m fastrobust.train --resume {self.directory}", self.signum
+        )
 
     def _detail(self) -> str:
         loss_sum, correct, seen = self.learner.read_sums()

@@ -266,7 +266,7 @@ def _evenly_spaced(count: int, limit: int | None) -> np.ndarray:
 
 
 def _check_memory(needed: int, what: str | Path) -> None:
-    """Raise DataError if `needed` bytes are over 80 % of the memory available, where the system tells that."""
+    """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
     available = 1024 * int(found[1]) if found else math.inf
     if needed > 0.8 * available:
@@ -302,8 +302,8 @@ def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray,
         found = hashlib.md5(header + array.tobytes(), usedforsecurity=False).hexdigest()
         if found != expected:
             raise DataError(
-                f"{file} is not the one of {dataset}: the MD5 checksum of its content is {found}, not {expected}: "
-                "fetch it again, or use an image_folder for images of your own"
+                f"{file} is not the one of {dataset}: its content has the MD5 checksum {found}, not "
+                f"{expected}: fetch it again, or use an image_folder for images of your own"
             )
     return images[..., None], labels, ", ".join(map(str, files))
 
@@ -374,9 +374,7 @@ def _tar_members(path: Path) -> list[_Member]:
                 name = info.name.removeprefix("./")
                 where = f"{name} in {path}"
                 if info.isreg():
-                    members.append(
-                        _Member(name, where, partial(_read_at, held or path, info.offset_data, info.size))
-                    )
+                    members.append(_Member(name, where, partial(_read_at, held or path, info.offset_data, info.size)))
                 elif (info.islnk() or info.issym()) and _is_image(name):
                     raise DataError(f"{where} is a link: make the archive with `tar -h --hard-dereference`")
             end = archive.offset
@@ -477,7 +475,7 @@ def _decode_all(members: list[_Member], size: int, resize: bool) -> np.ndarray:
 
 
 def _decode(member: _Member, size: int, resize: bool) -> Image.Image:
-    """An upright RGB image, size x size: resized and cropped to that, or required to be that."""
+    """An upright RGB image (alpha dropped), size x size: resized and cropped to that, or required to be."""
     try:
         image = Image.open(io.BytesIO(member.read()), formats=_IMAGE_FORMATS)
         ImageOps.exif_transpose(image, in_place=True)

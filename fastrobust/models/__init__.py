@@ -34,7 +34,7 @@ class Normalized(nn.Module):
 
 
 def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
-    """A freshly initialised model in channels-last memory. Names: ours, torchvision's, or `timm/NAME`. Raises ConfigError."""
+    """A freshly initialised model in channels-last memory. Names: ours, torchvision's, or `timm/NAME`. ConfigError."""
     if name in OWN:
         network = OWN[name](channels, classes)
     elif name.startswith("timm/"):

@@ -1,0 +1,53 @@
+# Two commands for a fresh Debian machine: `make quickstart` and `make test`. Both may be interrupted and repeated.
+
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    ?= runs/quickstart
+SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+FASHION_MNIST := /usr/share/datasets/fashion-mnist
+
+.PHONY: quickstart test lint clean
+
+# Train on Fashion-MNIST, evaluate with PGD, show where the files are. A run that was interrupted goes on.
+quickstart: $(VENV)/.core data
+	@if [ -f $(RUN)/config.yaml ]; then \
+	   $(BIN)/python -m fastrobust.train --resume $(RUN); \
+	 else \
+	   $(BIN)/python -m fastrobust.train configs/quickstart.yaml output=$(dir $(RUN)) name=$(notdir $(RUN)) data.download=true; \
+	 fi
+
+# Everything that can be checked on this machine; what needs a GPU skips where there is none.
+test: $(VENV)/.test data
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+# torch is installed by itself first: the other packages then accept the build that is there.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (once; downloads torch)"
+	@[ -x $(BIN)/python ] && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || \
+	   { echo "adding python3-venv"; $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q python3-venv && \
+	     $(PYTHON) -m venv --clear $(VENV); }
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@$(PIP) -e '.[test,timm]'
+	@touch $@
+
+# Fashion-MNIST from Debian's package; where that is not to be had, training downloads it.
+.PHONY: data
+data:
+	@[ -d $(FASHION_MNIST) ] || { echo "installing Debian's dataset-fashion-mnist"; \
+	   { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q dataset-fashion-mnist; } >/dev/null 2>&1; } || \
+	   echo "dataset-fashion-mnist is not available here; it will be downloaded instead"
