@@ -209,6 +209,7 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     epsilon: Pixels
+    epsilon_warmup: NonNegative = 0.0  # epochs over which epsilon and alpha grow linearly from 0
     data: Data
     model: Model
     method: Annotated[Standard | Fgsm | NFgsm | Pgd | Free, Field(discriminator="name")]
@@ -228,6 +229,8 @@ class Config(Section):
             method.alpha = self.epsilon
         if method.name != "standard" and self.epsilon == 0:
             raise ValueError("epsilon is 0: use `method: {name: standard}` for training without an attack")
+        if self.epsilon_warmup > self.epochs:
+            raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
         if self.guard.alpha is None:
             self.guard.alpha = self.epsilon / 4
         if self.evaluation.epsilon is None:

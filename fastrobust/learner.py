@@ -89,7 +89,7 @@ class Learner:
 
     def _step(self, logits: Tensor, y: Tensor) -> None:
         loss = F.cross_entropy(logits, y)
-        self.lr.copy_(self.lr_table.index_select(0, self.updates)[0])
+        self.lr.copy_(self.now(self.lr_table))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -98,6 +98,10 @@ class Learner:
         self.loss_sum.add_(loss.detach() * len(y))
         self.correct.add_((logits.detach().argmax(1) == y).sum())
         self.seen.add_(len(y))
+
+    def now(self, table: Tensor) -> Tensor:
+        """The entry of a table over updates that belongs to the next one (shape [])."""
+        return table.index_select(0, self.updates.clamp(max=len(table) - 1))[0]
 
     def read_sums(self) -> tuple[float, int, int]:
         """(sum of losses, correct answers, examples) since the last reset. Waits for the device."""
@@ -155,7 +159,7 @@ def build_optimizer(model: nn.Module, config, lr: Tensor) -> torch.optim.Optimiz
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
         moments = ["momentum_buffer"] if config.momentum else []
     else:
-        optimizer = torch.optim.Adam(groups, lr=lr, fused=True)
+        optimizer = torch.optim.Adam(groups, lr=lr, fused=True, capturable=lr.device.type == "cuda")
         moments = ["exp_avg", "exp_avg_sq"]
     for group in optimizer.param_groups:
         group["lr"] = lr

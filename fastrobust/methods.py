@@ -10,7 +10,6 @@ differentiated graph, so saturated pixels have a gradient too. The attack passes
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastrobust import threat
+from fastrobust.threat import Radius
 
 
 class Learner(Protocol):
@@ -28,16 +28,13 @@ class Learner(Protocol):
     def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor: ...
 
 
-Step = Callable[[Learner, Tensor, Tensor, Tensor], Tensor]
-
-
 def standard(learner: Learner, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
     learner.update(x, y)
     return delta
 
 
 def fgsm(
-    learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: float, alpha: float, init: str = "random"
+    learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: Radius, alpha: Radius, init: str = "random"
 ) -> Tensor:
     """FGSM adversarial training (paper, Algorithm 3; section 4.1 for the three starts)."""
     delta = start(x, delta, epsilon, init)
@@ -47,7 +44,7 @@ def fgsm(
     return delta
 
 
-def n_fgsm(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, radius: float, alpha: float) -> Tensor:
+def n_fgsm(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, radius: Radius, alpha: Radius) -> Tensor:
     """N-FGSM (de Jorge et al., 2022, Algorithm 1): stronger noise, a step of alpha = epsilon, no clipping to the ball."""
     delta = threat.uniform_start(x, radius)
     gradient, _ = learner.input_gradient(x + delta, y)
@@ -62,8 +59,8 @@ def pgd(
     y: Tensor,
     delta: Tensor,
     *,
-    epsilon: float,
-    alpha: float,
+    epsilon: Radius,
+    alpha: Radius,
     steps: int,
     init: str = "random",
     skip_misclassified: bool = False,
@@ -79,7 +76,7 @@ def pgd(
     return delta
 
 
-def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: float, replays: int) -> Tensor:
+def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: Radius, replays: int) -> Tensor:
     """Free adversarial training (paper, Algorithm 2): every replay of the minibatch updates the weights, and the same
     backward pass moves delta, by epsilon. delta is kept between minibatches."""
     for _ in range(replays):
@@ -89,7 +86,7 @@ def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: floa
     return delta
 
 
-def start(x: Tensor, previous: Tensor, epsilon: float, init: str) -> Tensor:
+def start(x: Tensor, previous: Tensor, epsilon: Radius, init: str) -> Tensor:
     """The start of an attack: zeros, U(-epsilon, epsilon), or the last minibatch's delta, cut with the pixel box."""
     if init == "zero":
         return torch.zeros_like(x)
@@ -98,21 +95,32 @@ def start(x: Tensor, previous: Tensor, epsilon: float, init: str) -> Tensor:
     return threat.uniform_start(x, epsilon)
 
 
-def from_config(method, epsilon: float) -> Step:
-    """The step that a config's `method` section describes."""
-    if method.name == "standard":
-        return standard
-    if method.name == "fgsm":
-        return functools.partial(fgsm, epsilon=epsilon, alpha=method.alpha, init=method.init)
-    if method.name == "n_fgsm":
-        return functools.partial(n_fgsm, radius=method.noise * epsilon, alpha=method.alpha)
-    if method.name == "pgd":
-        return functools.partial(
-            pgd,
-            epsilon=epsilon,
-            alpha=method.alpha,
-            steps=method.steps,
-            init=method.init,
-            skip_misclassified=method.skip_misclassified,
+def from_config(method, epsilon: float) -> Callable[[Learner, Tensor, Tensor, Tensor, Radius], Tensor]:
+    """The step that a config's `method` section describes, as a function of (learner, x, y, delta, scale). `scale` is
+    where the warm-up of epsilon stands, from 0 to 1: epsilon and alpha are multiplied by it."""
+    name = method.name
+    if name == "standard":
+        return lambda learner, x, y, delta, scale: standard(learner, x, y, delta)
+    if name == "free":
+        return lambda learner, x, y, delta, scale: free(
+            learner, x, y, delta, epsilon=epsilon * scale, replays=method.replays
         )
-    return functools.partial(free, epsilon=epsilon, replays=method.replays)
+    if name == "n_fgsm":
+        return lambda learner, x, y, delta, scale: n_fgsm(
+            learner, x, y, delta, radius=method.noise * epsilon * scale, alpha=method.alpha * scale
+        )
+    if name == "fgsm":
+        return lambda learner, x, y, delta, scale: fgsm(
+            learner, x, y, delta, epsilon=epsilon * scale, alpha=method.alpha * scale, init=method.init
+        )
+    return lambda learner, x, y, delta, scale: pgd(
+        learner,
+        x,
+        y,
+        delta,
+        epsilon=epsilon * scale,
+        alpha=method.alpha * scale,
+        steps=method.steps,
+        init=method.init,
+        skip_misclassified=method.skip_misclassified,
+    )

@@ -1,7 +1,8 @@
 """The threat model: an L-infinity ball of radius epsilon around an image, cut with the pixel box [0, 1].
 
 Pure functions on tensors. Images x and perturbations delta have one shape, N x C x H x W; pixels are in [0, 1], and so
-epsilon and alpha are fractions of that range (8/255 = 0.0314).
+epsilon and alpha are fractions of that range (8/255 = 0.0314). Both may be numbers or tensors with one element, which a
+schedule can change from step to step.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 
-def project(delta: Tensor, x: Tensor, epsilon: float) -> Tensor:
+Radius = float | Tensor
+
+
+def project(delta: Tensor, x: Tensor, epsilon: Radius) -> Tensor:
     """The nearest perturbation (in every pixel) with |delta| <= epsilon and x + delta in [0, 1]: clamp to [-epsilon,
     epsilon], then to [-x, 1 - x]."""
     return clip_to_box(delta.clamp(-epsilon, epsilon), x)
@@ -21,11 +25,11 @@ def clip_to_box(delta: Tensor, x: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(delta, -x), 1 - x)
 
 
-def uniform_start(x: Tensor, radius: float) -> Tensor:
+def uniform_start(x: Tensor, radius: Radius) -> Tensor:
     """delta ~ U(-radius, radius) in every pixel, cut with the pixel box (paper, Algorithm 3)."""
-    return clip_to_box(torch.empty_like(x).uniform_(-radius, radius), x)
+    return clip_to_box((torch.rand_like(x) * 2 - 1) * radius, x)
 
 
-def signed_step(delta: Tensor, gradient: Tensor, alpha: float) -> Tensor:
+def signed_step(delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:
     """delta + alpha sign(gradient). A pixel whose gradient is zero, or not a number, stays where it is."""
     return delta + alpha * gradient.sign()

@@ -50,16 +50,27 @@ def load_training_data(config: Config, phase: int) -> sources.ImageSet:
     return found
 
 
-def lr_table(config: Config, examples: int) -> Tensor:
-    """The learning rate of every weight update of a run. An update stands for its middle in time, so that neither the
-    first nor the last of a schedule from 0 to 0 is wasted."""
-    schedule = schedules.from_config(config.schedule, config.epochs)
-    rates, begun = [], 0
+def update_epochs(config: Config, examples: int) -> list[float]:
+    """When every weight update of a run takes place, in epochs. An update stands for its middle in time, so that neither
+    the first nor the last of a schedule from 0 to 0 is wasted."""
+    times, begun = [], 0
     for phase in config.phases:
         updates = steps_in(config, phase, examples) * config.replays
-        rates += [schedule(begun + (u + 0.5) / updates * phase.epochs) for u in range(updates)]
+        times += [begun + (u + 0.5) / updates * phase.epochs for u in range(updates)]
         begun += phase.epochs
-    return torch.tensor(rates)
+    return times
+
+
+def lr_table(config: Config, examples: int) -> Tensor:
+    """The learning rate of every weight update of a run."""
+    schedule = schedules.from_config(config.schedule, config.epochs)
+    return torch.tensor([schedule(epoch) for epoch in update_epochs(config, examples)])
+
+
+def epsilon_scale_table(config: Config, examples: int) -> Tensor:
+    """What epsilon and alpha are multiplied by at every weight update: 1, but for the epochs of `epsilon_warmup`."""
+    warmup = config.epsilon_warmup
+    return torch.tensor([min(1.0, epoch / warmup) if warmup else 1.0 for epoch in update_epochs(config, examples)])
 
 
 def steps_in(config: Config, phase, examples: int) -> int:
@@ -84,6 +95,7 @@ class Trainer:
             attack_batchnorm=getattr(config.method, "attack_batchnorm", "train"),
         )
         self.method = methods.from_config(config.method, config.epsilon)
+        self.scales = epsilon_scale_table(config, len(self.loader)).to(device) if config.epsilon_warmup else None
         self.keeps_delta = config.method.name == "free" or getattr(config.method, "init", None) == "previous"
         self.position = {"phase": 0, "pass": 0, "step": 0, "epoch_seconds": 0.0, "train_seconds": 0.0, "stopped": None}
         self.history: list[dict] = []
@@ -146,7 +158,8 @@ class Trainer:
         """images: uint8 B x C x H x W, labels: int64 B."""
         phase = self.config.phases[self.position["phase"]]
         x = augment(images, self.config.data.augment, phase.resolution)
-        delta = self.method(self.learner, x, labels, self.delta)
+        scale = 1.0 if self.scales is None else self.learner.now(self.scales)
+        delta = self.method(self.learner, x, labels, self.delta, scale)
         if self.keeps_delta:
             self.delta.copy_(delta)
 

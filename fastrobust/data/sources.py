@@ -374,7 +374,8 @@ def _tar_members(path: Path) -> list[_Member]:
                 name = info.name.removeprefix("./")
                 where = f"{name} in {path}"
                 if info.isreg():
-                    members.append(_Member(name, where, partial(_read_at, held or path, info.offset_data, info.size)))
+                    read = partial(_read_at, held or path, info.offset_data, info.size)
+                    members.append(_Member(name, where, read))
                 elif (info.islnk() or info.issym()) and _is_image(name):
                     raise DataError(f"{where} is a link: make the archive with `tar -h --hard-dereference`")
             end = archive.offset
