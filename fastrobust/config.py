@@ -207,6 +207,7 @@ class Config(Section):
     output: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     epsilon: Pixels
     epsilon_warmup: NonNegative = 0.0  # epochs over which epsilon and alpha grow linearly from 0

@@ -70,7 +70,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     described = evaluation.describe(epsilon)
     print(f"clean accuracy   {result['clean_accuracy']:.2%}  ({result['examples']} test images of {config.data.dataset})")
     print(
-        f"robust accuracy  {result['robust_accuracy']:.2%}  ({result['attack']}, epsilon {described}, alpha {result['alpha']:.4g})"
+        f"robust accuracy  {result['robust_accuracy']:.2%}  "
+        f"({result['attack']}, epsilon {described}, alpha {result['alpha']:.4g})"
     )
     print(f"seconds          {result['seconds']:.1f}")
     if arguments.json:

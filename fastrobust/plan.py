@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastrobust import attacks, schedules, trainer
+from fastrobust import attacks, engine, schedules, trainer
 from fastrobust.config import Config
 from fastrobust.evaluation import describe, test_set
 from fastrobust.progress import duration
@@ -68,7 +68,9 @@ def seconds_per_step(job: trainer.Trainer, phase) -> float:
         if step == WARM_UP:
             job.learner.read_sums()  # waits for the device
             began = time.perf_counter()
-        job.train_step(images, labels)
+        if job.step is None:
+            job.step = engine.prepare(job.engine, job.train_step, images, labels, job)
+        job.step(images, labels)
     job.learner.read_sums()
     return (time.perf_counter() - began) / TIMED
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrobust import attacks, guard, methods, run, schedules
+from fastrobust import attacks, engine, guard, methods, run, schedules
 from fastrobust.config import Config
 from fastrobust.data import sources
 from fastrobust.data.augment import augment, center_crop
@@ -83,6 +83,7 @@ class Trainer:
 
     def __init__(self, config: Config, directory: Path, device: torch.device):
         self.config, self.directory, self.device = config, directory, device
+        self.engine = engine.choose(config.engine, device)
         self.data = load_training_data(config, 0)
         self.loader = Resident(self.data, device)
         torch.manual_seed(config.seed)
@@ -114,10 +115,19 @@ class Trainer:
         channels = self.loader.images.shape[3]
         shape = (phase.batch_size, channels, phase.resolution, phase.resolution)
         self.delta = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
+        self.step = None  # made by the engine from the first batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything that a training step changes, the random generators aside."""
+        return self.learner.state_dict() | {"delta": self.delta.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+        self.delta.copy_(state["delta"])
 
     def save(self) -> None:
-        state = self.learner.state_dict()
-        tensors = {f"learner.{name}": t for name, t in state["tensors"].items()} | {"delta": self.delta}
+        state = self.state_dict()
+        tensors = {f"learner.{name}": t for name, t in state["tensors"].items()} | {"delta": state["delta"]}
         tensors |= {f"good.{name}": t for name, t in self.good.items()} | {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -143,8 +153,8 @@ class Trainer:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         try:
-            self.learner.load_state_dict({"tensors": part("learner."), "scaler": facts["scaler"]})
-            self.delta.copy_(tensors["delta"])
+            state = {"tensors": part("learner."), "scaler": facts["scaler"], "delta": tensors["delta"]}
+            self.load_state_dict(state)
         except (KeyError, RuntimeError) as error:
             raise RunError(f"the checkpoint in {self.directory} does not fit its config: {error}") from None
         self.good = {name: t.to(self.device) for name, t in part("good.").items()}
@@ -196,7 +206,9 @@ class Trainer:
         for images, labels in self.loader.batches(
             self.config.seed, position["phase"], phase.batch_size, position["step"], last
         ):
-            self.train_step(images, labels)
+            if self.step is None:
+                self.step = engine.prepare(self.engine, self.train_step, images, labels, self)
+            self.step(images, labels)
             position["step"] += 1
             bar.advance(1, self._detail() if bar.due() else None)
             if self.signum is not None:

@@ -1,0 +1,100 @@
+"""How a training step is run: eagerly, compiled, or captured whole as one CUDA graph. The step is the same function.
+
+A step takes (images, labels) and changes tensors in place; nothing else leaves it. So it can be run on static buffers,
+recorded once on a CUDA stream, and replayed: learning rate, loss scale, random numbers and sums are device tensors that
+move on inside the graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastrobust.errors import ConfigError
+
+WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
+Step = Callable[[Tensor, Tensor], None]
+
+
+def choose(engine: str, device: torch.device) -> str:
+    """What `auto` stands for: the graph on a GPU; on a CPU eager, which starts at once (compiling takes a minute)."""
+    if engine == "auto":
+        return "cuda_graph" if device.type == "cuda" else "eager"
+    if "cuda_graph" in engine and device.type != "cuda":
+        raise ConfigError(f"engine: {engine} needs a CUDA device, this is {device}; use auto, eager or compile")
+    return engine
+
+
+def prepare(engine: str, step: Step, images: Tensor, labels: Tensor, job) -> Step:
+    """The step as the engine runs it. images and labels are an example of its batches, which must all have their shape.
+    `job` gives `state_dict()` and `load_state_dict(state)` for everything the step changes, and the `learner` whose
+    forward pass is compiled. What the engine cannot do is said once, and the step runs eagerly."""
+    if "compile" in engine:
+        step = compiled(step, job.learner)
+    if "cuda_graph" not in engine:
+        return step
+    try:
+        return GraphStep(step, images, labels, job)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"warning: no CUDA graph could be captured, training eagerly: {reason}", file=sys.stderr)
+        return step
+
+
+def compiled(step: Step, learner) -> Step:
+    """The forward pass is compiled with its backward pass, once for attacks and once for updates, and the elementwise
+    work around them (crop, start, sign, clamps) becomes a few fused kernels. Gradients and the optimiser stay outside."""
+    if not getattr(learner, "compiled", False):
+        learner.forward = torch.compile(learner.forward, dynamic=False)
+        for name in ("input_gradient", "update", "update_with_input_gradient", "now"):
+            setattr(learner, name, torch.compiler.disable(getattr(learner, name)))
+        learner.compiled = True
+    return torch.compile(step, dynamic=False)
+
+
+class StaticStep:
+    """The step on buffers of its own: a batch is copied in, then the step runs on them."""
+
+    def __init__(self, step: Step, images: Tensor, labels: Tensor):
+        self.step, self.images, self.labels = step, images.clone(), labels.clone()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.run()
+
+    def run(self) -> None:
+        self.step(self.images, self.labels)
+
+
+class GraphStep(StaticStep):
+    """The step recorded as one CUDA graph. Recording trains a little; everything that changed is put back, the random
+    generator included, so that the first replay is the first step. Raises RuntimeError where it cannot be captured."""
+
+    pool = None  # graphs of different shapes never run at once: they share one memory pool
+
+    def __init__(self, step: Step, images: Tensor, labels: Tensor, job):
+        super().__init__(step, images, labels)
+        GraphStep.pool = GraphStep.pool or torch.cuda.graph_pool_handle()
+        device = images.device
+        before, generator = job.state_dict(), torch.cuda.get_rng_state(device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self.run()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            job.load_state_dict(before)
+            job.learner.optimizer.zero_grad(set_to_none=True)  # the graph makes its own, in its pool
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.run()
+        finally:
+            torch.cuda.synchronize(device)
+            job.load_state_dict(before)
+            torch.cuda.set_rng_state(generator, device)
+        self.run = graph.replay
