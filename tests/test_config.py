@@ -1,4 +1,4 @@
-"""Tests of fastrobust.config: what is filled in, what comes back from a file, and what each mistake is answered with."""
+"""Tests of fastrobust.config: what is filled in, what comes back from a file, and how each mistake is answered."""
 
 import random
 import re
@@ -83,7 +83,8 @@ def test_every_default_is_resolved(file):
     assert found.method.init == "random" and found.method.attack_batchnorm == "train"
     assert found.method.alpha == pytest.approx(10 / 255)
     assert found.model.mean == (0.4914, 0.4822, 0.4465) and found.model.std == (0.2471, 0.2435, 0.2616)
-    assert (found.optimizer.momentum, found.optimizer.weight_decay, found.optimizer.decay_batchnorm) == (0.9, 5e-4, True)
+    assert (found.optimizer.momentum, found.optimizer.weight_decay) == (0.9, 5e-4)
+    assert found.optimizer.decay_batchnorm is True
     assert found.schedule.peak == 0.4
     assert (found.phases[0].resolution, found.phases[0].resize) == (32, 32)
     assert (found.guard.action, found.guard.steps, found.guard.drop) == ("stop", 5, 0.2)
@@ -148,10 +149,16 @@ def test_passes_over_the_data_are_epochs_divided_by_replays(file):
         ("method={name: free, replays: 4}", "optimizer={name: adam, weight_decay: 1e-05}", "guard.action='off'"),
         ("method={name: n_fgsm}", "schedule={name: multistep, lr: 1/3, milestones: [1/2, 3/4], factor: 0.1}"),
         ("method={name: standard}", "schedule={name: points, points: [[0, 0], [5, 0.1], [5, 1e-7], [15, 0]]}"),
-        (*FOLDER, "data.augment={crop: random_resized, flip: true}", "phases.0={epochs: 2, batch_size: 8, resolution: 64,"
-         " resize: 80}", "name=1e5", "output='null'", "evaluation={epsilon: [2/255, 4/255], alpha: 1/255}"),
+        (
+            *FOLDER,
+            "data.augment={crop: random_resized, flip: true}",
+            "phases.0={epochs: 2, batch_size: 8, resolution: 64, resize: 80}",
+            "name=1e5",
+            "output='null'",
+            "evaluation={epsilon: [2/255, 4/255], alpha: 1/255}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_to_yaml_and_back_is_the_same(file, tmp_path, overrides):
     found = load(file, overrides)
     copy = tmp_path / "stored.yaml"
@@ -182,8 +189,8 @@ def test_differences_name_what_differs(file):
 def test_overrides(file):
     found = load(
         file,
-        ["seed=4", "phases.0.batch_size=64", "data.augment.crop=pad", "data.augment.flip=true", "name=other", "data.limit=9",
-         "data.path=a=b", "evaluation.epsilon=4/255", "phases.0.epochs=2", "phases.0.epochs=3"],
+        ["seed=4", "phases.0.batch_size=64", "data.augment.crop=pad", "data.augment.flip=true", "name=other",
+         "data.limit=9", "data.path=a=b", "evaluation.epsilon=4/255", "phases.0.epochs=2", "phases.0.epochs=3"],
     )  # fmt: skip
     assert found.seed == 4 and found.name == "other" and found.data.path == "a=b" and found.data.limit == 9
     assert found.phases[0].batch_size == 64 and found.phases[0].epochs == 3  # the last one wins
@@ -349,12 +356,10 @@ def test_several_mistakes_are_all_told(file):
 
 
 def test_points_must_reach_the_end(file):
-    for points, refused in [("[[0, 0], [14, 0.1]]", True), ("[[0, 0], [15, 0.1]]", False), ("[[0, 0], [20, 1]]", False)]:
-        override = f"schedule={{name: points, points: {points}}}"
-        if refused:
-            assert "schedule.points end at epoch 14, but the phases last 15 epochs" in refusal(file, override)
-        else:
-            assert load(file, [override]).schedule.name == "points"
+    text = refusal(file, "schedule={name: points, points: [[0, 0], [14, 0.1]]}")
+    assert "schedule.points end at epoch 14, but the phases last 15 epochs" in text
+    for end in (15, 20):
+        assert load(file, [f"schedule={{name: points, points: [[0, 0], [{end}, 0.1]]}}"]).schedule.name == "points"
 
 
 def test_resolutions_of_the_phases(file):
@@ -392,10 +397,13 @@ def test_files_that_are_no_config(file, text, words):
     assert re.search(words, found, re.DOTALL) and str(file) in found
 
 
-def test_a_missing_file_names_the_nearest(file):
+def test_a_missing_file_names_the_nearest(file, monkeypatch):
     assert f"did you mean {file}?" in refusal(file.with_name("minimul.yaml"))
-    assert f"there are: {file}" in refusal(file.with_name("zzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzzz"))
     assert "does not exist" in refusal(file.parent / "no" / "such" / "place.yaml")
+    monkeypatch.chdir(file.parent)
+    file.with_name("other.yaml").write_text(MINIMAL)
+    assert "zzzzzzzz.yml does not exist; there are: minimal.yaml, other.yaml" in refusal(Path("zzzzzzzz.yml"))
+    assert "did you mean other.yaml?" in refusal(Path("othr.yaml"))
 
 
 def test_files_that_cannot_be_read(file):
@@ -409,6 +417,54 @@ def test_files_that_cannot_be_read(file):
 def test_sections_do_not_take_another_methods_keys(file):
     assert "unknown key 'method.replays'" in refusal(file, "method.replays=3")
     assert "unknown key 'optimizer.momentum'" in refusal(file, "optimizer={name: adam, momentum: 0.9}")
+
+
+# ---- known gaps
+
+
+def test_off_can_be_written_without_quotes(file):
+    """YAML 1.1 reads `off` as false."""
+    assert load(file, ["guard.action=off"]).guard.action == "off"
+    file.write_text(MINIMAL + "guard: {action: off}\n")
+    assert load(file).guard.action == "off"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a: !!map [x]", "a: !!set [1]", "a: !!bool x", 'a: !!int ""', 'a: !!float ""', "a: !!timestamp x", "a: 2001-99-99"],
+)
+def test_tags_that_pyyaml_stumbles_over(file, line):
+    assert "is not valid YAML" in refusal_of_text(file, MINIMAL + line + "\n")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=2001-99-99",
+        "method.alpha=!!bool x",
+        'seed=!!int ""',
+        "seed=" + "1" * 5000,
+        "name=" + "[" * 3000,
+        "phases.²=1",
+        "phases.²={}",
+        "epsilon=" + "1" * 400 + "/1",
+        "data={dataset: mnist, dataset: cifar10}",
+    ],
+    ids=lambda override: override[:24],
+)
+def test_odd_overrides_are_config_errors(file, override):
+    assert refusal(file, override)
+
+
+@pytest.mark.parametrize("override", ["method.replays=3", "method.steps=3", "optimizer={name: adam, momentum: 0.9}"])
+def test_another_methods_key_is_not_recommended_against_itself(file, override):
+    key = re.search(r"unknown key '([\w.]+)'", refusal(file, override)).group(1)
+    assert f"did you mean '{key}'" not in refusal(file, override)
+
+
+@pytest.mark.parametrize("override", ["phases.0.epohcs=1", "evaluation.epsilon=8", "phases.0.epochs=0"])
+def test_one_mistake_in_a_list_is_told_once(file, override):
+    assert "at least 1 item" not in refusal(file, override)
 
 
 # ---- noise
@@ -436,7 +492,8 @@ def mutate(text: str, rng: random.Random) -> str:
             text = "\n".join(lines)
         else:
             words = re.findall(r"[\w./-]+", text) or [""]
-            text = text.replace(rng.choice(words), rng.choice([*words, "null", "true", "1e999", "-1", "[]", "{}", "8"]), 1)
+            other = [*words, "null", "true", "1e999", "-1", "[]", "{}", "8"]
+            text = text.replace(rng.choice(words), rng.choice(other), 1)
     return text
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from fastrobust.data import sources
+from fastrobust.data import formats, sources
 from fastrobust.data.sources import DATASETS, load, locate, read_idx_pair
 from fastrobust.errors import DataError
 
@@ -99,7 +99,7 @@ def tar_bytes(files: dict[str, bytes]) -> bytes:
 def cifar_batches(count: int = 4) -> tuple[dict[str, bytes], dict[str, tuple[np.ndarray, list[int]]]]:
     """Batch files as the official ones are (protocol 2), and (pixels N x 32 x 32 x 3, labels) for each."""
     files, truth = {}, {}
-    for name in [*sources._BATCHES["train"], "test_batch"]:
+    for name in [*formats.CIFAR_BATCHES["train"], "test_batch"]:
         pixels = RNG.integers(0, 256, (count, 32, 32, 3), np.uint8)
         labels = RNG.integers(0, 10, count).tolist()
         planar = np.stack([pixels[..., channel].reshape(count, 1024) for channel in range(3)], 1)
@@ -206,7 +206,7 @@ def test_hostile_idx_header_allocates_nothing(tmp_path, pack):
 def test_idx_larger_than_the_memory(tmp_path, monkeypatch):
     (tmp_path / "images").write_bytes(IMAGES)
     (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\n")
-    monkeypatch.setattr(sources, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(formats, "_MEMINFO", tmp_path / "meminfo")
     with pytest.raises(DataError, match=r"images needs 7\.84e-06 GB of memory"):
         read_idx_pair(tmp_path / "images", tmp_path / "labels", 10)
 
@@ -373,7 +373,7 @@ def test_cifar_batches(root, form):
     train, test = (load("cifar10", split, path) for split in ("train", "test"))
     check_form(train, 20, 3, 32, CIFAR)
     check_form(test, 4, 3, 32, CIFAR)
-    batches = [truth[name] for name in sources._BATCHES["train"]]
+    batches = [truth[name] for name in formats.CIFAR_BATCHES["train"]]
     np.testing.assert_array_equal(pixels_of(train), np.concatenate([pixels for pixels, _ in batches]))
     assert train.labels.tolist() == [label for _, labels in batches for label in labels]
     np.testing.assert_array_equal(pixels_of(test), truth["test_batch"][0])
@@ -700,7 +700,7 @@ def test_set_larger_than_the_memory(tmp_path, monkeypatch):
     files = image_set(size=100)
     (tmp_path / "set.tar").write_bytes(tar_bytes(files))
     (tmp_path / "set.tar.xz").write_bytes(lzma.compress(tar_bytes(files)))
-    monkeypatch.setattr(sources, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(formats, "_MEMINFO", tmp_path / "meminfo")
     needed = 6 * 100 * 100 * 3
     for share, enough in ((1, False), (0.81, False), (0.79, True)):
         available = round(needed / share / 1024)
@@ -718,13 +718,13 @@ def test_set_larger_than_the_memory(tmp_path, monkeypatch):
 
 def test_real_cifar10_jpeg(monkeypatch):
     archive = real("cifar10-jpeg", "cifar10_jpeg.tar.xz")
-    listing, members = sources._tar_members, {}
+    listing, members = formats.tar_members, {}
 
     def spy(path):  # saves reading the archive a second time
         members.update((member.name, member) for member in listing(path))
         return list(members.values())
 
-    monkeypatch.setattr(sources, "_tar_members", spy)
+    monkeypatch.setattr(formats, "tar_members", spy)
     result = load("cifar10", "test", archive)
     check_form(result, 10000, 3, 32, CIFAR)
     assert result.labels.tolist() == [label for label in range(10) for _ in range(1000)]

@@ -5,30 +5,18 @@ disk or executed. Every problem with the data is a `DataError`.
 """
 
 import difflib
-import gzip
 import hashlib
-import io
-import lzma
-import math
 import os
-import pickle
-import re
 import struct
-import tarfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 
+from fastrobust.data import formats
 from fastrobust.errors import DataError
 
 
@@ -84,21 +72,8 @@ _IDX_MD5 = {  # of the uncompressed images file and labels file
     ("fashion_mnist", "train"): ["f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"],
     ("fashion_mnist", "test"): ["8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"],
 }
-_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
-_PICKLE_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
 _SPLIT_FOLDERS = {"train": ["train"], "test": ["test", "val", "validation"]}
 _LAYOUT = "a folder or tar file(s) of train/<class>/<image> and one of test/..., val/..., validation/..."
-_ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-_IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
-_DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
-_MEMINFO = Path("/proc/meminfo")
 
 
 def load(
@@ -141,15 +116,15 @@ def load(
     else:
         archives = _archives(place)
         source = ", ".join(map(str, archives)) or str(place)
-        listings = [_tar_members(archive) for archive in archives] or [_folder_members(place)]
+        listings = [formats.tar_members(archive) for archive in archives] or [formats.folder_members(place)]
         members = [member for listing in listings for member in listing]
         batches = {member.name.rpartition("/")[2]: member for member in members}
         if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
-            images, labels = _read_batches(batches, split, source)
+            images, labels = formats.read_batches(batches, split, source)
         else:
             chosen, labels, classes = _split_members(members, split, classes, source)
             keep = _evenly_spaced(len(chosen), limit)
-            images, labels = _decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
+            images, labels = formats.decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
     if limit is not None and limit < len(labels):
         keep = _evenly_spaced(len(labels), limit)
         images, labels = images[keep], labels[keep]
@@ -191,12 +166,12 @@ def read_idx_pair(images_path: Path, labels_path: Path, classes: int) -> tuple[n
 
     Raises DataError if a file is damaged or the two do not belong together.
     """
-    images = _read_idx(images_path, (28, 28))
-    labels = _read_idx(labels_path, ())
+    images = formats.read_idx(images_path, (28, 28))
+    labels = formats.read_idx(labels_path, ())
     if len(images) != len(labels):
         counts = f"{len(images)} images and {len(labels)} labels"
         raise DataError(f"{images_path} and {labels_path} hold {counts}: fetch both again")
-    _check_labels(labels, classes, labels_path)
+    formats.check_labels(labels, classes, labels_path)
     return images, labels
 
 
@@ -222,14 +197,14 @@ def _problem(dataset: str, place: Path) -> str | None:
         return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
     if place.is_file() or (place / "train").is_dir():
         return None
-    batches = [name for names in _BATCHES.values() for name in names]
+    batches = [name for names in formats.CIFAR_BATCHES.values() for name in names]
     absent = [name for name in batches if not (place / name).is_file()]
     if dataset == "cifar10" and len(absent) < len(batches):
         return f"lacks {', '.join(absent)}" if absent else None
     archives = _archives(place)
     if dataset == "cifar10" and len(archives) > 1:
         return f"holds {len(archives)} archives: give the `path` of one"
-    return None if archives else f"holds neither train/ nor a file *{', *'.join(_ARCHIVE_SUFFIXES)}"
+    return None if archives else f"holds neither train/ nor a file *{', *'.join(formats.ARCHIVE_SUFFIXES)}"
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -242,7 +217,7 @@ def _archives(place: Path) -> list[Path]:
         return [place]
     if (place / "train").is_dir():
         return []
-    return sorted(file for file in place.iterdir() if file.name.endswith(_ARCHIVE_SUFFIXES))
+    return sorted(file for file in place.iterdir() if file.name.endswith(formats.ARCHIVE_SUFFIXES))
 
 
 def _download(dataset: str, root: Path) -> None:
@@ -265,34 +240,6 @@ def _evenly_spaced(count: int, limit: int | None) -> np.ndarray:
     return np.arange(taken) * count // taken
 
 
-def _check_memory(needed: int, what: str | Path) -> None:
-    """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
-    available = 1024 * int(found[1]) if found else math.inf
-    if needed > 0.8 * available:
-        raise DataError(
-            f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "
-            "available: set a `limit`, lower the resolution or use a machine with more memory"
-        )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file, plain or compressed; what goes wrong while it is read becomes a DataError."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(6)
-        compressed = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
-        with compressed.get(start[:2], open)(path, "rb") as file:
-            yield file
-    except EOFError as error:
-        raise DataError(f"{path} is truncated ({error}): fetch it again") from error
-    except _DAMAGE as error:
-        raise DataError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}): check the file") from error
-
-
 def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Checked images N x 28 x 28 x 1, labels N and the names of their files."""
     files = [_idx_file(folder, name) or folder / name for name in _IDX_NAMES[split]]
@@ -308,137 +255,14 @@ def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray,
     return images[..., None], labels, ", ".join(map(str, files))
 
 
-def _read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
-    """The uint8 array, N x item, in an idx file; takes memory for what is there, not for what it claims."""
-    length = 8 + 4 * len(item)
-    with _opened(path) as file:
-        header = file.read(length)
-        if len(header) < length:
-            raise EOFError(f"{len(header)} bytes instead of a header of {length}")
-        magic, count, *shape = struct.unpack(f">{2 + len(item)}I", header)
-        if magic != 0x801 + len(item) or tuple(shape) != item or count == 0:
-            raise ValueError(f"no idx file of N x {item} bytes: magic {magic:#x}, shape {(count, *shape)}")
-        expected = count * math.prod(item)
-        claim = f"its header claims {count} items = {expected} bytes"
-        if expected > 1032 * path.stat().st_size:  # the most that gzip can compress
-            raise EOFError(f"{claim}, the file has {path.stat().st_size}")
-        _check_memory(expected, path)
-        data = bytearray()
-        while len(data) <= expected and (chunk := file.read(min(1 << 20, expected + 1 - len(data)))):
-            data += chunk
-        if len(data) < expected:
-            raise EOFError(f"{claim}, {len(data)} follow")
-        if len(data) > expected:
-            raise ValueError(f"{claim}, more follow")
-    return np.frombuffer(data, np.uint8).reshape(count, *item)
-
-
-def _check_labels(labels: np.ndarray, classes: int, where: str | Path) -> None:
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if len(wrong):
-        found = f"label {labels[wrong[0]]} of image {wrong[0]}"
-        raise DataError(f"{where}: {found} is outside 0..{classes - 1}: fetch the file again")
-
-
-class _Member(NamedTuple):
-    """A file in a folder or archive: its name there, what to call it in a message, and how to read it."""
-
-    name: str
-    where: str
-    read: Callable[[], bytes]
-
-
-def _folder_members(folder: Path) -> list[_Member]:
-    def fail(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}): check the folder") from error
-
-    tree = os.walk(folder, onerror=fail, followlinks=True)
-    files = [Path(parent, name) for parent, _, names in tree for name in names]
-    return [_Member(file.relative_to(folder).as_posix(), str(file), file.read_bytes) for file in files]
-
-
-def _tar_members(path: Path) -> list[_Member]:
-    """The files in a tar archive. A compressed archive is kept in memory; a plain one is read when needed."""
-    members = []
-    with _opened(path) as file:
-        held = None
-        if not isinstance(file, io.BufferedReader):
-            held = io.BytesIO()
-            while chunk := file.read(1 << 22):
-                held.write(chunk)
-                _check_memory(held.tell(), f"{path}, uncompressed,")
-            held.seek(0)
-        source = held or file
-        with tarfile.open(fileobj=source, mode="r:") as archive:
-            for info in archive:
-                name = info.name.removeprefix("./")
-                where = f"{name} in {path}"
-                if info.isreg():
-                    read = partial(_read_at, held or path, info.offset_data, info.size)
-                    members.append(_Member(name, where, read))
-                elif (info.islnk() or info.issym()) and _is_image(name):
-                    raise DataError(f"{where} is a link: make the archive with `tar -h --hard-dereference`")
-            end = archive.offset
-        source.seek(end)
-        rest = source.read(1 << 20)
-        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):  # tarfile is silent about a damaged header
-            raise ValueError(f"no end-of-archive mark at byte {end}")
-    return members
-
-
-def _read_at(source: io.BytesIO | Path, offset: int, size: int) -> bytes:
-    if isinstance(source, io.BytesIO):
-        return bytes(source.getbuffer()[offset : offset + size])
-    with open(source, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-class _BatchUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays and plain values, and refuses everything that could run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _PICKLE_GLOBALS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is forbidden")
-        return super().find_class(module, name)
-
-
-def _read_batches(batches: dict[str, _Member], split: str, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images N x 32 x 32 x 3 and labels N from the python version's batch files of a split."""
-    pixels, labels = [], []
-    for name in _BATCHES[split]:
-        if name not in batches:
-            raise DataError(f"{source} lacks the CIFAR-10 batch {name}: fetch it again")
-        where = batches[name].where
-        try:
-            batch = _BatchUnpickler(io.BytesIO(batches[name].read()), encoding="latin1").load()
-            rows, marks = batch["data"], np.asarray(batch["labels"])
-            if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
-                raise ValueError(f"data is {rows.dtype} {rows.shape}, not uint8 N x 3072")
-            if marks.dtype.kind not in "iu" or marks.shape != rows.shape[:1]:
-                raise ValueError(f"labels are {marks.dtype} {marks.shape} for {len(rows)} images")
-        except Exception as error:  # a damaged pickle can raise anything
-            problem = f"{type(error).__name__}: {error}"
-            raise DataError(f"{where} is damaged or no CIFAR-10 batch ({problem}): fetch it again") from error
-        _check_labels(marks, 10, where)
-        pixels.append(rows)
-        labels.append(marks)
-    planes = np.concatenate(pixels).reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.concatenate(labels)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(_IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
-
-
 def _split_members(
-    members: list[_Member], split: str, classes: tuple[str, ...] | None, source: str
-) -> tuple[list[_Member], np.ndarray, tuple[str, ...]]:
+    members: list[formats.Member], split: str, classes: tuple[str, ...] | None, source: str
+) -> tuple[list[formats.Member], np.ndarray, tuple[str, ...]]:
     """The images of a split sorted by (class, file name), their labels, and the class names."""
-    groups: dict[str, list[tuple[str, str, _Member]]] = {}  # split folder -> (class, file name, image)
+    groups: dict[str, list[tuple[str, str, formats.Member]]] = {}  # split folder -> (class, file name, image)
     for member in members:
         folder, _, rest = member.name.partition("/")
-        if "/" in rest and _is_image(rest):
+        if "/" in rest and formats.is_image(rest):
             name, _, file = rest.partition("/")
             groups.setdefault(folder, []).append((name, file, member))
     sides = {side: [name for name in names if name in groups] for side, names in _SPLIT_FOLDERS.items()}
@@ -457,42 +281,3 @@ def _split_members(
     chosen = sorted(groups[sides[split][0]])
     labels = np.array([index[name] for name, _, _ in chosen])
     return [member for _, _, member in chosen], labels, tuple(index)
-
-
-def _decode_all(members: list[_Member], size: int, resize: bool) -> np.ndarray:
-    """The images as one array N x size x size x 3, decoded in as many threads as there are processors."""
-    shape = (len(members), size, size, 3)
-    _check_memory(math.prod(shape), f"a set of {len(members)} images of {size} x {size} pixels")
-    images = np.empty(shape, np.uint8)
-
-    def decode(start: int) -> None:
-        for i, member in enumerate(members[start : start + 64], start):
-            images[i] = _decode(member, size, resize)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(0, len(members), 64)):
-            pass
-    return images
-
-
-def _decode(member: _Member, size: int, resize: bool) -> Image.Image:
-    """An upright RGB image (alpha dropped), size x size: resized and cropped to that, or required to be."""
-    try:
-        image = Image.open(io.BytesIO(member.read()), formats=_IMAGE_FORMATS)
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
-            raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
-        if image.mode == "P":  # RGBA first, the way for palettes with transparency
-            image = image.convert("RGBA")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        if resize and image.size != (size, size):
-            width, height = (size * length // min(image.size) for length in image.size)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-        if image.size != (size, size):
-            raise ValueError(f"it is {image.width} x {image.height} pixels, not {size} x {size}")
-        return image
-    except Exception as error:  # a damaged image can raise anything
-        raise DataError(f"{member.where} is not a usable image ({error}): replace or remove it") from error

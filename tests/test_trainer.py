@@ -1,0 +1,589 @@
+"""Tests of fastrobust.trainer. The main oracle is a run that nothing disturbed: whatever was interrupted and resumed must
+end with the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections import Counter
+
+import pytest
+import torch
+
+from fastrobust import attacks, guard, run, trainer
+from fastrobust import config as config_module
+from fastrobust.errors import ConfigError, FastrobustError, RunError
+from fastrobust.trainer import Interrupted, Trainer
+
+CPU = torch.device("cpu")
+SMALL = {"data__limit": 130, "phases": [{"epochs": 3, "batch_size": 40, "resolution": 28}]}  # updates: 4, 7, 10
+SGD = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cyclic", "max_lr": 0.05}}
+METHODS = {
+    "standard": {"method": {"name": "standard"}},
+    "fgsm random": {"method": {"name": "fgsm", "init": "random"}},
+    "fgsm previous": {"method": {"name": "fgsm", "init": "previous"}},
+    "pgd": {"method": {"name": "pgd", "steps": 2, "alpha": 0.03, "skip_misclassified": True}},
+    "free": {"method": {"name": "free", "replays": 2}, "phases__0__epochs": 6},
+    "n_fgsm": {"method": {"name": "n_fgsm"}},
+}
+TWO_PHASES = {
+    "model__name": "preact_resnet18_w16",
+    "data__limit": 50,
+    "data__augment": {"crop": "random_resized", "flip": True},
+    "method": {"name": "fgsm", "init": "previous"},
+    "phases": [
+        {"epochs": 2, "batch_size": 20, "resolution": 8, "resize": 12},  # updates: 3, 5
+        {"epochs": 2, "batch_size": 15, "resolution": 12, "resize": 16},  # then 4, 7
+    ],
+    **SGD,
+}
+
+
+@pytest.fixture
+def config_of(settings, tmp_path):
+    """config_of(**changes) -> Config of a small run; see `settings`. `phases__0__epochs` reaches into the list."""
+
+    def make(**changes):
+        epochs = changes.pop("phases__0__epochs", None)
+        made = settings(tmp_path, **(SMALL | changes))
+        if epochs is not None:
+            made["phases"][0]["epochs"] = epochs
+        return config_module.parse(made, "test")
+
+    return make
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """begin(config, name) -> a Trainer whose files go to a folder of that name."""
+
+    def make(config, name="run"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Trainer(config, tmp_path / name, CPU)
+
+    return make
+
+
+@pytest.fixture
+def resume(begin):
+    def make(config, name="run"):
+        torch.manual_seed(987)  # whatever the state of the generator is
+        job = begin(config, name)
+        job.restore(*run.load_checkpoint(job.directory))
+        return job
+
+    return make
+
+
+def before_step(job, at, act):
+    """Call act() when `at` training steps have been begun, before the step is taken."""
+    step, begun = job.train_step, []
+
+    def train_step(*batch):
+        begun.append(1)
+        if len(begun) == at:
+            act()
+        step(*batch)
+
+    job.train_step = train_step
+
+
+def weights(job):
+    return {name: t.clone() for name, t in job.learner.model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in records]
+
+
+def assert_same_end(job, reference):
+    """All that training leaves behind is equal, except for how long it took."""
+    assert same(weights(job), weights(reference))
+    (tensors, facts), (expected, expected_facts) = (run.load_checkpoint(j.directory) for j in (job, reference))
+    assert tensors.keys() == expected.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
+    for found in (facts, expected_facts):
+        found["history"] = without_times(found["history"])
+        for key in ("train_seconds", "epoch_seconds"):
+            assert found["position"].pop(key) >= 0
+    assert facts == expected_facts
+    lines = [
+        [json.loads(line) for line in (j.directory / run.METRICS).read_text().splitlines()] for j in (job, reference)
+    ]
+    assert without_times(lines[0]) == without_times(lines[1]) == expected_facts["history"]
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_ends_with_the_same_bits(config_of, begin, resume, method, optimizer):
+    config = config_of(**METHODS[method], **(SGD if optimizer == "sgd" else {}))
+    reference = begin(config, "reference")
+    first = weights(reference)
+    reference.train()
+    assert reference.position["stopped"] is None
+    assert len(reference.history) == 3
+    assert not same(weights(reference), first)
+
+    def crash():
+        raise ZeroDivisionError
+
+    for name, at in {"first step": 1, "middle of epoch 2": 6}.items():
+        job = begin(config, name)
+        before_step(job, at, lambda job=job: job._note_signal(signal.SIGTERM, None))
+        with pytest.raises(Interrupted):
+            job.train()
+        assert job.position["step"] == at
+        job = resume(config, name)
+        assert job.learner.updates.item() == at * config.replays
+        job.train()
+        assert_same_end(job, reference)
+
+    job = begin(config, "end of epoch 1")
+    before_step(job, 5, crash)
+    with pytest.raises(ZeroDivisionError):
+        job.train()
+    job = resume(config, "end of epoch 1")
+    assert job.position["step"] == 4
+    job.train()
+    assert_same_end(job, reference)
+
+
+@pytest.mark.parametrize("at", [4, 10], ids=["epoch 1", "the run"])
+@pytest.mark.parametrize("method", ["standard", "fgsm random"])
+def test_a_signal_in_the_last_step_of(config_of, begin, resume, method, at):
+    """The epoch's bookkeeping (metrics, the guard) is still to be done when the run goes on."""
+    config = config_of(**METHODS[method])
+    reference = begin(config, "reference")
+    reference.train()
+    job = begin(config)
+    before_step(job, at, lambda: job._note_signal(signal.SIGINT, None))
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config)
+    job.train()
+    assert_same_end(job, reference)
+
+
+def test_a_run_can_be_interrupted_again_and_again(config_of, begin, resume):
+    config = config_of(**METHODS["fgsm previous"])
+    reference = begin(config, "reference")
+    reference.train()
+    job, stops = begin(config), 0
+    while True:
+        before_step(job, 3, lambda: job._note_signal(signal.SIGINT, None))
+        try:
+            job.train()
+            break
+        except Interrupted:
+            stops += 1
+            job = resume(config)
+    assert stops == 3
+    assert_same_end(job, reference)
+
+
+@pytest.mark.parametrize("at", [2, 6, 8], ids=["in phase 1", "first step of phase 2", "in phase 2"])
+def test_phases_differ_in_resolution_and_batch_size_and_can_be_resumed(config_of, begin, resume, at):
+    config = config_of(**TWO_PHASES)
+    reference = begin(config, "reference")
+    shapes = []
+    step = reference.method
+    reference.method = lambda learner, x, y, delta: shapes.append(tuple(x.shape)) or step(learner, x, y, delta)
+    reference.train()
+    assert shapes == [(20, 3, 8, 8)] * 5 + [(15, 3, 12, 12)] * 7
+    assert [(r["epoch"], r["phase"], r["updates"]) for r in reference.history] == [(1, 0, 3), (2, 0, 5), (3, 1, 9), (4, 1, 12)]
+    job = begin(config)
+    before_step(job, at, lambda: job._note_signal(signal.SIGINT, None))
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config)
+    job.train()
+    assert_same_end(job, reference)
+
+
+def test_a_crash_between_phases_can_be_resumed(config_of, begin, resume):
+    config = config_of(**TWO_PHASES)
+    reference = begin(config, "reference")
+    reference.train()
+    job = begin(config)
+
+    def crash():
+        raise ZeroDivisionError
+
+    before_step(job, 6, crash)
+    with pytest.raises(ZeroDivisionError):
+        job.train()
+    job = resume(config)
+    assert (job.position["phase"], job.position["step"]) == (1, 0)
+    job.train()
+    assert_same_end(job, reference)
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_PHASES], ids=["one phase", "two phases"])
+def test_a_trained_run_can_be_resumed_for_its_evaluation(config_of, begin, resume, changes):
+    """As after a stop during the evaluation: nothing is left to train."""
+    config = config_of(**changes)
+    reference = begin(config)
+    reference.train()
+    job = resume(config)
+    job.train()
+    assert same(weights(job), weights(reference))
+    assert job.history == reference.history
+
+
+def test_resuming_with_other_data_is_refused(config_of, begin):
+    job = begin(config_of(), "a")
+    job.train()
+    other = begin(config_of(data__limit=131), "b")
+    with pytest.raises(RunError, match="begun on 130 images, but there are 131 now"):
+        other.restore(*run.load_checkpoint(job.directory))
+
+
+@pytest.mark.parametrize("changes", [{"model__name": "preact_resnet18_w16"}, SGD], ids=["model", "optimizer"])
+def test_a_checkpoint_of_another_config_is_refused(config_of, begin, changes):
+    job = begin(config_of(phases__0__epochs=1), "a")
+    job.train()
+    other = begin(config_of(phases__0__epochs=1, **changes), "b")
+    with pytest.raises(RunError, match="does not fit its config"):
+        other.restore(*run.load_checkpoint(job.directory))
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_and_says_how_to_go_on(config_of, begin, signum):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    job = begin(config_of())
+    before_step(job, 2, lambda: os.kill(os.getpid(), signum))
+    with pytest.raises(Interrupted, match=f"{signum.name}.*--resume {job.directory}$") as caught:
+        job.train()
+    assert caught.value.signum == signum
+    assert job.position["step"] == 2
+    assert run.load_checkpoint(job.directory)[1]["position"]["step"] == 2
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_signal_stops_at_once(config_of, begin):
+    before = signal.getsignal(signal.SIGINT)
+    job = begin(config_of())
+    before_step(job, 2, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        job.train()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_training_gives_the_signals_back(config_of, begin):
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    begin(config_of(phases__0__epochs=1)).train()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# ---- the plan: epochs, updates, batches
+
+
+@pytest.mark.parametrize(
+    "examples, batch_size, epochs", [(130, 40, 3), (120, 40, 2), (121, 40, 3), (119, 40, 1), (50, 50, 2), (51, 50, 2)]
+)
+def test_odd_images_open_the_next_epochs_batches(config_of, begin, examples, batch_size, epochs):
+    """After pass k, ceil(k n / B) full batches have been seen, and each image k times, or once more."""
+    phases = [{"epochs": epochs, "batch_size": batch_size, "resolution": 28}]
+    job = begin(config_of(data__limit=examples, phases=phases, method={"name": "standard"}))
+    seen, sizes = Counter(), []
+    step = job.train_step
+
+    def train_step(images, labels):
+        sizes.append(len(images))
+        seen.update(image.numpy().tobytes() for image in images)
+        step(images, labels)
+
+    job.train_step = train_step
+    job.train()
+    expected = [math.ceil(k * examples / batch_size) for k in range(1, epochs + 1)]
+    assert [record["updates"] for record in job.history] == expected
+    assert sizes == [batch_size] * expected[-1]
+    assert len(job.learner.lr_table) == expected[-1]
+    assert len(seen) == examples
+    assert set(seen.values()) <= {epochs, epochs + 1}
+
+
+@pytest.mark.parametrize("epochs, passes, marks", [(4, 2, [2, 4]), (5, 3, [2, 4, 5])])
+def test_replays_count_as_epochs_and_update_the_weights(config_of, begin, epochs, passes, marks):
+    config = config_of(method={"name": "free", "replays": 2}, phases__0__epochs=epochs)
+    assert config.passes(config.phases[0]) == passes
+    job = begin(config)
+    job.train()
+    batches = [math.ceil(k * 130 / 40) for k in range(1, passes + 1)]
+    assert [record["updates"] for record in job.history] == [2 * n for n in batches]
+    assert [record["epoch"] for record in job.history] == marks
+    assert len(job.learner.lr_table) == 2 * batches[-1]
+
+
+def test_the_learning_rate_is_that_of_each_updates_middle(config_of, begin):
+    job = begin(config_of(data__limit=80, schedule={"name": "cyclic", "max_lr": 0.01, "peak": 0.5}, phases__0__epochs=2))
+    used = []
+    update = job.learner.update
+    job.learner.update = lambda x, y: (update(x, y), used.append(job.learner.lr.item()))
+    job.train()
+    assert used == pytest.approx([0.0025, 0.0075, 0.0075, 0.0025])
+    assert [record["learning_rate"] for record in job.history] == pytest.approx([0.0075, 0.0025])
+
+
+def test_metrics_are_those_of_the_epoch(config_of, begin):
+    """Against sums kept beside the learner's own."""
+    job = begin(config_of(method={"name": "standard"}, guard={"action": "off"}))
+    seen = []
+    forward = job.learner.forward
+
+    def watched(x):
+        logits = forward(x)
+        seen.append(logits.detach().clone())
+        return logits
+
+    job.learner.forward = watched
+    labels = []
+    step = job.train_step
+    job.train_step = lambda images, y: (labels.append(y.clone()), step(images, y))
+    job.train()
+    for record, first, last in zip(job.history, (0, 4, 7), (4, 7, 10), strict=True):
+        logits, y = torch.cat(seen[first:last]), torch.cat(labels[first:last])
+        assert record["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-5)
+        assert record["train_accuracy"] == (logits.argmax(1) == y).double().mean().item()
+        assert record["images_per_second"] == pytest.approx(len(y) / record["seconds"])
+    assert sum(record["seconds"] for record in job.history) == pytest.approx(job.position["train_seconds"])
+
+
+def test_a_batch_larger_than_the_data_is_refused(config_of, begin):
+    with pytest.raises(ConfigError, match=r"phases\.0\.batch_size is 131, but there are only 130 images"):
+        begin(config_of(phases=[{"epochs": 1, "batch_size": 131, "resolution": 28}]))
+
+
+def test_an_absent_gpu_is_refused():
+    assert trainer.pick_device("cpu") == CPU
+    with pytest.raises(ConfigError, match="cuda:99 is not there"):
+        trainer.pick_device("cuda:99")
+
+
+# ---- seeds and precision
+
+
+@pytest.mark.parametrize("method", ["standard", "fgsm random"])
+def test_a_seed_reproduces_a_run_and_another_seed_does_not(config_of, begin, method):
+    def trained(name, seed):
+        job = begin(config_of(seed=seed, phases__0__epochs=1, **METHODS[method]), name)
+        first = weights(job)
+        torch.rand(3) if name == "b" else None
+        job.train()
+        return first, weights(job), without_times(job.history)
+
+    torch.manual_seed(1)
+    a = trained("a", 5)
+    torch.manual_seed(2)
+    torch.rand(100)
+    c, d = trained("c", 5), trained("d", 6)
+    assert same(a[0], c[0])
+    assert same(a[1], c[1])
+    assert a[2] == c[2]
+    assert not torch.equal(a[0]["network.0.weight"], d[0]["network.0.weight"])
+    assert not same(a[1], d[1])
+
+
+@pytest.mark.parametrize("model", ["mnist_net", "preact_resnet18_w16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_resumes(config_of, begin, resume, precision, model):
+    changes = {"model__name": model, "data__limit": 40, "phases": [{"epochs": 3, "batch_size": 20, "resolution": 28}]}
+    if model != "mnist_net":
+        changes["phases"][0]["resolution"] = 8
+    full = begin(config_of(**changes), "full")
+    full.train()
+    config = config_of(precision=precision, **changes)
+    reference = begin(config, "reference")
+    reference.train()
+    for name, t in weights(reference).items():
+        assert t.dtype in (torch.float32, torch.int64), name
+        assert t.isfinite().all(), name
+    assert not same(weights(reference), weights(full))  # the precision was used
+    assert reference.history[0]["loss"] == pytest.approx(full.history[0]["loss"], rel=0.05)
+    job = begin(config)
+    before_step(job, 3, lambda: job._note_signal(signal.SIGTERM, None))
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config)
+    job.train()
+    assert_same_end(job, reference)
+
+
+# ---- the guard
+
+
+@pytest.fixture
+def overfits(monkeypatch):
+    """PGD finds all of the minibatch robust at first, and none of it from the second epoch on. The list that is given
+    holds the weights at each call."""
+    calls = []
+
+    def pgd(model, images, labels, **settings):
+        assert settings["restarts"] == 1
+        assert settings["epsilon"] == 0.05
+        calls.append({name: t.clone() for name, t in model.state_dict().items()})
+        everyone = torch.ones(len(labels), dtype=torch.bool)
+        return attacks.Verdicts(everyone, everyone if len(calls) == 1 else ~everyone)
+
+    monkeypatch.setattr(attacks, "pgd", pgd)
+    return calls
+
+
+def test_the_guard_stops_and_keeps_the_weights_from_before_the_fall(config_of, begin, resume, overfits, capsys):
+    job = begin(config_of())
+    job.train()
+    assert len(overfits) == len(job.history) == 2
+    assert not same(overfits[0], overfits[1])
+    assert same(weights(job), overfits[0])
+    stopped = job.position["stopped"]
+    assert stopped.startswith("stopped after epoch 2: catastrophic overfitting")
+    assert "fell from 100.0% to 0.0%" in stopped
+    assert stopped.endswith("the weights after epoch 1 are kept")
+    assert stopped in capsys.readouterr().out
+    assert [record["guard_accuracy"] for record in job.history] == [1.0, 0.0]
+    assert "warning" not in job.history[0] and "fell" in job.history[1]["warning"]
+
+    again = resume(config_of())  # stopped for good
+    again.train()
+    assert same(weights(again), overfits[0])
+    assert again.history == job.history
+    assert len(overfits) == 2
+
+
+def test_the_guard_can_only_warn(config_of, begin, overfits):
+    job = begin(config_of(guard={"action": "warn"}))
+    job.train()
+    assert job.position["stopped"] is None
+    assert len(overfits) == len(job.history) == 3
+    assert same(weights(job), overfits[2])
+    assert "fell" in job.history[1]["warning"]
+
+
+def test_a_run_without_any_healthy_epoch_keeps_its_last_weights(config_of, begin, monkeypatch):
+    monkeypatch.setattr(guard, "verdict", lambda history, drop: ("overfit", "made up"))
+    job = begin(config_of())
+    seen = []
+    save = job.save
+    job.save = lambda: (seen.append(weights(job)), save())
+    job.train()
+    assert job.position["stopped"] == "stopped after epoch 1: catastrophic overfitting: made up; no epoch was healthy"
+    assert len(job.history) == 1
+    assert same(weights(job), seen[0])
+
+
+def test_a_suspicion_is_a_warning_and_training_goes_on(config_of, begin, monkeypatch):
+    monkeypatch.setattr(guard, "verdict", lambda history, drop: ("suspect", "made up") if len(history) == 2 else None)
+    job = begin(config_of())
+    job.train()
+    assert job.position["stopped"] is None
+    assert [record.get("warning") for record in job.history] == [None, "suspicious: made up", None]
+
+
+def test_guarding_changes_nothing_but_what_is_recorded(config_of, begin):
+    jobs = {}
+    for action in ("stop", "warn", "off"):
+        jobs[action] = begin(config_of(guard={"action": action}), action)
+        jobs[action].train()
+    assert same(weights(jobs["stop"]), weights(jobs["off"]))
+    assert same(weights(jobs["warn"]), weights(jobs["off"]))
+    assert all("guard_accuracy" in record for record in jobs["warn"].history)
+    assert not any("guard_accuracy" in record for record in jobs["off"].history)
+
+
+def test_the_guard_attacks_the_last_minibatch_with_its_settings(config_of, begin, monkeypatch):
+    job = begin(config_of(guard={"steps": 3, "alpha": 0.02}, phases__0__epochs=2))
+    batches, calls = [], []
+    step, pgd = job.train_step, attacks.pgd
+    job.train_step = lambda *batch: (batches.append(batch), step(*batch))
+
+    def watched(model, images, labels, **settings):
+        verdicts = pgd(model, images, labels, **settings)
+        calls.append((images.clone(), labels.clone(), settings, verdicts))
+        return verdicts
+
+    monkeypatch.setattr(attacks, "pgd", watched)
+    job.train()
+    assert len(calls) == 2
+    for (images, labels, settings, verdicts), last, record in zip(calls, (3, 6), job.history, strict=True):
+        assert torch.equal(images, batches[last][0]) and torch.equal(labels, batches[last][1])
+        assert {key: settings[key] for key in ("epsilon", "alpha", "steps", "restarts")} == {
+            "epsilon": 0.05, "alpha": 0.02, "steps": 3, "restarts": 1,
+        }  # fmt: skip
+        assert record["guard_accuracy"] == pytest.approx(verdicts.robust.sum().item() / 40)
+        assert record["guard_clean_accuracy"] == pytest.approx(verdicts.clean.sum().item() / 40)
+
+
+# ---- a loss that is not a number
+
+EXPLODES_IN_EPOCH_2 = {
+    "optimizer": {"name": "sgd"},
+    "schedule": {"name": "points", "points": [[0, 0.01], [1, 0.01], [1, 1e30], [3, 1e30]]},
+}
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(config_of, begin, resume):
+    job = begin(config_of(**EXPLODES_IN_EPOCH_2))
+    saved = []
+    save = job.save
+    job.save = lambda: (saved.append(weights(job)), save())
+    with pytest.raises(FastrobustError, match=r"the loss became (nan|inf) in epoch 2; the checkpoint of epoch 1 is kept"):
+        job.train()
+    assert len(saved) == 1
+    kept = resume(config_of(**EXPLODES_IN_EPOCH_2))
+    assert same(weights(kept), saved[0])
+    assert all(t.isfinite().all() for t in weights(kept).values())
+    assert len(kept.history) == 1
+
+
+def test_a_loss_that_is_not_a_number_in_the_first_epoch(config_of, begin):
+    job = begin(config_of(**SGD | {"schedule": {"name": "multistep", "lr": 1e30}}))
+    with pytest.raises(FastrobustError, match="in epoch 1; there is no earlier checkpoint"):
+        job.train()
+    assert not (job.directory / run.CHECKPOINT).exists()
+
+
+def test_a_signal_does_not_save_weights_that_are_not_numbers(config_of, begin):
+    job = begin(config_of(**EXPLODES_IN_EPOCH_2))
+    before_step(job, 7, lambda: job._note_signal(signal.SIGTERM, None))
+    with pytest.raises(Interrupted):
+        job.train()
+    assert not all(t.isfinite().all() for t in weights(job).values())
+    tensors, facts = run.load_checkpoint(job.directory)
+    assert facts["position"]["step"] == 4
+    assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("learner.model."))
+
+
+# ---- the summary
+
+
+def test_the_summary_says_what_was_run(config_of, begin):
+    job = begin(config_of())
+    job.train()
+    (job.directory / "environment.json").write_text('{"versions": {"torch": "x"}, "hardware": {}, "commit": null}')
+    evaluations = [
+        {"clean_accuracy": 0.9, "robust_accuracy": 0.5, "attack": "pgd-2-1", "epsilon": e, "alpha": 0.1, "examples": 7}
+        for e in (0.1, 0.2)
+    ]
+    facts = {"history": job.history, "position": job.position | {"stopped": "early"}}
+    found = trainer.summarize(job.config, job.directory, facts, evaluations)
+    seconds = sum(record["seconds"] for record in job.history)
+    expected = {
+        "name": "bars", "method": "fgsm", "dataset": "image_folder", "model": "mnist_net", "epsilon": 0.1,
+        "robust_accuracy": 0.5, "training_epsilon": 0.05, "epochs": 3, "stopped": "early", "seed": 0, "precision": "fp32",
+        "versions": {"torch": "x"}, "evaluations": evaluations,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert found["train_seconds"] == pytest.approx(seconds)
+    assert found["seconds_per_epoch"] == pytest.approx(seconds / 3)
