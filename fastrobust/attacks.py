@@ -100,20 +100,30 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: fl
     return survived
 
 
+NOISE_CHUNK = 256  # examples whose starts are drawn together
+
+
+def start_noise(images: Tensor, first: int, epsilon: float, seed: tuple[int, int]) -> Tensor:
+    """The starts U(-epsilon, epsilon) of examples `first` to `first` + NOISE_CHUNK of a set, for one (seed, restart)."""
+    count = min(NOISE_CHUNK, len(images) - first)
+    generator = torch.Generator(images.device).manual_seed((seed[0] * 1009 + seed[1]) * 1_000_003 + first)
+    noise = torch.empty(count, *images.shape[1:], device=images.device)
+    return noise.uniform_(-epsilon, epsilon, generator=generator).contiguous(memory_format=torch.channels_last)
+
+
 def _packed(
     images: Tensor, alive: Tensor, epsilon: float, batch_size: int, seed: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(indices, U(-epsilon, epsilon) noise) of the alive examples, in batches of batch_size; the last may be smaller."""
+    """(indices, starts) of the alive examples, in batches of batch_size; the last may be smaller."""
     indices, noises, count = [], [], 0
-    for chunk, keep in zip(torch.arange(len(alive), device=alive.device).split(256), alive.split(256), strict=True):
-        if keep.any():
-            generator = torch.Generator(images.device).manual_seed((seed[0] * 1009 + seed[1]) * 1_000_003 + int(chunk[0]))
-            noise = torch.empty(len(chunk), *images.shape[1:], device=images.device)
-            noise = noise.uniform_(-epsilon, epsilon, generator=generator).contiguous(memory_format=torch.channels_last)
-            indices.append(chunk[keep])
-            noises.append(noise[keep])
-            count += len(indices[-1])
-        while count >= batch_size or (count and chunk[-1] == len(alive) - 1):
+    for first in range(0, len(alive), NOISE_CHUNK):
+        index = first + alive[first : first + NOISE_CHUNK].nonzero()[:, 0]
+        if len(index):
+            indices.append(index)
+            noises.append(start_noise(images, first, epsilon, seed)[index - first])
+            count += len(index)
+        last = first + NOISE_CHUNK >= len(alive)
+        while count >= batch_size or (count and last):
             index, noise = torch.cat(indices), torch.cat(noises)
             yield index[:batch_size], noise[:batch_size]
             indices, noises = [index[batch_size:]], [noise[batch_size:]]

@@ -78,13 +78,13 @@ def steps_in(config: Config, phase, examples: int) -> int:
 
 
 class Trainer:
-    """One run. `position` says where it stands; with the tensors of the learner, the kept delta and the state of the
+    """One run, on the data that its config names or on those given. `position` says where it stands; with the tensors of the learner, the kept delta and the state of the
     random generators it is all that a checkpoint needs."""
 
-    def __init__(self, config: Config, directory: Path, device: torch.device):
+    def __init__(self, config: Config, directory: Path, device: torch.device, data: sources.ImageSet | None = None):
         self.config, self.directory, self.device = config, directory, device
         self.engine = engine.choose(config.engine, device)
-        self.data = load_training_data(config, 0)
+        self.data = load_training_data(config, 0) if data is None else data
         self.loader = Resident(self.data, device)
         torch.manual_seed(config.seed)
         model = run.build_model(config, self.data.classes).to(device)

@@ -44,6 +44,12 @@ def bars(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def few_bars(tmp_path_factory) -> Path:
+    """70 train and 20 test images."""
+    return write_folder(tmp_path_factory.mktemp("few_bars"), 70, 20)
+
+
+@pytest.fixture(scope="session")
 def settings(bars):
     """settings(output, key=value, data__limit=9, ...) -> the config of a small run, as a dict: `__` stands for a dot, and
     None takes a key away."""

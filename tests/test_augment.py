@@ -39,7 +39,7 @@ def test_to_unit_is_the_nearest_fp32_of_k_over_255():
 
 def every_crop(image: np.ndarray, padding: int) -> dict[tuple[int, int, bool], np.ndarray]:
     """(down, right, mirrored) -> the crop, pixel by pixel: a pixel outside the image is zero. image: C x H x W."""
-    channels, height, width = image.shape
+    _, height, width = image.shape
     crops = {}
     for down in range(-padding, padding + 1):
         for right in range(-padding, padding + 1):
@@ -125,8 +125,8 @@ def test_one_channel():
 
 
 def with_coordinates(n: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """fp32 images whose first two channels tell where a pixel is, (column + 0.5) / width and (row + 0.5) / height, and whose
-    third is noise: bilinear interpolation of the first two gives the place that was sampled."""
+    """fp32 images whose first two channels tell where a pixel is, (column + 0.5) / width and (row + 0.5) / height, and
+    whose third is noise: bilinear interpolation of the first two gives the place that was sampled."""
     columns = ((torch.arange(width) + 0.5) / width).expand(height, width)
     rows = ((torch.arange(height) + 0.5) / height)[:, None].expand(height, width)
     noise = torch.rand(n, height, width, generator=torch.Generator().manual_seed(seed))
@@ -135,8 +135,8 @@ def with_coordinates(n: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def boxes(out: Tensor, height: int, width: int) -> list[tuple[float, float, float, float]]:
-    """(left, top, width, height) of the crops in pixels of the source; a negative width is a mirrored crop. Read off two
-    inner sample points, which the image's border does not touch."""
+    """(left, top, width, height) of the crops in pixels of the source; a negative width is a mirrored crop. Read off
+    two inner sample points, which the image's border does not touch."""
     side = out.shape[2]
     a, b = side // 2 - 1, side // 2
     found = []
@@ -164,7 +164,7 @@ def test_resized_crops_lie_in_the_image_with_the_recipes_areas_and_ratios():
         ratios.append(w / h)
     assert 0.08 - 1e-3 < min(areas) < 0.09 and 0.95 < max(areas) <= 1 + 1e-3
     assert 0.75 - 1e-3 < min(ratios) < 0.77 and 1.3 < max(ratios) < 4 / 3 + 1e-3
-    small = [(a, r) for a, r in zip(areas, ratios, strict=True) if a < 0.74]  # sides shorter than the image's: none is cut
+    small = [(a, r) for a, r in zip(areas, ratios, strict=True) if a < 0.74]  # none of these is cut to fit
     uniform = sorted((a - 0.08) / 0.66 for a, _ in small)
     logs = sorted((math.log(r) / math.log(4 / 3) + 1) / 2 for _, r in small)
     for values in (uniform, logs):  # Kolmogorov-Smirnov at 0.1 %

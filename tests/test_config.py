@@ -79,7 +79,8 @@ def test_every_default_is_resolved(file):
     found = load(file)
     epsilon = 8 / 255
     assert found.name == "minimal" and found.output == "runs" and found.seed == 0
-    assert found.device == "auto" and found.precision == "fp32"
+    assert found.device == "auto" and found.engine == "auto" and found.precision == "fp32"
+    assert found.epsilon_warmup == 0
     assert found.method.init == "random" and found.method.attack_batchnorm == "train"
     assert found.method.alpha == pytest.approx(10 / 255)
     assert found.model.mean == (0.4914, 0.4822, 0.4465) and found.model.std == (0.2471, 0.2435, 0.2616)
@@ -145,7 +146,7 @@ def test_passes_over_the_data_are_epochs_divided_by_replays(file):
     "overrides",
     [
         (),
-        ("method={name: pgd, alpha: 2/255, steps: 8, skip_misclassified: true}", "precision=bf16", "seed=7"),
+        ("method={name: pgd, alpha: 2/255, steps: 8, skip_misclassified: true}", "precision=bf16", "epsilon_warmup=5/2"),
         ("method={name: free, replays: 4}", "optimizer={name: adam, weight_decay: 1e-05}", "guard.action='off'"),
         ("method={name: n_fgsm}", "schedule={name: multistep, lr: 1/3, milestones: [1/2, 3/4], factor: 0.1}"),
         ("method={name: standard}", "schedule={name: points, points: [[0, 0], [5, 0.1], [5, 1e-7], [15, 0]]}"),
@@ -330,6 +331,10 @@ def test_pixels_on_the_scale_of_255(file, key, value):
         ("device=gpu", "device"),
         ("data.download=maybe", "data.download"),
         ("data.limit=0", "data.limit"),
+        ("epsilon_warmup=-1", "epsilon_warmup"),
+        ("epsilon_warmup=15.5", "epsilon_warmup"),
+        ("epsilon_warmup=nan", "epsilon_warmup"),
+        ("engine=cudagraph", "engine"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(file, override, key):
@@ -419,11 +424,15 @@ def test_sections_do_not_take_another_methods_keys(file):
     assert "unknown key 'optimizer.momentum'" in refusal(file, "optimizer={name: adam, momentum: 0.9}")
 
 
-# ---- known gaps
+# ---- known gaps: remove a mark when its defect is mended
 
 
+def gap(*values: str, reason: str) -> list:
+    return [pytest.param(v, marks=pytest.mark.xfail(strict=True, reason=reason), id=v[:24]) for v in values]
+
+
+@pytest.mark.xfail(strict=True, reason="YAML 1.1 reads off as false")
 def test_off_can_be_written_without_quotes(file):
-    """YAML 1.1 reads `off` as false."""
     assert load(file, ["guard.action=off"]).guard.action == "off"
     file.write_text(MINIMAL + "guard: {action: off}\n")
     assert load(file).guard.action == "off"
@@ -431,7 +440,12 @@ def test_off_can_be_written_without_quotes(file):
 
 @pytest.mark.parametrize(
     "line",
-    ["a: !!map [x]", "a: !!set [1]", "a: !!bool x", 'a: !!int ""', 'a: !!float ""', "a: !!timestamp x", "a: 2001-99-99"],
+    [
+        "a: !!timestamp x",
+        "a: 2001-99-99",
+        *gap("a: !!map [x]", "a: !!set [1]", reason="TypeError in _UniqueKeyLoader"),
+        *gap("a: !!bool x", 'a: !!int ""', 'a: !!float ""', reason="LookupError in PyYAML"),
+    ],
 )
 def test_tags_that_pyyaml_stumbles_over(file, line):
     assert "is not valid YAML" in refusal_of_text(file, MINIMAL + line + "\n")
@@ -440,29 +454,36 @@ def test_tags_that_pyyaml_stumbles_over(file, line):
 @pytest.mark.parametrize(
     "override",
     [
-        "name=2001-99-99",
-        "method.alpha=!!bool x",
-        'seed=!!int ""',
-        "seed=" + "1" * 5000,
-        "name=" + "[" * 3000,
-        "phases.²=1",
-        "phases.²={}",
-        "epsilon=" + "1" * 400 + "/1",
-        "data={dataset: mnist, dataset: cifar10}",
+        *gap("name=2001-99-99", "method.alpha=!!bool x", 'seed=!!int ""', reason="_apply catches only YAMLError"),
+        *gap("seed=" + "1" * 5000, "name=" + "[" * 500, reason="_apply catches only YAMLError"),
+        *gap("phases.²=1", "phases.²={}", reason="'²'.isdigit() is true, int('²') an error"),
+        *gap("epsilon=" + "1" * 400 + "/1", reason="OverflowError in parse_number"),
+        *gap("data={dataset: mnist, dataset: cifar10}", reason="overrides let a repeated key win"),
     ],
-    ids=lambda override: override[:24],
 )
 def test_odd_overrides_are_config_errors(file, override):
     assert refusal(file, override)
 
 
-@pytest.mark.parametrize("override", ["method.replays=3", "method.steps=3", "optimizer={name: adam, momentum: 0.9}"])
+@pytest.mark.parametrize(
+    "override",
+    gap(
+        "method.replays=3",
+        "method.steps=3",
+        "optimizer={name: adam, momentum: 0.9}",
+        reason="the nearest key comes from another method's section",
+    ),
+)
 def test_another_methods_key_is_not_recommended_against_itself(file, override):
-    key = re.search(r"unknown key '([\w.]+)'", refusal(file, override)).group(1)
-    assert f"did you mean '{key}'" not in refusal(file, override)
+    text = refusal(file, override)
+    key = re.search(r"unknown key '([\w.]+)'", text).group(1)
+    assert f"did you mean '{key}'" not in text
 
 
-@pytest.mark.parametrize("override", ["phases.0.epohcs=1", "evaluation.epsilon=8", "phases.0.epochs=0"])
+@pytest.mark.parametrize(
+    "override",
+    gap("phases.0.epohcs=1", "evaluation.epsilon=8", "phases.0.epochs=0", reason="pydantic's min_length adds a line"),
+)
 def test_one_mistake_in_a_list_is_told_once(file, override):
     assert "at least 1 item" not in refusal(file, override)
 

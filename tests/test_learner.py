@@ -31,9 +31,7 @@ def make_model(seed: int = 0) -> nn.Module:
 
 def make_batches(count: int, n: int = 8) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.rand(n, 1, 6, 6, generator=generator), torch.randint(4, (n,), generator=generator)) for _ in range(count)
-    ]
+    return [(torch.rand(n, 1, 6, 6, generator=generator), torch.randint(4, (n,), generator=generator)) for _ in range(count)]
 
 
 def plain_training(model: nn.Module, optimizer: torch.optim.Optimizer, batches, rates) -> None:

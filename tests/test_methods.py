@@ -30,8 +30,10 @@ def section(name: str, epsilon: float = EPSILON, **keys):
     ).method
 
 
-def step(name: str, **keys) -> methods.Step:
-    return methods.from_config(section(name, **keys), EPSILON)
+def step(name: str, epsilon: float = EPSILON, scale: float | Tensor = 1.0, **keys):
+    """The step of a config's `method` section, as a function of (learner, x, y, delta)."""
+    found = methods.from_config(section(name, epsilon, **keys), epsilon)
+    return lambda learner, x, y, delta: found(learner, x, y, delta, scale)
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -104,7 +106,7 @@ def into_box(d: float, x: float) -> float:
 
 
 def noise(x: Tensor, radius: float) -> Tensor:
-    return per_pixel(into_box, torch.empty_like(x).uniform_(-radius, radius), x)
+    return per_pixel(lambda u, p: into_box((2 * u - 1) * radius, p), torch.rand_like(x), x)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> None:
@@ -152,11 +154,13 @@ def test_fgsm(init, alpha):
 
 def test_fgsm_alpha_defaults_to_five_quarters_of_epsilon():
     x = torch.full((2, 2, 6, 6), 0.5)
-    fgsm = methods.from_config(section("fgsm", init="zero"), 10.0)  # so large a ball that nothing is clipped
-    found = fgsm(make_learner(make_model()), x, torch.tensor([0, 1]), x)
-    moved = found[found != 0]
-    close(moved.abs(), torch.full_like(moved, 0.125))
-    assert len(moved) > 100
+    for epsilon in (0.1, 0.2):
+        method = section("fgsm", epsilon, init="zero")
+        fgsm = methods.from_config(method, 10.0)  # so large a ball that nothing is clipped
+        found = fgsm(make_learner(make_model()), x, torch.tensor([0, 1]), x, 1.0)
+        moved = found[found != 0]
+        close(moved.abs(), torch.full_like(moved, 1.25 * epsilon))
+        assert len(moved) > 100
 
 
 def test_previous_starts_from_the_last_delta():
@@ -257,6 +261,31 @@ def test_free_depends_on_the_delta_it_is_given():
     step("free", replays=1)(learner, x, y, torch.zeros_like(x))
     step("free", replays=1)(other, x, y, torch.full_like(x, 0.05))
     assert not torch.equal(learner.model[0].weight, other.model[0].weight)
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+@pytest.mark.parametrize(
+    ("name", "keys", "smaller"),
+    [
+        ("fgsm", {"alpha": 0.08}, {"alpha": 0.02}),
+        ("fgsm", {"init": "previous", "alpha": 0.08}, {"init": "previous", "alpha": 0.02}),
+        ("n_fgsm", {}, {}),
+        ("pgd", {"steps": 2, "alpha": 0.04}, {"steps": 2, "alpha": 0.01}),
+        ("free", {"replays": 2}, {"replays": 2}),
+        ("standard", {}, {}),
+    ],
+)
+def test_the_scale_multiplies_epsilon_and_alpha(name, keys, smaller, scale):
+    """A step at a scale of 1/4 is the step of a config with a quarter of epsilon and alpha."""
+    models, found = [make_model(), make_model()], []
+    x, y = make_batch()
+    kept = torch.full_like(x, 0.02)
+    for model, method in zip(models, [step(name, 0.1, scale, **keys), step(name, 0.025, **smaller)], strict=True):
+        torch.manual_seed(11)
+        found.append(method(make_learner(model), x, y, kept))
+    close(found[0], found[1])
+    same_weights(*models)
+    assert 0 < found[0].abs().max() <= 0.075 + 1e-6
 
 
 # ---- how many passes, and what they cost
@@ -435,7 +464,7 @@ def test_saturated_pixels_have_a_gradient_and_move_inwards():
     torch.manual_seed(2)
     found = step("fgsm", alpha=0.08)(make_learner(Linear()), x, y, torch.zeros_like(x))
     torch.manual_seed(2)
-    raw = torch.empty_like(x).uniform_(-EPSILON, EPSILON)
+    raw = (2 * torch.rand_like(x) - 1) * EPSILON
     moved = inwards & (found.abs() >= 0.08 - 1e-6)
     assert moved.sum() > 0.99 * inwards.sum()  # the gradient at x + noise has the same sign but for a few
 
@@ -463,7 +492,7 @@ def test_pgd_gradients_are_fresh_in_every_step(steps, end):
     the size: fresh gradients lead back, accumulated ones on to 0.7."""
     x = torch.full((1, 1, 1, 1), 0.4)
     learner = Learner(Hill(), config.Sgd(name="sgd"), torch.zeros(4))
-    pgd = methods.from_config(section("pgd", epsilon=0.3, alpha=0.15, steps=steps, init="zero"), 0.3)
+    pgd = step("pgd", epsilon=0.3, alpha=0.15, steps=steps, init="zero")
     close(pgd(learner, x, torch.tensor([0]), torch.zeros_like(x)), torch.full_like(x, end))
 
 
@@ -487,7 +516,7 @@ def test_skip_misclassified_leaves_wrong_examples_at_their_start():
     torch.manual_seed(3)
     found = step("pgd", steps=4, alpha=0.05, skip_misclassified=True)(make_learner(Zero()), x, y, torch.zeros_like(x))
     torch.manual_seed(3)
-    begin = torch.empty_like(x).uniform_(-EPSILON, EPSILON)
+    begin = noise(x, EPSILON)
     close(found[y != 0], begin[y != 0])
     close(found[y == 0].abs(), torch.full_like(found[y == 0], EPSILON))
     moved = step("pgd", steps=4, alpha=0.05)(make_learner(Zero()), x, y, torch.zeros_like(x))

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from fastrobust import config, schedules
-from fastrobust.trainer import lr_table, steps_in
+from fastrobust.trainer import epsilon_scale_table, lr_table, steps_in
 
 IMAGENET = [(0, 0), (1, 0.4), (6, 0.04), (12, 0.004), (15, 0.0004)]
 
 
-def make_config(method: str = "standard", schedule: dict | None = None, phases: list | None = None, **method_keys):
+def make_config(method: str = "standard", schedule=None, phases=None, warmup: float = 0, **method_keys):
     return config.parse(
         {
             "name": "test",
             "epsilon": 0.3,
+            "epsilon_warmup": warmup,
             "data": {"dataset": "mnist"},
             "model": {"name": "mnist_net"},
             "method": {"name": method, **method_keys},
@@ -141,3 +142,20 @@ def test_table_goes_through_the_phases():
         return 0.004 - 0.0036 * (t - 12) / 3
 
     torch.testing.assert_close(lr_table(found, 100), torch.tensor([rate(t) for t in middles]))
+
+
+def test_warm_up_of_epsilon_is_linear_and_then_one():
+    """2.5 epochs of 4 updates: after k + 1/2 updates it stands at (k + 1/2) / 10."""
+    found = make_config("fgsm", phases=[{"epochs": 5, "batch_size": 25}], warmup=2.5)
+    expected = [(k + 0.5) / 10 for k in range(10)] + [1.0] * 10
+    torch.testing.assert_close(epsilon_scale_table(found, 100), torch.tensor(expected))
+    without = make_config("fgsm", phases=[{"epochs": 5, "batch_size": 25}])
+    assert epsilon_scale_table(without, 100).tolist() == [1.0] * 20
+
+
+def test_warm_up_of_epsilon_with_replays():
+    """2 epochs of `free` with 4 replays are half a pass: 4 of its 8 minibatches, 16 updates."""
+    found = make_config("free", phases=[{"epochs": 4, "batch_size": 25}], warmup=2, replays=4)
+    table = epsilon_scale_table(found, 200)
+    torch.testing.assert_close(table, torch.tensor([(k + 0.5) / 16 for k in range(16)] + [1.0] * 16))
+    assert len(table) == len(lr_table(found, 200))

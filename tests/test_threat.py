@@ -93,6 +93,22 @@ def test_uniform_start_draws_every_pixel_anew():
     assert not torch.equal(delta, threat.uniform_start(x, 0.1))
 
 
+def test_radii_may_be_tensors():
+    """As a schedule gives them: with one element, zero included."""
+    x = images(3, 2, 5, 4)
+    delta = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
+    for radius in (0.0, 0.125):
+        tensor = torch.tensor(radius)
+        assert torch.equal(threat.project(delta, x, tensor), threat.project(delta, x, radius))
+        assert torch.equal(threat.signed_step(delta, x - 0.5, tensor), threat.signed_step(delta, x - 0.5, radius))
+        torch.manual_seed(6)
+        start = threat.uniform_start(x, tensor)
+        torch.manual_seed(6)
+        assert torch.equal(start, threat.uniform_start(x, radius))
+        assert start.abs().max() <= radius
+    assert not start.requires_grad and start.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_signed_step_moves_by_alpha_or_not_at_all(dtype):
     """Zero, minus zero and not-a-number stay; the smallest and the infinite gradient make a whole step."""

@@ -1,0 +1,123 @@
+"""One training step: images/s of every method, engine and precision against the usual loop, on a ResNet-18 at batch 128.
+
+    python -m benchmarks.step --quick          # two CPU cores: a few minutes
+    python -m benchmarks.step --json benchmarks/results/step.json
+
+Images are random: what is in them does not change the time. Batches are ready in memory; `benchmarks.epoch` adds the loaders.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, usual_loop
+from fastrobust import config as config_module
+from fastrobust import engine, trainer
+from fastrobust.data.sources import ImageSet
+from fastrobust.models import PreActResNet18
+
+METHODS = {
+    "standard": {"name": "standard"},
+    "fgsm": {"name": "fgsm"},
+    "pgd-7": {"name": "pgd", "steps": 7, "alpha": "2/255"},
+    "free-8": {"name": "free", "replays": 8},
+}
+
+
+def images(n: int) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (n,), generator=generator)
+    return ImageSet(pixels.permute(0, 3, 1, 2), labels, tuple("0123456789"), "random")
+
+
+def cifar_config(method: str, engine_name: str, precision: str, batch_size: int, epochs: int = 100) -> config_module.Config:
+    return config_module.parse(
+        {
+            "name": "benchmark",
+            "engine": engine_name,
+            "precision": precision,
+            "epsilon": "8/255",
+            "data": {"dataset": "cifar10", "augment": {"crop": "pad", "flip": True}},
+            "model": {"name": "preact_resnet18"},
+            "method": METHODS[method],
+            "optimizer": {"name": "sgd"},
+            "schedule": {"name": "cyclic", "max_lr": 0.2},
+            "phases": [{"epochs": epochs, "batch_size": batch_size}],
+        },
+        "the benchmark",
+    )
+
+
+def make_job(config: config_module.Config, data: ImageSet, device: torch.device) -> trainer.Trainer:
+    job = trainer.Trainer(config, Path("unused"), device, data)
+    x, y = next(job.loader.batches(0, 0, config.phases[0].batch_size, 0, 1))
+    job.step = engine.prepare(job.engine, job.train_step, x, y, job)
+    return job
+
+
+def main() -> None:
+    p = measure.arguments(__doc__.splitlines()[0])
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--compile", action="store_true", help="with --quick: also the compiled engine")
+    arguments = p.parse_args()
+    device, batch_size = trainer.pick_device(arguments.device), arguments.batch_size
+    cuda = device.type == "cuda"
+    torch.backends.cudnn.benchmark = True
+    data = images(4 * batch_size)
+    engines = ["eager", "compile", "cuda_graph", "compile+cuda_graph"] if cuda else ["eager", "compile"]
+    precisions = ["fp16", "bf16", "fp32"] if cuda else ["fp32"]
+    kinds = [(m, e, p) for p in precisions for e in engines for m in METHODS]
+    if arguments.quick:
+        kinds = [(m, e, precisions[0]) for e in engines for m in ("standard", "fgsm")]
+        if not cuda and not arguments.compile:
+            kinds = [kind for kind in kinds if kind[1] == "eager"]
+
+    rows = {}
+    for method, engine_name, precision in kinds:
+        job = make_job(cifar_config(method, engine_name, precision, batch_size), data, device)
+        x, y = next(job.loader.batches(0, 0, batch_size, 0, 1))
+        rows[f"{method} {engine_name} {precision}"] = lambda job=job, x=x, y=y: job.step(x, y)
+    for half in [False, True] if cuda else [False]:
+        loop = usual_loop.UsualLoop(PreActResNet18(), device, half=half)
+        batches = usual_loop.loader(data.images, data.labels, batch_size, 0, False)
+        x, y = next(iter(batches))
+        rows[f"usual loop {'fp16' if half else 'fp32'}"] = lambda loop=loop, x=x, y=y: loop.step(x, y)
+
+    repetitions = (5 if arguments.quick else 15) if not cuda else 20
+    times = measure.interleaved(rows, device, repetitions=repetitions, inner=10 if cuda else 1, warm_up=3 if cuda else 1)
+    best = precisions[0]
+    usual = times[f"usual loop {'fp16' if cuda else 'fp32'}"]
+    standard = times[f"standard {engines[0]} {best}"]
+    fastest = min(
+        (n for n in rows if n.startswith("fgsm") and n.endswith(best)), key=lambda n: measure.summary(times[n])["median"]
+    )
+    result = {
+        "batch_size": batch_size,
+        "fgsm_over_standard": measure.ratio(times[f"fgsm {engines[0]} {best}"], standard),
+        "speedup_over_usual_loop": measure.ratio(usual, times[f"fgsm {engines[0]} {best}"]),
+        "fastest_fgsm": fastest,
+        "fastest_speedup_over_usual_loop": measure.ratio(usual, times[fastest]),
+        "repetitions": repetitions,
+        "seconds_per_step": {name: measure.summary(t) for name, t in times.items()},
+    }
+    table = []
+    for name, t in times.items():
+        s = measure.summary(t)
+        ms = f"{s['median'] * 1e3:.2f} ({s['min'] * 1e3:.2f} to {s['max'] * 1e3:.2f})"
+        cells = [
+            name,
+            ms,
+            f"{batch_size / s['median']:,.0f}",
+            f"{measure.ratio(t, standard):.2f}",
+            f"{measure.ratio(usual, t):.2f}",
+        ]
+        table.append(cells)
+    columns = ["step", "ms, median (min to max)", "images/s", "over standard", "times the usual loop's speed"]
+    measure.report("step", columns, table, result, arguments.json, device)
+
+
+if __name__ == "__main__":
+    main()
