@@ -3,8 +3,8 @@
     python -m benchmarks.evaluate --quick      # two CPU cores: a few minutes
     python -m benchmarks.evaluate --run runs/cifar10_fgsm
 
-Without --run a small network is trained first (Fashion-MNIST, one epoch) and attacked at a radius at which somewhat less than
-half of the examples stay robust, as with the paper's CIFAR-10 models: the fewer stay, the more there is to gain.
+Without --run a small network is trained first (Fashion-MNIST, one epoch) and attacked at a radius at which less than half
+of the examples stay robust, as with the paper's CIFAR-10 models: the fewer stay, the more there is to gain.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.step --quick          # two CPU cores: a few minutes
     python -m benchmarks.step --json benchmarks/results/step.json
 
-Images are random: what is in them does not change the time. Batches are ready in memory; `benchmarks.epoch` adds the loaders.
+Images are random: what is in them does not change the time. Batches are ready in memory, for the usual loop too.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def steps_in(config: Config, phase, examples: int) -> int:
 
 
 class Trainer:
-    """One run, on the data that its config names or on those given. `position` says where it stands; with the tensors of the learner, the kept delta and the state of the
-    random generators it is all that a checkpoint needs."""
+    """One run, on the data that its config names or on those given. `position` says where it stands; with the tensors of
+    the learner, the kept delta and the state of the random generators it is all that a checkpoint needs."""
 
     def __init__(self, config: Config, directory: Path, device: torch.device, data: sources.ImageSet | None = None):
         self.config, self.directory, self.device = config, directory, device

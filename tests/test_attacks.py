@@ -226,7 +226,7 @@ def test_points_lie_in_the_ball_and_the_box_and_start_at_the_noise(model, data):
 
         def forward(self, z):
             seen.append(z.detach().clone())
-            return self.model(z) + 100 * right[:len(z)] # nothing leaves the batch
+            return self.model(z) + 100 * right[: len(z)]  # nothing leaves the batch
 
     found = attacks.pgd(Recorder(), images, labels, epsilon=0.1, alpha=0.04, steps=4, restarts=2)
     assert found.robust.all()

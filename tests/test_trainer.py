@@ -122,9 +122,7 @@ def assert_same_end(job, reference):
         for key in ("train_seconds", "epoch_seconds"):
             assert found["position"].pop(key) >= 0
     assert facts == expected_facts
-    lines = [
-        [json.loads(line) for line in (j.directory / run.METRICS).read_text().splitlines()] for j in (job, reference)
-    ]
+    lines = [[json.loads(line) for line in (j.directory / run.METRICS).read_text().splitlines()] for j in (job, reference)]
     assert without_times(lines[0]) == without_times(lines[1]) == expected_facts["history"]
 
 
