@@ -146,7 +146,7 @@ def test_passes_over_the_data_are_epochs_divided_by_replays(file):
     "overrides",
     [
         (),
-        ("method={name: pgd, alpha: 2/255, steps: 8, skip_misclassified: true}", "precision=bf16", "epsilon_warmup=5/2"),
+        ("method={name: pgd, alpha: 2/255, steps: 8, skip_misclassified: true}", "precision=bf16", "epsilon_warmup=5"),
         ("method={name: free, replays: 4}", "optimizer={name: adam, weight_decay: 1e-05}", "guard.action='off'"),
         ("method={name: n_fgsm}", "schedule={name: multistep, lr: 1/3, milestones: [1/2, 3/4], factor: 0.1}"),
         ("method={name: standard}", "schedule={name: points, points: [[0, 0], [5, 0.1], [5, 1e-7], [15, 0]]}"),
@@ -303,6 +303,7 @@ def test_pixels_on_the_scale_of_255(file, key, value):
         ("epsilon=0", "epsilon"),
         ("schedule.max_lr=0", "schedule.max_lr"),
         ("schedule.max_lr=nan", "schedule.max_lr"),
+        ("schedule.max_lr=1e999", "schedule.max_lr"),
         ("schedule.peak=1", "schedule.peak"),
         ("optimizer.momentum=1", "optimizer.momentum"),
         ("optimizer.weight_decay=-1e-4", "optimizer.weight_decay"),

@@ -31,7 +31,8 @@ def make_model(seed: int = 0) -> nn.Module:
 
 def make_batches(count: int, n: int = 8) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [(torch.rand(n, 1, 6, 6, generator=generator), torch.randint(4, (n,), generator=generator)) for _ in range(count)]
+    images = [torch.rand(n, 1, 6, 6, generator=generator) for _ in range(count)]
+    return [(x, torch.randint(4, (n,), generator=generator)) for x in images]
 
 
 def plain_training(model: nn.Module, optimizer: torch.optim.Optimizer, batches, rates) -> None:
