@@ -25,7 +25,7 @@ def parse_number(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return float(Fraction(value.replace(" ", ""))) if "/" in value else float(value)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise ValueError(f"'{value}' is not a number; write 0.03 or 8/255") from None
     if isinstance(value, bool):
         raise ValueError("expected a number, got true/false")
@@ -44,6 +44,12 @@ def _mean(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _some(values: tuple) -> tuple:
+    if not values:
+        raise ValueError("at least one value is needed")
+    return values
+
+
 def _std(values: tuple[float, ...]) -> tuple[float, ...]:
     if any(v <= 0 for v in values):
         raise ValueError("must be positive")
@@ -54,7 +60,7 @@ Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=Fal
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Pixels = Annotated[Number, Field(ge=0), AfterValidator(_pixels)]
-Count = Annotated[int, Field(ge=1, strict=True)]
+Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
 
 
 class Section(BaseModel):
@@ -155,7 +161,7 @@ class Points(Section):
     """Linear interpolation between (epoch, learning rate) pairs."""
 
     name: Literal["points"]
-    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], Field(min_length=2)]
+    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(_some)]
 
     @model_validator(mode="after")
     def _sorted(self):
@@ -174,11 +180,15 @@ class Phase(Section):
     resize: Count | None = None
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 reads `off` as false
+
+
 class Guard(Section):
     """PGD on one training minibatch after each epoch (paper, appendix B): a fall of robust accuracy by more than `drop`
     from one epoch to the next is catastrophic overfitting. alpha defaults to epsilon / 4 (2/255 at epsilon 8/255)."""
 
-    action: Literal["stop", "warn", "off"] = "stop"
+    action: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_off)] = "stop"
     steps: Count = 5
     alpha: Pixels | None = None
     drop: Annotated[Number, Field(gt=0, lt=1)] = 0.2
@@ -187,7 +197,7 @@ class Guard(Section):
 class Evaluation(Section):
     """PGD on the test set. epsilon defaults to the training epsilon; alpha to epsilon / 4."""
 
-    epsilon: Annotated[tuple[Pixels, ...], Field(min_length=1)] | None = None
+    epsilon: Annotated[tuple[Pixels, ...], AfterValidator(_some)] | None = None
     alpha: Pixels | None = None
     steps: Count = 50
     restarts: Count = 10
@@ -216,7 +226,7 @@ class Config(Section):
     method: Annotated[Standard | Fgsm | NFgsm | Pgd | Free, Field(discriminator="name")]
     optimizer: Annotated[Sgd | Adam, Field(discriminator="name")]
     schedule: Annotated[Cyclic | Multistep | Points, Field(discriminator="name")]
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    phases: Annotated[tuple[Phase, ...], AfterValidator(_some)]
     guard: Guard = Guard()
     evaluation: Evaluation = Evaluation()
 
@@ -237,8 +247,8 @@ class Config(Section):
         if self.evaluation.epsilon is None:
             self.evaluation.epsilon = (self.epsilon,)
         mean, std = NORMALISATION[data.dataset]
-        self.model.mean = self.model.mean or mean
-        self.model.std = self.model.std or std
+        self.model.mean = mean if self.model.mean is None else self.model.mean
+        self.model.std = std if self.model.std is None else self.model.std
         channels = CHANNELS[data.dataset]
         if len(self.model.mean) != channels or len(self.model.std) != channels:
             raise ValueError(f"model.mean and model.std need {channels} value(s) for {data.dataset}")
@@ -295,6 +305,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         seen = set()
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected `key: value` pairs", node.start_mark)
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
@@ -305,11 +317,16 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(text: str, where: str) -> dict[str, Any]:
+def _parse_yaml(text: str, where: str) -> Any:
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError) as error:
-        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds. Raises ConfigError, which names `where`."""
+    data = _parse_yaml(text, where)
     if not isinstance(data, dict):
         raise ConfigError(f"{where} must hold `key: value` lines, found {type(data).__name__}")
     return data
@@ -360,19 +377,18 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _nearest_file(path: Path) -> str:
-    names = [str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml")]
-    near = difflib.get_close_matches(str(path), names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(sorted(names))}" if names else ""
+    there = {p.name: str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml")}
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return (
+        f"; did you mean {there[near[0]]}?" if near else f"; there are: {', '.join(sorted(there.values()))}" if there else ""
+    )
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{override}' is not of the form key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"'{override}': '{text}' is not a YAML value") from None
+    value = _parse_yaml(text, f"'{override[:80]}'")
     node: Any = data
     *parents, last = key.split(".")
     for part in parents:
@@ -392,7 +408,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _item(node: list, part: str, override: str) -> Any:
-    if not part.isdigit() or int(part) >= len(node):
+    if not (part.isascii() and part.isdecimal() and len(part) < 9) or int(part) >= len(node):
         raise ConfigError(f"'{override}': '{part}' must be a number from 0 to {len(node) - 1}")
     return node[int(part)]
 
@@ -427,6 +443,8 @@ def _explain(error: dict[str, Any]) -> str:
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         known = _all_keys()
+        if key in known:
+            return f"unknown key '{key}': it does not belong to this {loc[0]}'s `name`"
         siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
         same_leaf = [k for k in known if k.rpartition(".")[2] == loc[-1]]
         near = same_leaf or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)

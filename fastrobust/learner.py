@@ -68,12 +68,14 @@ class Learner:
         correctly there (bool, N). Weights get no gradient."""
         if self.attack_batchnorm == "eval":
             self.model.eval()
-        with frozen(self.model):
-            x = x.detach().requires_grad_()
-            logits = self.forward(x)
-            loss = self.scaler.scale(F.cross_entropy(logits, y))
-            (gradient,) = torch.autograd.grad(loss, x)
-        self.model.train()
+        try:
+            with frozen(self.model):
+                x = x.detach().requires_grad_()
+                logits = self.forward(x)
+                loss = self.scaler.scale(F.cross_entropy(logits, y))
+                (gradient,) = torch.autograd.grad(loss, x)
+        finally:
+            self.model.train()
         return gradient, logits.detach().argmax(1) == y
 
     def update(self, x: Tensor, y: Tensor) -> None:
@@ -129,10 +131,11 @@ class Learner:
         if mine.keys() != state["tensors"].keys():
             odd = sorted(mine.keys() ^ state["tensors"].keys())
             raise KeyError(f"the stored state does not fit this model and optimiser: {odd[:3]}")
+        for name, t in mine.items():
+            if t.shape != state["tensors"][name].shape:
+                raise RuntimeError(f"{name} has shape {tuple(t.shape)}, stored {tuple(state['tensors'][name].shape)}")
         with torch.no_grad():
             for name, t in mine.items():
-                if t.shape != state["tensors"][name].shape:
-                    raise RuntimeError(f"{name} has shape {tuple(t.shape)}, stored {tuple(state['tensors'][name].shape)}")
                 t.copy_(state["tensors"][name])
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
@@ -145,8 +148,8 @@ class Learner:
 def build_optimizer(model: nn.Module, config, lr: Tensor) -> torch.optim.Optimizer:
     """SGD or Adam in one fused call per step, reading its learning rate from the tensor `lr`. Its state exists from the
     start (zero moments: what the first step would have made), so that every step is the same."""
-    normalisation = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
-    spared = {id(p) for m in model.modules() if isinstance(m, normalisation) for p in m.parameters()}
+    batchnorm = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    spared = {id(p) for m in batchnorm for p in m.parameters()}
     if config.decay_batchnorm:
         spared = set()
     parameters = [p for p in model.parameters() if p.requires_grad]

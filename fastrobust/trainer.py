@@ -275,7 +275,7 @@ class Trainer:
         """A loss that is not a number has spoilt the weights, unless fp16's scaler skipped that update."""
         if math.isfinite(loss_sum):
             return
-        if self.config.precision == "fp16" and all(p.isfinite().all() for p in self.learner.model.parameters()):
+        if self.config.precision == "fp16" and all(t.isfinite().all() for t in self.learner.model.state_dict().values()):
             return
         kept = f"the checkpoint of epoch {self._epochs_done()} is kept" if self.history else "there is no earlier checkpoint"
         raise FastrobustError(

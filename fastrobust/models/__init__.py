@@ -53,7 +53,8 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
         raise ConfigError(f"model.name: there is no model '{name}'; {hint}")
     if channels != 3:
         raise ConfigError(f"model.name: torchvision's {name} takes 3 channels, the images have {channels}")
-    return models.get_model(name, weights=None, num_classes=classes)
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return models.get_model(name, weights=None, num_classes=classes, **options)
 
 
 def _timm(name: str, channels: int, classes: int) -> nn.Module:
