@@ -242,14 +242,16 @@ class Trainer:
         self.save()
 
     def _guard(self, images: Tensor, labels: Tensor, bar: Progress) -> None:
-        """Attack the last minibatch of the epoch; on overfitting go back to the weights of the last healthy epoch."""
+        """Attack the last minibatch of the epoch, with the radius that training has reached; on overfitting go back to the
+        weights of the last healthy epoch."""
         settings, record = self.config.guard, self.history[-1]
+        scale = 1.0 if self.scales is None else self.learner.now(self.scales).item()
         verdicts = attacks.pgd(
             self.learner.model,
             images,
             labels,
-            epsilon=self.config.epsilon,
-            alpha=settings.alpha,
+            epsilon=self.config.epsilon * scale,
+            alpha=settings.alpha * scale,
             steps=settings.steps,
             restarts=1,
             seed=record["epoch"],
