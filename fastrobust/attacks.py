@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fastrobust import threat
 from fastrobust.data.augment import to_unit
+from fastrobust.engine import record
 from fastrobust.learner import frozen
 
 
@@ -36,11 +38,16 @@ class Verdicts:
     robust: Tensor
 
 
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Which rows of logits name their label (bool, N). A row that is not finite names none."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+
+
 def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
     """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W."""
     with evaluating(model), torch.no_grad():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        return torch.cat([model(to_unit(x)).argmax(1) == y for x, y in batches])
+        return torch.cat([correct(model(to_unit(x)), y) for x, y in batches])
 
 
 def pgd(
@@ -67,11 +74,17 @@ def pgd(
     clean = classified(model, images, labels, batch_size)
     robust = clean.clone()
     with evaluating(model):
+        graph = None
+        if images.device.type == "cuda" and clean.count_nonzero() * restarts >= 4 * batch_size:
+            graph = capture(model, images[:batch_size], epsilon, alpha)
         for restart in range(restarts):
             for index, start in _packed(images, robust.clone(), epsilon, batch_size, (seed, restart)):
                 x, y = to_unit(images[index]), labels[index]
-                survived = attack(model, x, y, threat.clip_to_box(start, x), epsilon=epsilon, alpha=alpha, steps=steps)
-                robust[index] = survived
+                delta = threat.clip_to_box(start, x)
+                if graph is None:
+                    robust[index] = attack(model, x, y, delta, epsilon=epsilon, alpha=alpha, steps=steps)
+                else:
+                    robust[index] = graph.attack(x, y, delta, steps)
                 progress(restart, len(index))
     return Verdicts(clean, robust)
 
@@ -81,23 +94,65 @@ def attack(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: fl
     Broken examples leave the batch once they are a quarter of it."""
     survived = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = torch.arange(len(x), device=x.device)
-    correct = torch.ones_like(survived)
-    for step in range(steps + 1):
-        z = (x + delta).requires_grad_(step < steps)
-        logits = model(z).float()
-        correct &= logits.detach().argmax(1) == y
-        if step == steps:
-            break
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), z)
-        delta = threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
-        if step % 5 == 0 and correct.count_nonzero() <= 0.75 * len(correct):
-            survived[active[~correct]] = False
-            x, y, delta, active = x[correct], y[correct], delta[correct], active[correct]
-            correct = correct[correct]
+    good = torch.ones_like(survived)
+    for step in range(steps):
+        delta = attack_step(model, x, y, delta, good, epsilon, alpha)
+        if step % 5 == 0 and good.count_nonzero() <= 0.75 * len(good):
+            survived[active[~good]] = False
+            x, y, delta, active = x[good], y[good], delta[good], active[good]
+            good = good[good]
             if len(active) == 0:
                 return survived
-    survived[active[~correct]] = False
+    with torch.no_grad():
+        good &= correct(model(x + delta), y)
+    survived[active[~good]] = False
     return survived
+
+
+def attack_step(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, good: Tensor, epsilon: float, alpha: float) -> Tensor:
+    """One step of PGD. Clears `good` (in place) where x + delta is misclassified, and returns the next delta."""
+    z = (x + delta).requires_grad_()
+    logits = model(z).float()
+    good &= correct(logits.detach(), y)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), z)
+    return threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
+
+
+class StaticAttack:
+    """The attack on buffers of one shape: a step can then be recorded. Smaller batches are filled up with their first
+    example; examples that break stay to the end of the run, and the next restart leaves them out."""
+
+    def __init__(self, model: nn.Module, x: Tensor, epsilon: float, alpha: float):
+        self.model, self.epsilon, self.alpha = model, epsilon, alpha
+        self.x, self.delta = torch.zeros_like(x), torch.zeros_like(x)
+        self.y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.good = torch.ones(len(x), dtype=torch.bool, device=x.device)
+
+    def run(self) -> None:
+        self.delta.copy_(attack_step(self.model, self.x, self.y, self.delta, self.good, self.epsilon, self.alpha))
+
+    def attack(self, x: Tensor, y: Tensor, delta: Tensor, steps: int) -> Tensor:
+        """As the function `attack`."""
+        for mine, given in ((self.x, x), (self.y, y), (self.delta, delta)):
+            mine[: len(given)].copy_(given)
+            mine[len(given) :] = given[0]
+        self.good.fill_(True)
+        for _ in range(steps):
+            self.run()
+        with torch.no_grad():
+            return (self.good & correct(self.model(self.x + self.delta), self.y))[: len(x)]
+
+
+def capture(model: nn.Module, images: Tensor, epsilon: float, alpha: float) -> StaticAttack | None:
+    """A StaticAttack whose step is a CUDA graph, or None (said once) where it cannot be captured."""
+    try:
+        static = StaticAttack(model, to_unit(images), epsilon, alpha)
+        static.run = record(static.run, images.device)
+        return static
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        print(f"warning: the attack could not be captured as a CUDA graph, it runs eagerly: {reason}", file=sys.stderr)
+        return None
 
 
 NOISE_CHUNK = 256  # examples whose starts are drawn together

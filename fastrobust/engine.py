@@ -74,27 +74,39 @@ class GraphStep(StaticStep):
     """The step recorded as one CUDA graph. Recording trains a little; everything that changed is put back, the random
     generator included, so that the first replay is the first step. Raises RuntimeError where it cannot be captured."""
 
-    pool = None  # graphs of different shapes never run at once: they share one memory pool
-
     def __init__(self, step: Step, images: Tensor, labels: Tensor, job):
         super().__init__(step, images, labels)
-        GraphStep.pool = GraphStep.pool or torch.cuda.graph_pool_handle()
         device = images.device
         before, generator = job.state_dict(), torch.cuda.get_rng_state(device)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        try:
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UP):
-                    self.run()
-            torch.cuda.current_stream(device).wait_stream(stream)
+
+        def put_back() -> None:
             job.load_state_dict(before)
             job.learner.optimizer.zero_grad(set_to_none=True)  # the graph makes its own, in its pool
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                self.run()
-        finally:
-            torch.cuda.synchronize(device)
-            job.load_state_dict(before)
             torch.cuda.set_rng_state(generator, device)
-        self.run = graph.replay
+
+        try:
+            self.run = record(self.run, device, put_back)
+        finally:
+            put_back()
+
+
+_pool = None  # graphs never run at once: they share one memory pool
+
+
+def record(function: Callable[[], None], device: torch.device, put_back: Callable[[], None] = lambda: None):
+    """`function` as a CUDA graph: call the result to replay it. It is run a few times first, on a stream of its own;
+    `put_back` undoes what that changed. Raises RuntimeError where it cannot be captured."""
+    global _pool
+    _pool = _pool or torch.cuda.graph_pool_handle()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    put_back()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool):
+        function()
+    torch.cuda.synchronize(device)
+    return graph.replay

@@ -386,7 +386,7 @@ def test_progress_counts_the_examples_that_each_restart_attacked(model, data):
 
 
 def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
-    settings = {"epsilon": 8 / 255, "alpha": 0.01, "steps": 3, "restarts": 2, "batch_size": 64, "seed": 5}
+    settings = {"epsilon": 0.07, "alpha": 0.01, "steps": 3, "restarts": 2, "batch_size": 64, "seed": 5}
     found = evaluation.evaluate(model, ImageSet(*data, (), ""), **settings)
     verdicts = attacks.pgd(model, *data, **settings)
     assert found.pop("seconds") > 0
@@ -394,7 +394,7 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
         "clean_accuracy": verdicts.clean.sum().item() / 300,
         "robust_accuracy": verdicts.robust.sum().item() / 300,
         "examples": 300,
-        "epsilon": 8 / 255,
+        "epsilon": 0.07,
         "attack": "pgd-3-2",
         "alpha": 0.01,
     }

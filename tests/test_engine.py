@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrobust import config, engine, trainer
+from fastrobust import attacks, config, engine, trainer
 from fastrobust.data.sources import ImageSet
 from fastrobust.errors import ConfigError
 
@@ -130,3 +130,20 @@ def test_failed_capture_says_so_once_and_runs_eagerly(monkeypatch, capsys):
     message = capsys.readouterr().err
     assert message.count("warning") == 1 and "operation not permitted" in message and "eagerly" in message
     assert job.learner.updates.item() == 2
+
+
+def test_static_attack_gives_the_same_verdicts():
+    """Through the same start and steps, in a full batch and in one that is filled up."""
+    job = make_job("standard")
+    run_steps(job, 20, eager)
+    model, n = job.learner.model, 50
+    x = job.data.images.float() / 255
+    y = job.learner.model.eval()(x).argmax(1)
+    delta = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).mul(0.02).sub(0.01)
+    delta = torch.minimum(torch.maximum(delta, -x), 1 - x)
+    with attacks.evaluating(model):
+        expected = attacks.attack(model, x, y, delta, epsilon=0.01, alpha=0.004, steps=7)
+        static = attacks.StaticAttack(model, x, 0.01, 0.004)
+        assert torch.equal(static.attack(x, y, delta, 7), expected)
+        assert torch.equal(static.attack(x[:11], y[:11], delta[:11], 7), expected[:11])
+    assert 0 < expected.sum() < n, "the attack breaks some and not all: the comparison says something"
