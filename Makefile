@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint clean gpu-report
 
 # Train on Fashion-MNIST, evaluate with PGD, show where the files are. A run that was interrupted goes on.
 quickstart: $(VENV)/.core data
@@ -23,6 +23,10 @@ test: $(VENV)/.test data
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in benchmarks/results/gpu.
+gpu-report: $(VENV)/.test
+	$(BIN)/python -m benchmarks.gpu_report
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .
