@@ -25,14 +25,15 @@ def show_plan(config: Config, device: torch.device) -> None:
     job = trainer.Trainer(config, Path(config.output) / config.name, device)
     test = test_set(config, config.evaluation.limit)
     schedule = schedules.from_config(config.schedule, config.epochs)
-    table = Table("phase", "epochs", "passes", "images", "batch", "steps", "learning rate", "seconds/step", "time")
-    total, begun = 0.0, 0
+    table = Table("phase", "epochs", "passes", "images", "batch", "steps", "seconds/step", "time")
+    total, begun, rates = 0.0, 0, []
     for index, phase in enumerate(config.phases):
         job.position["phase"] = index
         job.enter_phase()
         steps = trainer.steps_in(config, phase, len(job.loader))
         seconds = seconds_per_step(job, phase)
-        rates = " → ".join(f"{schedule(begun + f * phase.epochs):.3g}" for f in (0, 0.25, 0.5, 0.75, 1))
+        points = " → ".join(f"{schedule(begun + f * phase.epochs):.3g}" for f in (0, 0.2, 0.4, 0.6, 0.8, 1))
+        rates.append(f"learning rate over phase {index}, at every fifth: {points}")
         table.add_row(
             str(index),
             str(phase.epochs),
@@ -40,13 +41,14 @@ def show_plan(config: Config, device: torch.device) -> None:
             f"{len(job.loader)} × {phase.resolution}²",
             str(phase.batch_size),
             str(steps),
-            rates,
             f"{seconds:.4f}",
             duration(steps * seconds),
         )
         total += steps * seconds
         begun += phase.epochs
     console.print(table)
+    for line in rates:
+        console.print(line, soft_wrap=True)
     settings = config.evaluation
     evaluation = len(settings.epsilon) * settings.restarts * len(test.labels) * seconds_per_attack_step(job, test)
     evaluation *= settings.steps

@@ -109,9 +109,10 @@ class Trainer:
 
     def enter_phase(self) -> None:
         """The phase's images (decoded anew if their size changes) and the perturbation kept between its batches."""
-        phase = self.config.phases[self.position["phase"]]
+        index = min(self.position["phase"], len(self.config.phases) - 1)
+        phase = self.config.phases[index]
         if self.config.data.dataset == "image_folder" and self.loader.images.shape[1] != phase.resize:
-            self.loader = Resident(load_training_data(self.config, self.position["phase"]), self.device)
+            self.loader = Resident(load_training_data(self.config, index), self.device)
         channels = self.loader.images.shape[3]
         shape = (phase.batch_size, channels, phase.resolution, phase.resolution)
         self.delta = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
@@ -146,8 +147,7 @@ class Trainer:
         if facts["examples"] != len(self.loader):
             raise RunError(f"the run was begun on {facts['examples']} images, but there are {len(self.loader)} now")
         self.position, self.history, self.good_epoch = facts["position"], facts["history"], facts["good_epoch"]
-        if self.position["phase"] < len(self.config.phases):
-            self.enter_phase()
+        self.enter_phase()
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
