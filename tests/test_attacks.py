@@ -245,6 +245,26 @@ def test_points_lie_in_the_ball_and_the_box_and_start_at_the_noise(model, data):
     assert not torch.equal(seen[1], seen[6])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_gives_no_numbers_is_never_right(data, value):
+    """argmax names the first of them, which would be right for a tenth of the labels."""
+
+    class Broken(nn.Module):
+        def __init__(self, since):
+            super().__init__()
+            self.since, self.calls = since, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x.flatten(1)[:, :10] * 0 + (value if self.calls > self.since else F.one_hot(labels[: len(x)], 10))
+
+    images, labels = data[0], torch.zeros_like(data[1])
+    found = run_pgd(Broken(0), (images, labels))
+    assert not found.clean.any() and not found.robust.any()
+    found = run_pgd(Broken(1), (images, labels))
+    assert found.clean.all() and not found.robust.any()
+
+
 def test_epsilon_0_equals_clean_and_robust_accuracy_falls_with_epsilon(model, data):
     verdicts = [run_pgd(model, data, epsilon=e, alpha=e / 4) for e in (0.0, 0.05, 0.1, 0.2, 0.5)]
     assert torch.equal(verdicts[0].robust, verdicts[0].clean)

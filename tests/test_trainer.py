@@ -27,6 +27,7 @@ METHODS = {
     "pgd": {"method": {"name": "pgd", "steps": 2, "alpha": 0.03, "skip_misclassified": True}},
     "free": {"method": {"name": "free", "replays": 2}, "phases__0__epochs": 6},
     "n_fgsm": {"method": {"name": "n_fgsm"}},
+    "warm-up": {"method": {"name": "fgsm"}, "epsilon_warmup": 2},
 }
 TWO_PHASES = {
     "model__name": "preact_resnet18_w16",
@@ -519,6 +520,23 @@ def test_the_guard_attacks_the_last_minibatch_with_its_settings(config_of, begin
         }  # fmt: skip
         assert record["guard_accuracy"] == pytest.approx(verdicts.robust.sum().item() / 20)
         assert record["guard_clean_accuracy"] == pytest.approx(verdicts.clean.sum().item() / 20)
+
+
+def test_during_the_warm_up_the_guard_attacks_with_the_radius_that_training_has_reached(config_of, begin, monkeypatch):
+    """Update u of 10 stands at (u + 1/2) / 10 of the training, and so of the warm-up; the guard comes between two."""
+    job = begin(config_of(epsilon_warmup=3, guard={"action": "warn"}))
+    shares, pgd = [], attacks.pgd
+
+    def watched(*batch, epsilon, alpha, **settings):
+        assert alpha == pytest.approx(epsilon / 4)
+        shares.append(epsilon / 0.05)
+        return pgd(*batch, epsilon=epsilon, alpha=alpha, **settings)
+
+    monkeypatch.setattr(attacks, "pgd", watched)
+    job.train()
+    assert len(shares) == 3
+    for share, done in zip(shares, (4, 7, 10), strict=True):
+        assert (done - 0.5) / 10 - 1e-6 <= share <= (done + 0.5) / 10 + 1e-6
 
 
 # ---- a loss that is not a number
