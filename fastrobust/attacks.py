@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastrobust import threat
 from fastrobust.data.augment import to_unit
 from fastrobust.engine import record
+from fastrobust.errors import first_line
 from fastrobust.learner import frozen
 
 
@@ -150,8 +151,7 @@ def capture(model: nn.Module, images: Tensor, epsilon: float, alpha: float) -> S
         static.run = record(static.run, images.device)
         return static
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        print(f"warning: the attack could not be captured as a CUDA graph, it runs eagerly: {reason}", file=sys.stderr)
+        print(f"warning: no CUDA graph could be captured, attacking eagerly: {first_line(error)}", file=sys.stderr)
         return None
 
 

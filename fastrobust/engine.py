@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrobust.errors import ConfigError
+from fastrobust.errors import ConfigError, first_line
 
 WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
 Step = Callable[[Tensor, Tensor], None]
@@ -39,8 +39,7 @@ def prepare(engine: str, step: Step, images: Tensor, labels: Tensor, job) -> Ste
     try:
         return GraphStep(step, images, labels, job)
     except (RuntimeError, torch.OutOfMemoryError) as error:
-        reason = str(error).strip().splitlines()[0]
-        print(f"warning: no CUDA graph could be captured, training eagerly: {reason}", file=sys.stderr)
+        print(f"warning: no CUDA graph could be captured, training eagerly: {first_line(error)}", file=sys.stderr)
         return step
 
 

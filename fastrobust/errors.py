@@ -8,6 +8,11 @@ class FastrobustError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says in its first line, or else its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class ConfigError(FastrobustError):
     """A configuration is not valid."""
 

@@ -28,7 +28,7 @@ import torch
 
 from fastrobust import __version__, models
 from fastrobust import config as config_module
-from fastrobust.errors import FastrobustError, RunError
+from fastrobust.errors import FastrobustError, RunError, first_line
 
 CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY = (
     "config.yaml",
@@ -109,7 +109,7 @@ def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], facts: dict[str
         try:
             torch.save(buffer, file)
         except RuntimeError as error:  # torch's writer reports a full disk in its own words
-            raise OSError(28, f"no space left, or the disk failed ({str(error).splitlines()[0]})") from None
+            raise OSError(28, f"no space left, or the disk failed ({first_line(error)})") from None
 
     write_atomically(run / CHECKPOINT, write)
 
@@ -123,7 +123,7 @@ def load_checkpoint(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         stored = torch.load(path, map_location="cpu", weights_only=True)
         return stored["tensors"], json.loads(stored["facts"])
     except Exception as error:
-        raise RunError(f"{path} is damaged and cannot be resumed from: {str(error).splitlines()[0]}") from None
+        raise RunError(f"{path} is damaged and cannot be resumed from: {first_line(error)}") from None
 
 
 def save_weights(run: Path, model: torch.nn.Module, config: config_module.Config, classes: tuple[str, ...]) -> None:
@@ -150,7 +150,7 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, config_module.Confi
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         config = config_module.parse(json.loads(metadata["config"]), str(weights))
         classes = tuple(json.loads(metadata["classes"]))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise RunError(f"{weights} is damaged: {error}") from None
     except KeyError as error:
         raise RunError(f"{weights} was not written by fastrobust: its header has no {error}") from None

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrobust import attacks, engine, guard, methods, run, schedules
 from fastrobust.config import Config
 from fastrobust.data import sources
 from fastrobust.data.augment import augment, center_crop
 from fastrobust.data.resident import Resident, end_of_pass
-from fastrobust.errors import ConfigError, FastrobustError, RunError
+from fastrobust.errors import ConfigError, FastrobustError, RunError, first_line
 from fastrobust.learner import Learner
 from fastrobust.progress import Progress, duration
 
@@ -33,10 +33,26 @@ class Interrupted(FastrobustError):
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device: there is no device '{name}'; use auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ConfigError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
+
+
+def check_model(model: nn.Module, config: Config, channels: int) -> None:
+    """Raise ConfigError if the model cannot take the images of some phase."""
+    parameter = next(model.parameters())
+    for resolution in {phase.resolution for phase in config.phases}:
+        try:
+            with attacks.evaluating(model), torch.no_grad():
+                model(torch.zeros(1, channels, resolution, resolution, device=parameter.device))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"model.name: {config.model.name} cannot take {resolution} x {resolution} pixels ({first_line(error)})"
+            ) from None
 
 
 def load_training_data(config: Config, phase: int) -> sources.ImageSet:
@@ -88,6 +104,7 @@ class Trainer:
         self.loader = Resident(self.data, device)
         torch.manual_seed(config.seed)
         model = run.build_model(config, self.data.classes).to(device)
+        check_model(model, config, self.loader.images.shape[3])
         self.learner = Learner(
             model.train(),
             config.optimizer,
@@ -211,7 +228,7 @@ class Trainer:
             self.step(images, labels)
             position["step"] += 1
             bar.advance(1, self._detail() if bar.due() else None)
-            if self.signum is not None:
+            if self.signum is not None and position["step"] < last:
                 position["epoch_seconds"] = time.perf_counter() - began
                 self._stop_for_signal()
         loss_sum, correct, seen = self.learner.read_sums()  # waits for the device
@@ -240,6 +257,8 @@ class Trainer:
         self._epoch_line(record, bar)
         run.write_metrics(self.directory, self.history)
         self.save()
+        if self.signum is not None:
+            self._interrupted()
 
     def _guard(self, images: Tensor, labels: Tensor, bar: Progress) -> None:
         """Attack the last minibatch of the epoch, with the radius that training has reached; on overfitting go back to the
@@ -303,6 +322,9 @@ class Trainer:
     def _stop_for_signal(self) -> None:
         if math.isfinite(self.learner.read_sums()[0]):
             self.save()
+        self._interrupted()
+
+    def _interrupted(self) -> None:
         name = signal.Signals(self.signum).name
         raise Interrupted(
             f"stopped by {name}; go on with: python -m fastrobust.train --resume {self.directory}", self.signum
