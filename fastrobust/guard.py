@@ -7,7 +7,8 @@ They look at the history of a run: per epoch, `train_accuracy` on the perturbed 
 from __future__ import annotations
 
 FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
-GAP = 0.5  # between the accuracy under the training attack and under PGD: no healthy run comes near it
+GAP = 0.5  # between the accuracy under the training attack and under PGD
+PATIENCE = 3  # epochs that such a gap may last without PGD accuracy rising: some runs start with one and close it
 
 
 def fell(history: list[dict], drop: float) -> bool:
@@ -15,9 +16,16 @@ def fell(history: list[dict], drop: float) -> bool:
     return len(history) > 1 and history[-2]["guard_accuracy"] - history[-1]["guard_accuracy"] > drop
 
 
-def never_rose(history: list[dict]) -> bool:
-    """The training attack is beaten, PGD is not: the model overfits its attack without ever having been robust."""
-    return history[-1]["train_accuracy"] - history[-1]["guard_accuracy"] > GAP
+def gapes(record: dict) -> bool:
+    """The training attack is beaten, PGD is not."""
+    return record["train_accuracy"] - record["guard_accuracy"] > GAP
+
+
+def never_rises(history: list[dict]) -> bool:
+    """The gap has lasted for PATIENCE epochs and PGD accuracy has not risen in them: the model overfits its attack, and
+    may never have been robust, so that nothing can fall."""
+    last = history[-PATIENCE:]
+    return len(last) == PATIENCE and all(map(gapes, last)) and last[-1]["guard_accuracy"] <= last[0]["guard_accuracy"]
 
 
 def jumped(history: list[dict]) -> bool:
@@ -35,9 +43,11 @@ def verdict(history: list[dict], drop: float) -> tuple[str, str] | None:
     if fell(history, drop):
         before = history[-2]["guard_accuracy"]
         return "overfit", f"PGD accuracy on a training minibatch fell from {before:.1%} to {last['guard_accuracy']:.1%}"
-    if never_rose(history):
-        accuracy = last["train_accuracy"]
-        return "overfit", f"{accuracy:.1%} under the training attack, but {last['guard_accuracy']:.1%} under PGD"
+    if gapes(last):
+        why = f"{last['train_accuracy']:.1%} under the training attack, but {last['guard_accuracy']:.1%} under PGD"
+        if never_rises(history):
+            return "overfit", f"{why}, and no better than {PATIENCE - 1} epochs before"
+        return "suspect", why
     if jumped(history):
         before, now = history[-2]["train_accuracy"], last["train_accuracy"]
         return "suspect", f"accuracy under the training attack jumped from {before:.1%} to {now:.1%}"
