@@ -12,7 +12,6 @@ def history(*epochs: tuple[float, float]) -> list[dict]:
 
 HEALTHY = history((0.20, 0.22), (0.28, 0.27), (0.33, 0.35), (0.37, 0.33), (0.41, 0.38), (0.45, 0.41), (0.52, 0.44))
 COLLAPSE = history((0.20, 0.22), (0.28, 0.27), (0.33, 0.35), (0.36, 0.38), (0.62, 0.02))
-NEVER_ROBUST = history((0.35, 0.02), (0.75, 0.0), (0.93, 0.0))
 
 
 def test_a_healthy_run_is_never_reported():
@@ -42,11 +41,25 @@ def test_the_fall_is_named_with_both_figures():
         assert guard.verdict(COLLAPSE[:end], 0.2) is None
 
 
-def test_a_run_that_never_was_robust():
-    assert guard.verdict(NEVER_ROBUST[:1], 0.2) is None
-    kind, why = guard.verdict(NEVER_ROBUST[:2], 0.2)
-    assert kind == "overfit" and "75.0%" in why and "0.0%" in why
-    assert guard.never_rose(history((0.91, 0.4))) and not guard.never_rose(history((0.89, 0.4)))
+def test_a_gap_is_a_hint_until_it_has_lasted():
+    kind, why = guard.verdict(history((0.30, 0.2), (0.75, 0.0)), 0.3)
+    assert kind == "suspect" and "75.0%" in why and "0.0%" in why
+    assert guard.gapes(history((0.91, 0.4))[0]) and not guard.gapes(history((0.89, 0.4))[0])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "found"),
+    [
+        ([(0.75, 0.0), (0.80, 0.0), (0.85, 0.0)], "overfit"),
+        ([(0.75, 0.02), (0.80, 0.03), (0.85, 0.01)], "overfit"),
+        ([(0.75, 0.0), (0.80, 0.05), (0.85, 0.10)], "suspect"),  # it may still close
+        ([(0.40, 0.0), (0.80, 0.0), (0.85, 0.0)], "suspect"),  # for two epochs only
+        ([(0.75, 0.0), (0.80, 0.0)], "suspect"),
+        ([(0.75, 0.3), (0.80, 0.6), (0.85, 0.7)], None),  # it has closed
+    ],
+)
+def test_a_run_that_never_was_robust(epochs, found):
+    assert (guard.verdict(history(*epochs), 0.2) or (None,))[0] == found
 
 
 def test_a_jump_is_a_hint():
