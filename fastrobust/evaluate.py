@@ -27,6 +27,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m fastrobust.evaluate", description=__doc__.splitlines()[0])
     p.add_argument("run", help="a run directory, or a model.safetensors that fastrobust wrote")
@@ -36,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--restarts", type=count, help="default: the run's (the paper: 10)")
     p.add_argument("--limit", type=count, help="evaluate so many test images, evenly spaced, instead of all")
     p.add_argument("--batch-size", type=count)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     p.add_argument("--device", default="auto")
     p.add_argument("--data", help="where the data set lies (default: as the run's config says)")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -65,7 +71,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         steps=arguments.steps or settings.steps,
         restarts=arguments.restarts or settings.restarts,
         batch_size=arguments.batch_size or settings.batch_size,
-        seed=arguments.seed,
+        seed=config.seed if arguments.seed is None else arguments.seed,
     )
     described = evaluation.describe(epsilon)
     print(f"clean accuracy   {result['clean_accuracy']:.2%}  ({result['examples']} test images of {config.data.dataset})")

@@ -72,8 +72,11 @@ def resume(arguments: argparse.Namespace) -> int:
                 + f"\nResume without naming a config (`--resume {directory}`), or start a new run with `name=NAME`"
             )
     if (directory / run.SUMMARY).exists():
+        try:
+            show_summary(json.loads((directory / run.SUMMARY).read_text()), directory)
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{directory / run.SUMMARY} is damaged: delete it, and --resume evaluates again") from None
         print(f"{directory} is finished")
-        show_summary(json.loads((directory / run.SUMMARY).read_text()), directory)
         return 0
     job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
     stored = run.load_checkpoint(directory)

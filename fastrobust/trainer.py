@@ -161,21 +161,21 @@ class Trainer:
         run.save_checkpoint(self.directory, tensors, facts)
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        if facts["examples"] != len(self.loader):
-            raise RunError(f"the run was begun on {facts['examples']} images, but there are {len(self.loader)} now")
-        self.position, self.history, self.good_epoch = facts["position"], facts["history"], facts["good_epoch"]
-        self.enter_phase()
+        if facts.get("examples") != len(self.loader):
+            raise RunError(f"the run was begun on {facts.get('examples')} images, but there are {len(self.loader)} now")
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
         try:
+            self.position, self.history, self.good_epoch = facts["position"], facts["history"], facts["good_epoch"]
+            self.enter_phase()
             state = {"tensors": part("learner."), "scaler": facts["scaler"], "delta": tensors["delta"]}
             self.load_state_dict(state)
-        except (KeyError, RuntimeError) as error:
+            torch.set_rng_state(tensors["rng.cpu"])
+        except (KeyError, RuntimeError, TypeError) as error:
             raise RunError(f"the checkpoint in {self.directory} does not fit its config: {error}") from None
         self.good = {name: t.to(self.device) for name, t in part("good.").items()}
-        torch.set_rng_state(tensors["rng.cpu"])
         if self.device.type == "cuda" and "rng.cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
 
@@ -210,6 +210,8 @@ class Trainer:
                         if position["phase"] < len(config.phases):
                             self.enter_phase()
                     self.save()
+            if self.signum is not None:
+                self._interrupted()
         finally:
             self.writer.close()
             for s, handler in previous.items():
