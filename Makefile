@@ -19,7 +19,7 @@ quickstart: $(VENV)/.core data
 	 fi
 
 # Everything that can be checked on this machine; what needs a GPU skips where there is none.
-test: $(VENV)/.test data
+test: $(VENV)/.test data compiler
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
@@ -48,6 +48,14 @@ $(VENV)/.core: pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.core
 	@$(PIP) -e '.[test,timm]'
 	@touch $@
+
+# torch.compile builds its kernels with g++ and Python's headers; without them its test skips.
+.PHONY: compiler
+compiler: $(VENV)/.core
+	@command -v g++ >/dev/null && $(BIN)/python -c "import sysconfig; open(sysconfig.get_path('include') + '/Python.h')" \
+	   2>/dev/null || { echo "installing g++ and python3-dev"; \
+	   { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q g++ python3-dev; } >/dev/null 2>&1; } || \
+	   echo "g++ and python3-dev could not be installed"
 
 # Fashion-MNIST from Debian's package; where that is not to be had, training downloads it.
 .PHONY: data

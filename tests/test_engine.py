@@ -1,5 +1,6 @@
 """Engines run the same step: on static buffers and compiled it gives what it gives eagerly, for every method."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def test_static_step_copies_its_batch():
     assert torch.equal(seen[0][1], a) and torch.equal(seen[1][1], b) and torch.equal(seen[1][2], torch.ones(2) * 2)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 def test_compiled_equals_eager(monkeypatch):
     """FGSM with a warm-up of epsilon, 4 steps, the same random numbers: losses within 1 %, and the schedule exactly."""
     monkeypatch.setattr("torch._inductor.config.fallback_random", True)
