@@ -106,6 +106,9 @@ class Fgsm(Attacked):
     name: Literal["fgsm"]
     init: Literal["zero", "random", "previous"] = "random"
     alpha: Pixels | None = None  # default 1.25 epsilon
+    clip_start: bool = (
+        True  # random starts are cut with the pixel box: so in the authors' CIFAR-10 code, not in their MNIST code
+    )
 
 
 class NFgsm(Attacked):

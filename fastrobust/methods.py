@@ -4,8 +4,8 @@ A method is a function of (learner, x, y, delta): `learner` gives the gradient w
 weights, x are images in [0, 1], N x C x H x W, y are labels, and delta is the perturbation kept from the last minibatch
 (zeros at first; only `previous` and `free` look at it). It returns the perturbation to keep.
 
-The gradient is taken at the point x + delta, which already lies in the pixel box: no clamp stands inside the
-differentiated graph, so saturated pixels have a gradient too. The attack passes compute no weight gradients.
+The gradient is taken at the point x + delta itself: no clamp stands inside the differentiated graph, so saturated pixels
+have a gradient too. The attack passes compute no weight gradients.
 """
 
 from __future__ import annotations
@@ -34,10 +34,19 @@ def standard(learner: Learner, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
 
 
 def fgsm(
-    learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: Radius, alpha: Radius, init: str = "random"
+    learner: Learner,
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor,
+    *,
+    epsilon: Radius,
+    alpha: Radius,
+    init: str = "random",
+    clip_start: bool = True,
 ) -> Tensor:
-    """FGSM adversarial training (paper, Algorithm 3; section 4.1 for the three starts)."""
-    delta = start(x, delta, epsilon, init)
+    """FGSM adversarial training (paper, Algorithm 3; section 4.1 for the three starts). Without `clip_start` the gradient of
+    a random start is taken where it lies, even outside the pixel box, as Algorithm 3 has it."""
+    delta = start(x, delta, epsilon, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
     delta = threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
     learner.update(x + delta, y)
@@ -86,13 +95,14 @@ def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: Radi
     return delta
 
 
-def start(x: Tensor, previous: Tensor, epsilon: Radius, init: str) -> Tensor:
-    """The start of an attack: zeros, U(-epsilon, epsilon), or the last minibatch's delta, cut with the pixel box."""
+def start(x: Tensor, previous: Tensor, epsilon: Radius, init: str, clip: bool = True) -> Tensor:
+    """The start of an attack: zeros, U(-epsilon, epsilon), or the last minibatch's delta; cut with the pixel box, but for
+    random starts without `clip`."""
     if init == "zero":
         return torch.zeros_like(x)
     if init == "previous":
         return threat.clip_to_box(previous, x)
-    return threat.uniform_start(x, epsilon)
+    return threat.uniform_start(x, epsilon, clip)
 
 
 def from_config(method, epsilon: float) -> Callable[[Learner, Tensor, Tensor, Tensor, Radius], Tensor]:
@@ -111,7 +121,14 @@ def from_config(method, epsilon: float) -> Callable[[Learner, Tensor, Tensor, Te
         )
     if name == "fgsm":
         return lambda learner, x, y, delta, scale: fgsm(
-            learner, x, y, delta, epsilon=epsilon * scale, alpha=method.alpha * scale, init=method.init
+            learner,
+            x,
+            y,
+            delta,
+            epsilon=epsilon * scale,
+            alpha=method.alpha * scale,
+            init=method.init,
+            clip_start=method.clip_start,
         )
     return lambda learner, x, y, delta, scale: pgd(
         learner,

@@ -24,9 +24,10 @@ def clip_to_box(delta: Tensor, x: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(delta, -x), 1 - x)
 
 
-def uniform_start(x: Tensor, radius: Radius) -> Tensor:
-    """delta ~ U(-radius, radius) in every pixel, cut with the pixel box (paper, Algorithm 3)."""
-    return clip_to_box((torch.rand_like(x) * 2 - 1) * radius, x)
+def uniform_start(x: Tensor, radius: Radius, clip: bool = True) -> Tensor:
+    """delta ~ U(-radius, radius) in every pixel (paper, Algorithm 3); with `clip`, cut with the pixel box."""
+    delta = (torch.rand_like(x) * 2 - 1) * radius
+    return clip_to_box(delta, x) if clip else delta
 
 
 def signed_step(delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:

@@ -539,3 +539,26 @@ def test_images_labels_and_kept_delta_are_not_written_to(name):
     keys = {"alpha": 0.02} if name == "pgd" else {}
     step(name, **keys)(make_learner(make_model()), x, y, kept)
     assert torch.equal(x, copies[0]) and torch.equal(y, copies[1]) and torch.equal(kept, copies[2])
+
+
+@pytest.mark.parametrize("clip_start", [True, False])
+def test_where_the_gradient_of_a_random_start_is_taken(clip_start):
+    """Images of zeros: without clip_start half of the points lie below the pixel box; what is trained on never does."""
+    seen = []
+
+    class Recorder:
+        def input_gradient(self, x, y):
+            seen.append(x)
+            return torch.ones_like(x), torch.ones(len(x), dtype=torch.bool)
+
+        def update(self, x, y):
+            seen.append(x)
+
+    x = torch.zeros(4, 1, 10, 10)
+    delta = methods.fgsm(
+        Recorder(), x, torch.zeros(4), torch.zeros_like(x), epsilon=0.3, alpha=0.1, init="random", clip_start=clip_start
+    )
+    below = (seen[0] < 0).float().mean().item()
+    assert below == 0 if clip_start else 0.35 < below < 0.65
+    assert seen[0].abs().max() <= 0.3
+    assert seen[1].min() >= 0 and torch.equal(seen[1], delta) and delta.max() <= 0.3
