@@ -14,10 +14,10 @@ def import_torchvision():
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    import torch
+    from torch import library
 
-    global _library  # the definitions last as long as this object
-    _library = torch.library.Library("torchvision", "DEF")
-    _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    global _definitions  # the definitions last as long as this object
+    _definitions = library.Library("torchvision", "DEF")
+    _definitions.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _definitions.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("torchvision")
