@@ -17,6 +17,7 @@ from fastrobust import config as config_module
 from fastrobust import engine, trainer
 from fastrobust.data.sources import ImageSet
 from fastrobust.models import PreActResNet18
+from fastrobust.schema import Config
 
 METHODS = {
     "standard": {"name": "standard"},
@@ -33,7 +34,7 @@ def images(n: int) -> ImageSet:
     return ImageSet(pixels.permute(0, 3, 1, 2), labels, tuple("0123456789"), "random")
 
 
-def cifar_config(method: str, engine_name: str, precision: str, batch_size: int, epochs: int = 100) -> config_module.Config:
+def cifar_config(method: str, engine_name: str, precision: str, batch_size: int, epochs: int = 100) -> Config:
     return config_module.parse(
         {
             "name": "benchmark",
@@ -51,7 +52,7 @@ def cifar_config(method: str, engine_name: str, precision: str, batch_size: int,
     )
 
 
-def make_job(config: config_module.Config, data: ImageSet, device: torch.device) -> trainer.Trainer:
+def make_job(config: Config, data: ImageSet, device: torch.device) -> trainer.Trainer:
     job = trainer.Trainer(config, Path("unused"), device, data)
     x, y = next(job.loader.batches(0, 0, config.phases[0].batch_size, 0, 1))
     job.step = engine.prepare(job.engine, job.train_step, x, y, job)

@@ -7,13 +7,13 @@ import json
 import sys
 from pathlib import Path
 
-from fastrobust import config as config_module
+from fastrobust import schema
 from fastrobust.cli import main_with_errors
 
 
 def pixels(text: str) -> float:
     try:
-        value = float(config_module.parse_number(text))
+        value = float(schema.parse_number(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if not 0 <= value <= 1:

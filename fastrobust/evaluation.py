@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fastrobust import attacks
-from fastrobust.config import Config
 from fastrobust.data import sources
 from fastrobust.progress import Progress
+from fastrobust.schema import Config
 
 
 def test_set(config: Config, limit: int | None) -> sources.ImageSet:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust import attacks, engine, schedules, trainer
-from fastrobust.config import Config
 from fastrobust.evaluation import describe, test_set
 from fastrobust.progress import duration
+from fastrobust.schema import Config
 
 WARM_UP, TIMED = 2, 4  # steps
 

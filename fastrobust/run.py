@@ -29,6 +29,7 @@ import torch
 from fastrobust import __version__, models
 from fastrobust import config as config_module
 from fastrobust.errors import FastrobustError, RunError, first_line
+from fastrobust.schema import CHANNELS, Config
 
 CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY = (
     "config.yaml",
@@ -39,7 +40,7 @@ CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY = (
 )
 
 
-def create(config: config_module.Config) -> Path:
+def create(config: Config) -> Path:
     """Make the directory of a new run. Raises RunError if one is there already, or cannot be made."""
     run = Path(config.output) / config.name
     if (run / CONFIG).exists():
@@ -51,7 +52,7 @@ def create(config: config_module.Config) -> Path:
     return run
 
 
-def open_run(run: str | Path) -> tuple[Path, config_module.Config]:
+def open_run(run: str | Path) -> tuple[Path, Config]:
     """An existing run directory and its config. Raises RunError."""
     run = Path(run)
     if not (run / CONFIG).is_file():
@@ -126,7 +127,7 @@ def load_checkpoint(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
         raise RunError(f"{path} is damaged and cannot be resumed from: {first_line(error)}") from None
 
 
-def save_weights(run: Path, model: torch.nn.Module, config: config_module.Config, classes: tuple[str, ...]) -> None:
+def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tuple[str, ...]) -> None:
     from safetensors.torch import save
 
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
@@ -135,7 +136,7 @@ def save_weights(run: Path, model: torch.nn.Module, config: config_module.Config
     write_atomically(run / WEIGHTS, lambda file: file.write(content))
 
 
-def read_weights(path: str | Path) -> tuple[torch.nn.Module, config_module.Config, tuple[str, ...]]:
+def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, ...]]:
     """(model in eval mode on the CPU, config, class names) from a run directory or a .safetensors file. RunError."""
     from safetensors import SafetensorError, safe_open
 
@@ -171,8 +172,8 @@ def load(run: str | Path) -> torch.nn.Module:
         raise RunError(str(error)) from None
 
 
-def build_model(config: config_module.Config, classes: tuple[str, ...]) -> torch.nn.Module:
-    channels = config_module.CHANNELS[config.data.dataset]
+def build_model(config: Config, classes: tuple[str, ...]) -> torch.nn.Module:
+    channels = CHANNELS[config.data.dataset]
     return models.create(
         config.model.name, channels=channels, classes=len(classes), mean=config.model.mean, std=config.model.std
     )

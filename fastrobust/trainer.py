@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust import attacks, engine, guard, methods, run, schedules
-from fastrobust.config import Config
 from fastrobust.data import sources
 from fastrobust.data.augment import augment, center_crop
 from fastrobust.data.resident import Resident, end_of_pass
 from fastrobust.errors import ConfigError, FastrobustError, RunError, first_line
 from fastrobust.learner import Learner
 from fastrobust.progress import Progress, duration
+from fastrobust.schema import Config
 
 
 class Interrupted(FastrobustError):

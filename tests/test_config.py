@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from fastrobust import config
-from fastrobust.config import Config, load
+from fastrobust.config import load
 from fastrobust.errors import ConfigError
+from fastrobust.schema import Config, Evaluation, Guard, parse_number
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = """\
@@ -129,7 +130,7 @@ def test_resolved_defaults_are_not_shared_between_configs(file):
     one, other = load(file), load(file, ["epsilon=0.2"])
     assert one.guard.alpha == pytest.approx(2 / 255) and other.guard.alpha == pytest.approx(0.05)
     assert one.evaluation.epsilon == (8 / 255,) and other.evaluation.epsilon == (0.2,)
-    assert config.Guard().alpha is None and config.Evaluation().epsilon is None
+    assert Guard().alpha is None and Evaluation().epsilon is None
 
 
 def test_passes_over_the_data_are_epochs_divided_by_replays(file):
@@ -538,4 +539,4 @@ def test_fractions_are_exact():
     rng = random.Random(1)
     for _ in range(100):
         a, b = rng.randint(-500, 500), rng.randint(1, 500)
-        assert config.parse_number(f"{a}/{b}") == float(Fraction(a, b)) == a / b
+        assert parse_number(f"{a}/{b}") == float(Fraction(a, b)) == a / b
