@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,6 @@ class Network:
     def normalize(self, x: Tensor) -> Tensor:
         return (x.to(DTYPE) - self.mean) / self.std
 
-    def single(self) -> Network:
-        """The same in single precision: for searches, whose outcome is then computed again in double."""
-        layers = (replace(layer, weight=layer.weight.float(), bias=layer.bias.float()) for layer in self.layers)
-        return Network(tuple(layers), self.mean.float(), self.std.float())
-
     def __call__(self, x: Tensor) -> Tensor:
         """Logits of normalised pixels, in double precision."""
         for i, layer in enumerate(self.layers):
@@ -100,7 +95,7 @@ def extract(model: nn.Module, shape: tuple[int, ...]) -> Network:
             activated = False
         else:
             raise FastrobustError(
-                f"verification: {type(module).__name__} is not supported; only networks of Conv2d, Linear, ReLU and Flatten are"
+                f"verification: {type(module).__name__} is not supported; networks of Conv2d, Linear, ReLU and Flatten are"
             )
     if not layers or activated:
         raise FastrobustError("verification: the network must end with a linear layer")
@@ -131,6 +126,8 @@ def _affine(module: nn.Module, inputs: tuple[int, ...]) -> Affine:
     (stride, other), padding = module.stride, module.padding
     plain = stride == other and module.dilation == (1, 1) and module.groups == 1 and module.padding_mode == "zeros"
     if not plain or isinstance(padding, str) or padding[0] != padding[1] or len(inputs) != 3:
-        raise FastrobustError(f"verification: {module} is not supported: one stride, one padding with zeros, no groups, no dilation")
+        raise FastrobustError(
+            f"verification: {module} is not supported: one stride, one padding with zeros, no groups, no dilation"
+        )
     sizes = [(size + 2 * padding[0] - k) // stride + 1 for size, k in zip(inputs[1:], weight.shape[2:], strict=True)]
     return Affine(weight, bias, tuple(inputs), (outs, *sizes), stride, padding[0])
