@@ -1,38 +1,19 @@
-"""Sound bounds on the values inside a ReLU network over boxes of inputs: what can be had for many images at once.
+"""Lower bounds on rows over the box of a reduced network: linear relaxations carried backward to the input (CROWN, Zhang et
+al., 2018) with optimised slopes (alpha-CROWN, Xu et al., 2021) and multipliers for the ReLUs whose sign is fixed
+(beta-CROWN, Wang et al., 2021).
 
-Intervals (Gowal et al., 2018), and linear relaxations carried backward to the input (CROWN, Zhang et al., 2018) for the
-convolutions. Everything is in double precision; every bound that enters the next layer is widened by ROUNDING.
-
-Boxes are pairs (lower, upper) of tensors, B x shape, of normalised pixels.
+Slopes and multipliers are optimised in single precision; the bound that they give is then computed in double precision,
+and only that one counts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastrobust.verification.network import DTYPE, Affine, Network
-
-Box = tuple[Tensor, Tensor]
-ROUNDING = 1e-9  # far above what the few thousand additions behind a bound lose in double precision (some 1e-12)
-
-
-def interval(layer: Affine, box: Box) -> Box:
-    """The outputs of a layer whose inputs lie in a box."""
-    lower, upper = box
-    centre = layer.linear((upper + lower) / 2) + layer.shift()
-    radius = layer.linear((upper - lower) / 2, layer.weight.abs())
-    return centre - radius, centre + radius
-
-
-def intervals(network: Network, box: Box) -> list[Box]:
-    """Interval bounds on the outputs of every layer."""
-    found = []
-    for layer in network.layers:
-        found.append(interval(layer, box))
-        box = tuple(side.clamp(min=0) for side in found[-1])
-    return found
+from fastrobust.verification.reduced import ROUNDING, Matrices, Reduced
 
 
 def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,44 +24,118 @@ def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return slope, -slope * down, ((up > -down) | (lower >= 0)).to(lower.dtype)
 
 
-def first_layers(network: Network, box: Box) -> list[Box]:
-    """Bounds on the outputs of the first layer and of every convolution after it, never looser than intervals."""
-    hidden = [interval(network.layers[0], box)]
-    for k, layer in enumerate(network.layers[1:-1], 1):
-        if not layer.is_conv:
-            break
-        lower, upper = interval(layer, tuple(side.clamp(min=0) for side in hidden[-1]))
-        relaxed = _relaxed(network, k, hidden, box)
-        hidden.append((torch.maximum(lower, relaxed[0]) - ROUNDING, torch.minimum(upper, relaxed[1]) + ROUNDING))
-    return hidden
+@dataclass
+class Domains:
+    """N domains. rows: the question of each, float64 N x (D + 1 + U). signs: int8 N x U, +1 fixed active, -1 fixed inactive,
+    0 free. low, push: slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower
+    bounds found, float64 N."""
+
+    rows: Tensor
+    signs: Tensor
+    low: Tensor
+    push: Tensor
+    bound: Tensor
+
+    def __len__(self) -> int:
+        return len(self.bound)
+
+    def take(self, index: Tensor) -> Domains:
+        return Domains(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
-def _relaxed(network: Network, k: int, hidden: list[Box], box: Box) -> Box:
-    """Bounds on the outputs of convolution k, with nothing but convolutions under it. Each output sees a patch of what lies
-    under it, and the coefficients of its patch are all that is kept: B x channels x positions x patch."""
-    layer = network.layers[k]
+def join(*parts: Domains) -> Domains:
+    return Domains(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Domains)))
 
-    def seen(x: Tensor, size: tuple[int, int], stride: int, padding: int) -> Tensor:
-        """What each position sees of x: B x 1 x positions x patch, zeros beyond the border."""
-        return F.unfold(x, size, padding=padding, stride=stride).transpose(1, 2).unsqueeze(1)
 
-    sides = []
-    for sign in (1.0, -1.0):
-        size, stride, padding = tuple(layer.weight.shape[2:]), layer.stride, layer.padding
-        rows = (sign * layer.weight).reshape(1, len(layer.bias), 1, -1)
-        total = (sign * layer.bias).reshape(1, -1, 1)
-        for i in range(k - 1, -1, -1):
-            slope, offset, low = (seen(t, size, stride, padding) for t in relu_lines(*hidden[i]))
-            positive, negative = rows.clamp(min=0), rows.clamp(max=0)
-            total = total + (negative * offset).sum(3)
-            rows = positive * low + negative * slope  # zero beyond the border
-            under = network.layers[i]
-            total = total + rows @ under.bias.repeat_interleave(size[0] * size[1])
-            basis = torch.eye(rows.shape[3], dtype=DTYPE).reshape(-1, len(under.bias), *size)
-            matrix = F.conv_transpose2d(basis, under.weight, None, under.stride)  # a patch of z -> a larger patch under it
-            rows = rows @ matrix.flatten(1)
-            size, stride, padding = tuple(matrix.shape[2:]), stride * under.stride, padding * under.stride + under.padding
-        lower, upper = (seen(side, size, stride, padding) for side in box)
-        total = total + (rows.clamp(min=0) * lower + rows.clamp(max=0) * upper).sum(3)
-        sides.append((sign * total).reshape(len(total), *layer.outputs))
-    return sides[0], sides[1]
+class Bounder:
+    """Lower bounds of rows over the box of a reduced network."""
+
+    def __init__(self, reduced: Reduced):
+        self.reduced = reduced
+        self.tensors = {
+            dtype: tuple(t.to(dtype) for t in (reduced.weights, reduced.lower, reduced.upper, *reduced.box))
+            for dtype in (torch.float32, torch.float64)
+        }
+
+    def below(self, rows: Tensor, signs: Tensor, low: Tensor, push: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(lower bounds, N; coefficients of the ReLUs' outputs, N x U; coefficients of the inputs, N x D), in the precision
+        of `rows`, differentiable in low and push."""
+        weights, lower, upper, x_low, x_high = self.tensors[rows.dtype]
+        lower = torch.where(signs > 0, 0, lower)
+        upper = torch.where(signs < 0, 0, upper)
+        slope, offset, line = relu_lines(lower, upper)
+        line = torch.where(signs == 0, low.to(rows.dtype), line)
+        pushes = -signs * push.to(rows.dtype)
+        r = self.reduced.inputs + 1  # where the ReLUs begin
+        total, coefficients = 0, []
+        for layer in reversed(self.reduced.layers):
+            mine = rows[:, r + layer.start : r + layer.stop]
+            coefficients.append(mine)
+            positive, negative = mine.clamp(min=0), mine.clamp(max=0)
+            total = total + (negative * offset[:, layer]).sum(1)
+            mine = positive * line[:, layer] + negative * slope[:, layer] + pushes[:, layer]
+            rows = rows + mine @ weights[layer]
+        x = rows[:, : r - 1]
+        total = total + rows[:, r - 1] + x.clamp(min=0) @ x_low + x.clamp(max=0) @ x_high
+        return total, torch.cat([*coefficients[::-1], rows[:, :0]], 1), x
+
+    def root(self, rows: Tensor) -> Domains:
+        """One domain per row (N x (D + 1 + U)), nothing fixed."""
+        _, lower, upper, *_ = self.tensors[torch.float32]
+        low = relu_lines(lower, upper)[2].expand(len(rows), -1).contiguous()
+        signs = torch.zeros_like(low, dtype=torch.int8)
+        return Domains(rows, signs, low, torch.zeros_like(low), torch.full((len(rows),), -torch.inf, dtype=torch.float64))
+
+    def tighten(self, domains: Domains, steps: int, rate: float = 0.1, enough: float = torch.inf) -> Domains:
+        """Optimise slopes and multipliers with Adam; what reaches `enough` needs no more. The better of the new bound, in
+        double precision, and the old one is kept."""
+        rows, signs = domains.rows.float(), domains.signs
+        if steps == 0:
+            with torch.no_grad():
+                bound, *_ = self.below(domains.rows, signs, domains.low, domains.push)
+            return replace(domains, bound=torch.maximum(bound, domains.bound))
+        low, push = domains.low.clone().requires_grad_(), domains.push.clone().requires_grad_()
+        optimizer = torch.optim.Adam([{"params": [low]}, {"params": [push]}], lr=rate)
+        best, best_low, best_push = torch.full((len(domains),), -torch.inf), domains.low, domains.push
+        for step in range(steps + 1):
+            value, *_ = self.below(rows, signs, low, push)
+            better = value.detach() > best
+            best = torch.where(better, value.detach(), best)
+            best_low = torch.where(better[:, None], low.detach(), best_low)
+            best_push = torch.where(better[:, None], push.detach(), best_push)
+            if step == steps or (best > enough).all():
+                break
+            optimizer.zero_grad()
+            (-value.clamp(max=enough + 1).sum()).backward()
+            optimizer.step()
+            with torch.no_grad():
+                low.clamp_(0, 1)
+                push.clamp_(min=0)
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.97
+        with torch.no_grad():
+            proved, *_ = self.below(domains.rows, signs, best_low, best_push)
+        return Domains(domains.rows, signs, best_low, best_push, torch.maximum(proved, domains.bound))
+
+
+def surround(matrices: Matrices, box: tuple[Tensor, Tensor], steps: int = 0) -> Reduced:
+    """The network around a box of inputs (flat, normalised pixels), its last layer left out. The inputs of the ReLUs are
+    bounded layer by layer: by intervals, where those leave the sign open by linear relaxation, and where that does by
+    one whose slopes are optimised for `steps` steps."""
+    around = Reduced.start(box)
+    lower, upper = (side.numpy() for side in box)
+    for k in range(len(matrices) - 1):
+        z = around.after(matrices.weights[k], matrices.shifts[k])
+        lower, upper = matrices.interval(k, lower, upper)
+        bounder = Bounder(around)
+        for effort in [0, steps] if steps else [0]:
+            open_ = ((lower < 0) & (upper > 0)).nonzero()[0]
+            if k == 0 or not len(open_):  # the first layer's intervals are exact
+                break
+            rows = torch.from_numpy(z[open_].toarray())
+            found = bounder.tighten(bounder.root(torch.cat([rows, -rows])), effort).bound.numpy() - ROUNDING
+            lower[open_] = lower[open_].clip(min=found[: len(open_)])
+            upper[open_] = upper[open_].clip(max=-found[len(open_) :])
+        around = around.extend(z, lower, upper)
+        lower, upper = lower.clip(min=0), upper.clip(min=0)
+    return around

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from fastrobust import attacks, threat
@@ -58,15 +59,9 @@ class Decider:
 
         clean = attacks.classified(self.model, images, labels)
         settle(~clean, "misclassified", "forward pass")
-        low, high = self.box(x)
-        with torch.no_grad():
-            first = [(lower.flatten(1), upper.flatten(1)) for lower, upper in bounds.first_layers(self.network, (low, high))]
-        low, high = low.flatten(1), high.flatten(1)
-        hidden, proved = {}, torch.zeros_like(clean)
+        proved = torch.zeros_like(clean)
         for i in clean.nonzero()[:, 0].tolist():
-            box = (low[i], high[i])
-            hidden[i] = branch.hidden_bounds(self.matrices, [(lower[i], upper[i]) for lower, upper in first], box)
-            proved[i] = (self.margins(hidden[i], box, labels[i], steps=0)[0] > branch.TOLERANCE).all()
+            proved[i] = (self.margins(x[i], labels[i], steps=0)[0] > branch.TOLERANCE).all()
         settle(proved, "verified", "bounds")
         open_ = (clean & ~proved).nonzero()[:, 0]
         if len(open_):
@@ -78,25 +73,21 @@ class Decider:
             if verdict is not None:
                 verdict.seconds = round((time.monotonic() - began) / len(x), 4)
         for i in (i for i, verdict in enumerate(verdicts) if verdict is None):
-            verdicts[i] = self.search(indices[i], x[i], labels[i], hidden[i], (low[i], high[i]), timeout)
+            verdicts[i] = self.search(indices[i], x[i], labels[i], timeout)
         return verdicts
 
-    def margins(self, hidden: list, box: bounds.Box, label: Tensor, steps: int):
-        """(lower bounds on logit[label] - logit[other] for every other class in order; the bounder; the questions)."""
-        around = reduced.reduce(self.matrices, hidden, box)
-        last = self.network.layers[-1]
-        others = [c for c in range(len(last.bias)) if c != label]
+    def margins(self, x: Tensor, label: Tensor, steps: int) -> tuple[Tensor, bounds.Bounder, Tensor]:
+        """(lower bounds on logit[label] - logit[other] for every other class in order; the bounder around the image x,
+        C x H x W in [0, 1]; the questions of the margins)."""
+        corners = ((x.to(DTYPE) + side).clamp(0, 1) for side in (-self.epsilon, self.epsilon))
+        low, high = (self.network.normalize(corner).flatten() for corner in corners)
+        around = bounds.surround(self.matrices, (low, high), steps)
+        last, others = self.network.layers[-1], [c for c in range(len(self.matrices.shifts[-1])) if c != label]
         rows, shifts = last.weight[label] - last.weight[others], last.bias[label] - last.bias[others]
-        questions = around.questions(rows.numpy(), shifts.numpy())
-        bounder = branch.Bounder(around)
+        questions = torch.from_numpy(around.after(csr_array(rows.numpy()), shifts.numpy()).toarray())
+        bounder = bounds.Bounder(around)
         found = bounder.tighten(bounder.root(questions), steps, enough=2 * branch.TOLERANCE)
         return found.bound, bounder, questions
-
-    def box(self, x: Tensor) -> bounds.Box:
-        """The threat model in normalised pixels, double precision."""
-        x = x.to(DTYPE)
-        corners = (x - self.epsilon).clamp(0, 1), (x + self.epsilon).clamp(0, 1)
-        return self.network.normalize(corners[0]), self.network.normalize(corners[1])
 
     def confirmed(self, x: Tensor, label: Tensor, points: Tensor) -> Tensor:
         """Which points (float32 N x C x H x W) are adversarial for the image x beyond doubt: the second check of everything
@@ -134,7 +125,7 @@ class Decider:
                     delta = threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
         return broken, found
 
-    def search(self, index: int, x: Tensor, label: Tensor, hidden: list, box: bounds.Box, timeout: float) -> Verdict:
+    def search(self, index: int, x: Tensor, label: Tensor, timeout: float) -> Verdict:
         """One image that plain bounds and a first attack leave open."""
         began = time.monotonic()
         deadline = began + timeout
@@ -143,8 +134,7 @@ class Decider:
             seconds = round(time.monotonic() - began, 4)
             return Verdict(index, int(label), kind, by, seconds, domains, witness)
 
-        hidden = branch.hidden_bounds(self.matrices, hidden, box, steps=20)
-        first, bounder, questions = self.margins(hidden, box, label, steps=20)
+        first, bounder, questions = self.margins(x, label, steps=20)
         todo = (first <= branch.TOLERANCE).nonzero()[:, 0]
         if not len(todo):
             return verdict("verified", "optimised bounds")

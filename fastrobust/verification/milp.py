@@ -1,7 +1,7 @@
 """A question about the reduced network as a mixed-integer program for HiGHS (Tjeng et al., 2017).
 
 Variables: the inputs x in their box; for every ReLU whose sign is open its input z, its output r and a binary d. The
-program asks for an input at which row . [r, x, 1] is at most the tolerance; if there is none, the row is positive. HiGHS
+program asks for an input at which row . [x, 1, r] is at most the tolerance; if there is none, the row is positive. HiGHS
 satisfies constraints up to a tolerance, here 1e-9, far inside that of the margin; an input that it finds counts only once
 a forward pass agrees.
 """
@@ -20,30 +20,34 @@ from fastrobust.verification.reduced import Reduced
 
 def decide(reduced: Reduced, row: Tensor, tolerance: float, seconds: float) -> tuple[str, Tensor | None]:
     """("verified", None), ("point", an input at which HiGHS finds the row at most the tolerance) or ("timeout", None)."""
-    count, inputs = reduced.size, len(reduced.box[0])
-    weights, shift = reduced.weights[:, :-1].numpy(), reduced.weights[:, -1].numpy()
+    count, inputs = len(reduced.lower), reduced.inputs
+    part = lambda rows: (
+        np.delete(rows.numpy(), inputs, -1),
+        rows[..., inputs].numpy(),
+    )  # (coefficients of [x, r], constants)
+    (weights, shift), (row, constant) = part(reduced.weights), part(row)
     low, high = reduced.lower.numpy(), reduced.upper.numpy()
     x_low, x_high = (side.numpy() for side in reduced.box)
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
     nothing = sparse.csr_array((count, inputs))
     diagonal = lambda values: sparse.dia_array((values[None], [0]), shape=(count, count))
-    # columns: r, x, z, d
+    # columns: x, r, z, d
     blocks = [
         ([sparse.csr_array(-weights), eye, none], shift, shift),  # z = weights @ [r, x] + shift
-        ([sparse.hstack([eye, nothing]), -eye, none], np.zeros(count), np.full(count, np.inf)),  # r >= z
-        ([sparse.hstack([eye, nothing]), -eye, diagonal(-low)], np.full(count, -np.inf), -low),  # r <= z - low (1 - d)
-        ([sparse.hstack([eye, nothing]), none, diagonal(-high)], np.full(count, -np.inf), np.zeros(count)),  # r <= high d
+        ([sparse.hstack([nothing, eye]), -eye, none], np.zeros(count), np.full(count, np.inf)),  # r >= z
+        ([sparse.hstack([nothing, eye]), -eye, diagonal(-low)], np.full(count, -np.inf), -low),  # r <= z - low (1 - d)
+        ([sparse.hstack([nothing, eye]), none, diagonal(-high)], np.full(count, -np.inf), np.zeros(count)),  # r <= high d
     ]
-    objective = np.concatenate([row[:-1].numpy(), np.zeros(2 * count)])
+    objective = np.concatenate([row, np.zeros(2 * count)])
     matrix = sparse.vstack([sparse.hstack(block) for block, _, _ in blocks] + [sparse.csr_array(objective[None])]).tocsr()
 
     lp = highspy.HighsLp()
     lp.num_row_, lp.num_col_ = matrix.shape
-    lp.col_cost_, lp.offset_ = objective, row[-1].item()
-    lp.col_lower_ = np.concatenate([np.zeros(count), x_low, low, np.zeros(count)])
-    lp.col_upper_ = np.concatenate([high, x_high, high, np.ones(count)])
+    lp.col_cost_, lp.offset_ = objective, float(constant)
+    lp.col_lower_ = np.concatenate([x_low, np.zeros(count), low, np.zeros(count)])
+    lp.col_upper_ = np.concatenate([x_high, high, high, np.ones(count)])
     lp.row_lower_ = np.concatenate([*(b[1] for b in blocks), [-np.inf]])
-    lp.row_upper_ = np.concatenate([*(b[2] for b in blocks), [tolerance - row[-1].item()]])
+    lp.row_upper_ = np.concatenate([*(b[2] for b in blocks), [tolerance - constant]])
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
     lp.a_matrix_.start_, lp.a_matrix_.index_, lp.a_matrix_.value_ = matrix.indptr, matrix.indices, matrix.data
     continuous, integer = highspy.HighsVarType.kContinuous, highspy.HighsVarType.kInteger
@@ -66,5 +70,5 @@ def decide(reduced: Reduced, row: Tensor, tolerance: float, seconds: float) -> t
         return "verified", None
     solution = solver.getSolution()
     if solution.value_valid and solver.getInfo().objective_function_value <= tolerance + 1e-6:
-        return "point", torch.tensor(solution.col_value[count : count + inputs], dtype=DTYPE)
+        return "point", torch.tensor(solution.col_value[:inputs], dtype=DTYPE)
     return "timeout", None

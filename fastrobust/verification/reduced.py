@@ -1,8 +1,8 @@
 """The network around one image, with only the ReLUs that may change sign in its box: all else is affine there.
 
-With r the outputs of those ReLUs (U of them, layer after layer) and x the D inputs, the inputs of the ReLUs are
-z = weights @ [r, x, 1], where a ReLU sees only those of the layers before its own. A question about the box is a row of
-U + D + 1 numbers: is row . [r, x, 1] > 0 everywhere? For a network trained against an adversary U is a few hundred
+With x the D inputs and r the outputs of those ReLUs (U of them, layer after layer), the inputs of the ReLUs are
+z = weights @ [x, 1, r], where a ReLU sees only those of the layers before its own. A question about the box is a row of
+D + 1 + U numbers: is row . [x, 1, r] > 0 everywhere? For a network trained against an adversary U is a few hundred
 where the network has thousands, and everything after this point costs accordingly less.
 """
 
@@ -15,32 +15,9 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from fastrobust.verification.bounds import Box
 from fastrobust.verification.network import DTYPE, Network
 
-
-@dataclass(frozen=True)
-class Reduced:
-    """weights: float64 U x (U + D + 1). lower, upper: bounds on z, U. layers: slices of 0..U, one per ReLU layer. box: D
-    each, normalised pixels. outputs: the outputs of the last of these ReLU layers, all n of them, as n x (U + D + 1)."""
-
-    weights: Tensor
-    lower: Tensor
-    upper: Tensor
-    layers: tuple[slice, ...]
-    box: Box
-    outputs: sparse.csr_array
-
-    @property
-    def size(self) -> int:
-        return len(self.lower)
-
-    def questions(self, rows, shifts: np.ndarray) -> Tensor:
-        """rows (m x n, sparse or not) . outputs + shifts (m) as questions, float64 m x (U + D + 1)."""
-        found = (self.outputs.T @ rows.T).T
-        found = found.toarray() if sparse.issparse(found) else np.ascontiguousarray(found)
-        found[:, -1] += shifts
-        return torch.from_numpy(found)
+ROUNDING = 1e-9  # every bound is widened by it: far above what the additions behind a bound lose in double precision
 
 
 class Matrices:
@@ -54,35 +31,59 @@ class Matrices:
             self.shifts.append(layer.shift().flatten().numpy())
         self.sizes = [abs(weight) for weight in self.weights]
 
+    def __len__(self) -> int:
+        return len(self.weights)
+
     def interval(self, k: int, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The outputs of layer k over a box of its inputs."""
         centre = self.weights[k] @ ((upper + lower) / 2) + self.shifts[k]
-        radius = self.sizes[k] @ ((upper - lower) / 2)
+        radius = self.sizes[k] @ ((upper - lower) / 2) + ROUNDING
         return centre - radius, centre + radius
 
 
-def reduce(matrices: Matrices, hidden: list[Box], box: Box) -> Reduced:
-    """hidden: bounds on the inputs of the first ReLU layers, of one image; the others are left out. All flat."""
-    bounds = [(lower.numpy(), upper.numpy()) for lower, upper in hidden]
-    unstable = [np.flatnonzero((low < 0) & (high > 0)) for low, high in bounds]
-    count, inputs = sum(map(len, unstable)), len(box[0])
-    width = count + inputs + 1
-    place = (np.arange(inputs), count + np.arange(inputs))
-    outputs = sparse.csr_array((np.ones(inputs), place), shape=(inputs, width))
-    rows, lower, upper, layers, begun = [], [], [], [], 0
-    for k, ((low, high), mine) in enumerate(zip(bounds, unstable, strict=True)):
-        shift = matrices.shifts[k]
-        constant = sparse.csr_array(
-            (shift, (np.arange(len(shift)), np.full(len(shift), width - 1))), shape=(len(shift), width)
+@dataclass(frozen=True)
+class Reduced:
+    """weights: float64 U x (D + 1 + U). lower, upper: bounds on z, U. layers: slices of 0..U, one per ReLU layer so far.
+    box: lower and upper ends of the inputs, D each. outputs: of the last layer so far, all n, as n x (D + 1 + U)."""
+
+    weights: Tensor
+    lower: Tensor
+    upper: Tensor
+    layers: tuple[slice, ...]
+    box: tuple[Tensor, Tensor]
+    outputs: sparse.csr_array
+
+    @staticmethod
+    def start(box: tuple[Tensor, Tensor]) -> Reduced:
+        inputs = len(box[0])
+        empty = torch.zeros(0, dtype=DTYPE)
+        return Reduced(
+            empty.reshape(0, inputs + 1), empty, empty, (), box, sparse.eye_array(inputs, inputs + 1, format="csr")
         )
-        z = (matrices.weights[k] @ outputs + constant).tocsr()
-        rows.append(z[mine].toarray())
-        lower.append(low[mine])
-        upper.append(high[mine])
-        layers.append(slice(begun, begun + len(mine)))
-        active = sparse.dia_array(((low >= 0).astype(float)[None], [0]), shape=(len(low), len(low)))
-        fresh = sparse.csr_array((np.ones(len(mine)), (mine, begun + np.arange(len(mine)))), shape=z.shape)
-        outputs = (active @ z + fresh).tocsr()
-        begun += len(mine)
-    tensor = lambda parts: torch.from_numpy(np.concatenate(parts))
-    return Reduced(tensor(rows), tensor(lower), tensor(upper), tuple(layers), box, outputs)
+
+    @property
+    def inputs(self) -> int:
+        return len(self.box[0])
+
+    def after(self, weight, shift: np.ndarray) -> sparse.csr_array:
+        """weight @ outputs + shift as rows over [x, 1, r]."""
+        place = (np.arange(len(shift)), np.full(len(shift), self.inputs))
+        return (weight @ self.outputs + sparse.csr_array((shift, place), shape=(len(shift), self.outputs.shape[1]))).tocsr()
+
+    def extend(self, z: sparse.csr_array, lower: np.ndarray, upper: np.ndarray) -> Reduced:
+        """With a ReLU on z, the rows that `after` gave, which lie between lower and upper (n each)."""
+        unstable = np.flatnonzero((lower < 0) & (upper > 0))
+        fresh, width = len(unstable), z.shape[1] + len(unstable)
+        begun = len(self.lower)
+        active = sparse.dia_array(((lower >= 0).astype(float)[None], [0]), shape=(len(lower), len(lower))) @ z
+        active.resize((len(lower), width))
+        place = (unstable, z.shape[1] + np.arange(fresh))
+        join = lambda old, new: torch.cat([old, torch.from_numpy(new)])
+        return Reduced(
+            torch.nn.functional.pad(join(self.weights, z[unstable].toarray()), (0, fresh)),
+            join(self.lower, lower[unstable]),
+            join(self.upper, upper[unstable]),
+            (*self.layers, slice(begun, begun + fresh)),
+            self.box,
+            (active + sparse.csr_array((np.ones(fresh), place), shape=(len(lower), width))).tocsr(),
+        )
