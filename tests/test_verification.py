@@ -1,0 +1,419 @@
+"""Exact verification against oracles: sampled points, a slow relaxation in extended precision, linear programs, every
+activation pattern in turn, and plain attacks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastrobust import attacks, run, verify
+from fastrobust.errors import FastrobustError, RunError
+from fastrobust.models import Normalized, create
+
+pytest.importorskip("highspy")
+from scipy.optimize import linprog
+
+from fastrobust.verification import bounds, branch, milp, reduced
+from fastrobust.verification.decide import Decider
+from fastrobust.verification.network import extract
+
+SHAPE = (1, 6, 6)
+
+
+def tiny(seed: int, scale: float = 2.0, deep: bool = True) -> nn.Module:
+    """6 x 6 images -> 3 classes. Deep: two convolutions and a hidden layer; else one convolution."""
+    torch.manual_seed(seed)
+    if deep:
+        layers = [nn.Conv2d(1, 3, 3, 2, 1), nn.ReLU(), nn.Conv2d(3, 4, 2, 1, 1), nn.ReLU(), nn.Flatten()]
+        layers += [nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 3)]
+    else:
+        layers = [nn.Conv2d(1, 2, 3, 2, 0), nn.Flatten(), nn.ReLU(), nn.Linear(8, 3)]
+    model = Normalized(nn.Sequential(*layers), (0.3,), (0.5,)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(scale)
+    return model
+
+
+def images(count: int, seed: int = 0, shape=SHAPE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
+
+
+def corners(decider: Decider, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sides = [(x.double() + s * decider.epsilon).clamp(0, 1) for s in (-1, 1)]
+    return tuple(decider.network.normalize(side).flatten() for side in sides)
+
+
+def inside(network, points: torch.Tensor) -> list[torch.Tensor]:
+    """The inputs of every ReLU, slowly: N x values each."""
+    found = []
+    for layer in network.layers:
+        points = layer.linear(points) + layer.shift()
+        found.append(points.flatten(1))
+        points = points.clamp(min=0)
+    return found
+
+
+# the network
+
+
+def test_the_layers_compute_what_the_model_computes():
+    for model, shape in (
+        (tiny(0), SHAPE),
+        (create("mnist_net", channels=1, classes=10, mean=(0.1,), std=(0.3,)), (1, 28, 28)),
+    ):
+        network, x = extract(model, shape), torch.rand(5, *shape)
+        expected = model.double()(x.double())
+        assert torch.allclose(network(network.normalize(x)), expected, rtol=0, atol=1e-12)
+        matrices = reduced.Matrices(network)
+        h = network.normalize(x).flatten(1).numpy()
+        for k, (weight, shift) in enumerate(zip(matrices.weights, matrices.shifts, strict=True)):
+            h = (weight @ (h if k == 0 else h.clip(min=0)).T).T + shift
+        assert np.allclose(h, expected.detach().numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)], "BatchNorm2d"),
+        ([nn.Flatten(), nn.Linear(36, 4), nn.Linear(4, 3)], "without a ReLU"),
+        ([nn.Flatten(), nn.Linear(36, 4), nn.ReLU()], "end with a linear layer"),
+        ([nn.Conv2d(1, 2, 3, padding=(1, 0)), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)], "one padding"),
+        ([nn.Conv2d(1, 2, 3, padding_mode="reflect", padding=1)], "zeros"),
+        ([nn.Flatten(), nn.Linear(35, 4)], "takes 35 values, but gets 36"),
+        ([nn.Conv2d(1, 2, 3)], "not a convolution"),
+    ],
+)
+def test_what_cannot_be_verified_is_said(layers, words):
+    with pytest.raises(FastrobustError, match=words):
+        extract(nn.Sequential(*layers), SHAPE)
+
+
+# bounds
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.3])
+def test_bounds_contain_sampled_points_and_are_never_looser_than_intervals(steps, epsilon):
+    decider = Decider(tiny(1), SHAPE, epsilon)
+    x = images(1)[0].float() / 255
+    low, high = corners(decider, x)
+    around = bounds.surround(decider.matrices, (low, high), steps)
+    unit = torch.rand(10_000, len(low), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit[::2] = unit[::2].round()  # every second one a corner
+    points = low + (high - low) * unit
+    hidden = inside(decider.network, points.reshape(-1, *SHAPE))
+    lower, upper = low.numpy(), high.numpy()
+    for k, values in enumerate(hidden[:-1]):
+        plain_low, plain_high = decider.matrices.interval(k, lower, upper)
+        weight = decider.matrices.weights[k].toarray()
+        slow_low = weight.clip(min=0) @ lower + weight.clip(max=0) @ upper + decider.matrices.shifts[k]
+        assert np.allclose(plain_low, slow_low, rtol=0, atol=1e-8) and (plain_low <= slow_low).all()
+        assert (values.numpy() >= plain_low).all() and (values.numpy() <= plain_high).all()
+        lower, upper = plain_low.clip(min=0), plain_high.clip(min=0)
+
+        layer = around.layers[k]
+        mine_low, mine_high = around.lower[layer].numpy(), around.upper[layer].numpy()
+        # the unstable ones are found again by their values: the reduced network's rows at the sampled points
+        r = torch.cat([values_of.clamp(min=0) for values_of in rows_at(around, points)], 1)
+        z = rows_at(around, points)[k]
+        assert r.shape[1] == len(around.lower)
+        assert (z.numpy() >= mine_low).all() and (z.numpy() <= mine_high).all()
+        index = [int((values - z[:, j : j + 1]).abs().max(0).values.argmin()) for j in range(z.shape[1])]
+        assert all((values[:, i] - z[:, j]).abs().max() < 1e-9 for j, i in enumerate(index))
+        assert (mine_low >= plain_low[index] - 1e-8).all() and (mine_high <= plain_high[index] + 1e-8).all()
+
+
+def rows_at(around, points: torch.Tensor) -> list[torch.Tensor]:
+    """The inputs of the reduced network's ReLUs at points, layer after layer."""
+    known = torch.cat([points, torch.ones(len(points), 1, dtype=torch.float64)], 1)
+    found = []
+    for layer in around.layers:
+        z = known @ around.weights[layer, : known.shape[1]].T
+        found.append(z)
+        known = torch.cat([known, z.clamp(min=0)], 1)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reduced_network_is_the_network_inside_its_box(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    x = images(1, seed)[0].float() / 255
+    label = torch.tensor(1)
+    least, bounder, questions = decider.margins(x, label, 0)
+    low, high = corners(decider, x)
+    points = low + (high - low) * torch.rand(200, len(low), dtype=torch.float64)
+    z = rows_at(bounder.reduced, points)
+    known = torch.cat([points, torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1)
+    logits = decider.network(points.reshape(-1, *SHAPE))
+    margins = logits[:, 1:2] - logits[:, [0, 2]]
+    assert torch.allclose(known @ questions.T, margins, rtol=0, atol=1e-10)
+    assert (margins >= least).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unoptimised_bounds_are_those_of_a_slow_relaxation_in_extended_precision(seed):
+    """Dense matrices of the whole network, one row at a time, numpy's long double: also what double precision loses."""
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    x = images(1, seed)[0].float() / 255
+    least, bounder, _ = decider.margins(x, torch.tensor(2), 0)
+    long = np.longdouble
+    weights = [w.toarray().astype(long) for w in decider.matrices.weights]
+    shifts = [s.astype(long) for s in decider.matrices.shifts]
+    low, high = (side.numpy().astype(long) for side in corners(decider, x))
+
+    def below(row, total, k, hidden):
+        for i in range(k - 1, -1, -1):
+            lower, upper = hidden[i]
+            made = np.zeros_like(row)
+            for j, coefficient in enumerate(row):
+                low_z, high_z = lower[j], upper[j]
+                if low_z >= 0:
+                    made[j] = coefficient
+                elif high_z > 0 and coefficient < 0:
+                    made[j] = coefficient * high_z / (high_z - low_z)
+                    total -= coefficient * high_z * low_z / (high_z - low_z)
+                elif high_z > 0 and high_z > -low_z:
+                    made[j] = coefficient
+            total += made @ shifts[i]
+            row = made @ weights[i]
+        return total + np.where(row > 0, row * low, row * high).sum()
+
+    hidden, inputs = [], (low, high)
+    widen = long(reduced.ROUNDING)
+    for k in range(len(weights) - 1):
+        centre, radius = (inputs[0] + inputs[1]) / 2, (inputs[1] - inputs[0]) / 2
+        centre, radius = weights[k] @ centre + shifts[k], abs(weights[k]) @ radius + widen
+        lower, upper = centre - radius, centre + radius
+        if k > 0:
+            for j in np.flatnonzero((lower < 0) & (upper > 0)):
+                lower[j] = max(lower[j], below(weights[k][j], shifts[k][j], k, hidden) - widen)
+                upper[j] = min(upper[j], -below(-weights[k][j], -shifts[k][j], k, hidden) + widen)
+        hidden.append((lower, upper))
+        inputs = (lower.clip(min=0), upper.clip(min=0))
+    for value, other in zip(least, (0, 1), strict=True):
+        row, shift = weights[-1][2] - weights[-1][other], shifts[-1][2] - shifts[-1][other]
+        assert abs(below(row, shift, len(weights) - 1, hidden) - long(value.item())) < 1e-11
+    assert bounder.reduced.lower.numel() > 5  # there was something to relax
+
+
+def program(around, row: torch.Tensor, pattern=None) -> float:
+    """The least value of a row over the box by a linear program: the triangle relaxation of every ReLU, or, with a pattern
+    (+1 or -1 for each), the exact network where the ReLUs have these signs. inf where there is no such point."""
+    count, inputs = len(around.lower), around.inputs
+    weights, low, high = around.weights.numpy(), around.lower.numpy(), around.upper.numpy()
+    z, one = np.delete(weights, inputs, 1), weights[:, inputs]
+    r = np.hstack([np.zeros((count, inputs)), np.eye(count)])
+    if pattern is None:
+        slope = high / (high - low)
+        rows = [z - r, r - slope[:, None] * z]  # r >= z; r <= slope (z - low)
+        limits = [-one, slope * (one - low)]
+        spans = [(0, None)] * count
+    else:
+        on = np.array(pattern) > 0
+        rows = [np.where(on[:, None], -z, z), np.where(on[:, None], r - z, r), np.where(on[:, None], z - r, -r)]
+        limits = [np.where(on, one, -one), np.where(on, one, 0), np.where(on, -one, 0)]
+        spans = [(None, None)] * count
+    box = list(zip(around.box[0].tolist(), around.box[1].tolist(), strict=True))
+    cost = np.delete(row.numpy(), inputs)
+    found = linprog(cost, np.vstack(rows), np.concatenate(limits), bounds=box + spans, method="highs")
+    return found.fun + row[inputs].item() if found.status == 0 else np.inf
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_optimised_slopes_reach_the_linear_program_and_never_pass_it(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.05)
+    x = images(1, seed)[0].float() / 255
+    plain, bounder, questions = decider.margins(x, torch.tensor(0), 0)
+    optimised = bounder.tighten(bounder.root(questions), 150).bound
+    for before, after, question in zip(plain, optimised, questions, strict=True):
+        exact = program(bounder.reduced, question)
+        assert before <= after <= exact + 1e-9
+        assert exact - after < 0.02 * max(1.0, exact - before.item())
+
+
+# verdicts
+
+
+def brute_force(around, question: torch.Tensor) -> float:
+    """The least margin in the box: every pattern of signs by its own linear program."""
+    return min(program(around, question, p) for p in itertools.product((-1, 1), repeat=len(around.lower)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
+    decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+    x = images(1, 100 + seed)[0].float() / 255
+    label = decider.model(x[None]).argmax()
+    _, bounder, questions = decider.margins(x, label, 5)
+    others = [c for c in range(3) if c != label]
+    for question, other in zip(questions, others, strict=True):
+        least = brute_force(bounder.reduced, question)
+        truth = "verified" if least > branch.TOLERANCE else "broken"
+
+        def wrong(points, other=other):
+            logits = decider.network(points.reshape(-1, *SHAPE))
+            return logits[:, label] <= logits[:, other] + branch.TOLERANCE
+
+        kind, point, _ = branch.decide(bounder, question, time.monotonic() + 30, wrong)
+        if kind == "timeout":  # every sign is fixed, and what is left is a linear program: the last step's business
+            assert truth == "broken"
+        else:
+            assert {"verified": "verified", "falsified": "broken"}[kind] == truth
+            assert point is None or wrong(point[None]).all()
+        kind, point = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
+        assert {"verified": "verified", "point": "broken"}[kind] == truth
+        assert point is None or wrong(point[None] * (1 - 1e-12)).all()
+
+
+def test_both_verdicts_occur_in_the_comparison_with_brute_force():
+    verdicts = []
+    for seed in range(12):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+        x = images(1, 100 + seed)
+        label = decider.model(x.float() / 255).argmax(1)
+        verdicts += [v.verdict for v in decider.decide([0], x, label, 10)]
+    assert verdicts.count("verified") >= 2 and verdicts.count("falsified") >= 2
+
+
+def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
+    model = tiny(3, scale=2.5)
+    x = images(16, 5)
+    labels = model(x.float() / 255).argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    kinds = set()
+    for epsilon in (0.03, 0.2):
+        decider = Decider(model, SHAPE, epsilon)
+        verdicts = decider.decide(list(range(16)), x, labels, 3.0)
+        assert [v.index for v in verdicts] == list(range(16)) and verdicts[0].verdict == "misclassified"
+        kinds |= {v.verdict for v in verdicts}
+        robust = attacks.pgd(model, x, labels, epsilon=epsilon, alpha=epsilon / 8, steps=40, restarts=5).robust
+        for v in verdicts:
+            assert v.label == labels[v.index] and (v.witness is not None) == (v.verdict == "falsified")
+            if v.verdict == "verified":
+                assert robust[v.index]
+            if v.verdict == "falsified":
+                point, image = v.witness.double(), x[v.index].double() / 255
+                assert v.witness.dtype == torch.float32 and v.witness.min() >= 0 and v.witness.max() <= 1
+                assert (point - (x[v.index].float() / 255).double()).abs().max() <= epsilon
+                assert (point - image).abs().max() <= epsilon + 1e-7
+                assert model(v.witness[None]).argmax() != v.label
+    assert kinds >= {"misclassified", "verified", "falsified"}
+
+
+def test_no_time_gives_timeouts_not_wrong_verdicts():
+    model, x = tiny(3), images(16, 5)
+    labels = model(x.float() / 255).argmax(1)
+    long = Decider(model, SHAPE, 0.1).decide(list(range(16)), x, labels, 3.0)
+    short = Decider(model, SHAPE, 0.1).decide(list(range(16)), x, labels, 1e-9)
+    assert any(v.verdict == "timeout" for v in short)
+    assert all(a.verdict == b.verdict or a.verdict == "timeout" for a, b in zip(short, long, strict=True))
+
+
+def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
+    model = create("mnist_net", channels=1, classes=10, mean=(0.0,), std=(1.0,))
+    x = torch.rand(500, 1, 28, 28)
+    network = extract(model, (1, 28, 28))
+    for p in (model,):
+        logits = p(x)
+    scale = logits.abs().max()
+    assert ((network(network.normalize(x)) - logits).abs().max() / scale) < 1e-5
+
+
+# the command
+
+
+def arguments(folder, *more) -> list[str]:
+    return [str(folder), "--epsilon", "0.004", "--limit", "12", "--jobs", "1", "--timeout", "20", "--json", *more]
+
+
+@pytest.fixture(scope="module")
+def verified(finished_run, tmp_path_factory):
+    """(output folder, the summary) of a finished verification."""
+    output = tmp_path_factory.mktemp("verified")
+    assert verify.main([*arguments(finished_run), "--output", str(output)]) == 0
+    return output, json.loads((output / "summary.json").read_text())
+
+
+def test_the_command_decides_every_image_and_says_how(verified):
+    output, summary = verified
+    assert summary["examples"] == 12
+    assert sum(summary[name] for name in verify.VERDICTS) == 12 == sum(summary["by"].values())
+    lines = [json.loads(line) for line in (output / "verdicts.jsonl").read_text().splitlines()]
+    assert sorted(line["index"] for line in lines) == list(range(12))
+    falsified = {line["index"] for line in lines if line["verdict"] == "falsified"}
+    assert {int(file.stem) for file in (output / "witnesses").iterdir()} == falsified
+    for index in falsified:
+        assert np.load(output / "witnesses" / f"{index}.npy").dtype == np.float32
+
+
+def test_the_command_again_decides_nothing_anew_and_a_torn_line_once_more(verified, finished_run, capsys, tmp_path):
+    import shutil
+
+    output, summary = verified
+    copy = tmp_path / "copy"
+    shutil.copytree(output, copy)
+    lines = (copy / "verdicts.jsonl").read_bytes()
+    (copy / "verdicts.jsonl").write_bytes(lines[:-20])
+    assert verify.main([*arguments(finished_run), "--output", str(copy)]) == 0
+    text = capsys.readouterr().out
+    assert "11 of 12 images have been decided before" in text
+    again = json.loads(text.splitlines()[-1])
+    assert {name: again[name] for name in verify.VERDICTS} == {name: summary[name] for name in verify.VERDICTS}
+    assert again["decided_now"] == 1
+    assert len((copy / "verdicts.jsonl").read_text().splitlines()) == 12
+
+
+def test_verdicts_about_something_else_are_not_mixed(verified, finished_run, capsys):
+    output, _ = verified
+    other = [*arguments(finished_run), "--output", str(output)]
+    other[2] = "0.005"
+    assert verify.main(other) == 2
+    assert "something else (epsilon differ)" in capsys.readouterr().err
+
+
+def test_damaged_verdicts_are_an_error(verified, finished_run, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(verified[0], copy)
+    content = (copy / "verdicts.jsonl").read_text().splitlines(keepends=True)
+    (copy / "verdicts.jsonl").write_text("".join([content[0], "nonsense\n", *content[1:]]))
+    assert verify.main([*arguments(finished_run), "--output", str(copy)]) == 2
+    assert "is damaged after 1 verdicts" in capsys.readouterr().err
+    (copy / "settings.json").write_text("{")
+    assert verify.main([*arguments(finished_run), "--output", str(copy)]) == 2
+    assert "settings.json is damaged" in capsys.readouterr().err
+
+
+def test_a_timeout_is_tried_again_only_with_more_time():
+    record = {"verdict": "timeout", "seconds": 10.2}
+    assert verify.settled(record, 10) and not verify.settled(record, 30) and not verify.settled(None, 1)
+    assert verify.settled({"verdict": "verified", "seconds": 0.1}, 30)
+
+
+def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsys):
+    from fastrobust import config
+
+    parsed = config.parse(settings(tmp_path, model__name="preact_resnet18_w16"), "test")
+    classes = tuple(f"bar{i}" for i in range(10))
+    run.save_weights(tmp_path, run.build_model(parsed, classes), parsed, classes)
+    assert verify.main([str(tmp_path / "model.safetensors"), "--epsilon", "0.1"]) == 2
+    assert "verification: PreActResNet18 is not supported" in capsys.readouterr().err
+
+
+def test_bad_arguments(finished_run, capsys):
+    assert verify.main([str(finished_run), "--epsilon", "0"]) == 2
+    assert "larger than 0" in capsys.readouterr().err
+    assert verify.main([str(finished_run), "--epsilon", "0.1", "--timeout", "nan"]) == 2
+    with pytest.raises(SystemExit):
+        verify.main([str(finished_run), "--epsilon", "8"])
+    with pytest.raises(RunError):
+        verify.Results(finished_run / "config.yaml" / "x", {})
