@@ -284,15 +284,15 @@ def test_both_verdicts_occur_in_the_comparison_with_brute_force():
 
 
 def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
-    model = tiny(3, scale=2.5)
-    x = images(16, 5)
+    model = tiny(0, scale=2.5)
+    x = images(8, 5)
     labels = model(x.float() / 255).argmax(1)
     labels[0] = (labels[0] + 1) % 3
     kinds = set()
-    for epsilon in (0.03, 0.2):
+    for epsilon in (0.06, 0.1):
         decider = Decider(model, SHAPE, epsilon)
-        verdicts = decider.decide(list(range(16)), x, labels, 3.0)
-        assert [v.index for v in verdicts] == list(range(16)) and verdicts[0].verdict == "misclassified"
+        verdicts = decider.decide(list(range(8)), x, labels, 10.0)
+        assert [v.index for v in verdicts] == list(range(8)) and verdicts[0].verdict == "misclassified"
         kinds |= {v.verdict for v in verdicts}
         robust = attacks.pgd(model, x, labels, epsilon=epsilon, alpha=epsilon / 8, steps=40, restarts=5).robust
         for v in verdicts:
@@ -305,14 +305,14 @@ def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
                 assert (point - (x[v.index].float() / 255).double()).abs().max() <= epsilon
                 assert (point - image).abs().max() <= epsilon + 1e-7
                 assert model(v.witness[None]).argmax() != v.label
-    assert kinds >= {"misclassified", "verified", "falsified"}
+    assert kinds == {"misclassified", "verified", "falsified"}
 
 
 def test_no_time_gives_timeouts_not_wrong_verdicts():
-    model, x = tiny(3), images(16, 5)
+    model, x = tiny(0, scale=2.5), images(8, 5)
     labels = model(x.float() / 255).argmax(1)
-    long = Decider(model, SHAPE, 0.1).decide(list(range(16)), x, labels, 3.0)
-    short = Decider(model, SHAPE, 0.1).decide(list(range(16)), x, labels, 1e-9)
+    long = Decider(model, SHAPE, 0.1).decide(list(range(8)), x, labels, 10.0)
+    short = Decider(model, SHAPE, 0.1).decide(list(range(8)), x, labels, 1e-9)
     assert any(v.verdict == "timeout" for v in short)
     assert all(a.verdict == b.verdict or a.verdict == "timeout" for a, b in zip(short, long, strict=True))
 
