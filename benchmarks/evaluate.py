@@ -22,7 +22,7 @@ from fastrobust import config as config_module
 def small_model(device: torch.device):
     config = config_module.load(
         Path(__file__).parent.parent / "configs/quickstart.yaml",
-        ["phases.0.epochs=1", "guard.action=off", "evaluation.epsilon=0.13", "evaluation.alpha=0.02"],
+        ["phases.0.epochs=1", "guard.action=off", "evaluation.epsilon=0.15", "evaluation.alpha=0.02"],
     )
     with tempfile.TemporaryDirectory() as folder:
         job = trainer.Trainer(config, Path(folder), device)

@@ -1,0 +1,76 @@
+"""Verified, undecided and falsified against epsilon: the curve of a run, as JSON and as a plot.
+
+    python -m benchmarks.verification runs/mnist_fgsm_warmup --limit 100 --output benchmarks/results/verification
+
+Verdicts are kept in the run's directory: an interrupted call goes on, and a finer grid costs only its new points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fastrobust import run, verify
+from fastrobust.cli import main_with_errors
+from fastrobust.errors import FastrobustError
+from fastrobust.evaluate import count, pixels
+
+
+def plot(points: list[dict], title: str, file: Path) -> None:
+    """Stacked shares: verified below, then undecided, falsified and misclassified."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epsilons = [p["epsilon"] for p in points]
+    kinds = ("verified", "timeout", "falsified", "misclassified")
+    shares = [[100 * p[kind] / p["examples"] for p in points] for kind in kinds]
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    axes.stackplot(
+        epsilons,
+        shares,
+        labels=("verified", "undecided", "falsified", "misclassified"),
+        colors=("#3b7d5a", "#d9d3c3", "#c8643c", "#5c4a4a"),
+    )
+    for epsilon in epsilons:
+        axes.axvline(epsilon, color="black", linewidth=0.4, alpha=0.3)
+    axes.set(xlabel="epsilon", ylabel="% of test images", title=title, ylim=(0, 100), xlim=(epsilons[0], epsilons[-1]))
+    axes.legend(loc="lower left")
+    figure.savefig(file, dpi=130)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.verification", description=__doc__.splitlines()[0])
+    p.add_argument("run", type=Path)
+    p.add_argument("--epsilons", type=pixels, nargs="+", default=[0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
+    p.add_argument("--limit", type=count, default=100)
+    p.add_argument("--timeout", default="60")
+    p.add_argument("--jobs", type=count)
+    p.add_argument("--output", type=Path, default=Path("benchmarks/results/verification"), help="without .json and .png")
+    arguments = p.parse_args()
+
+    def measure() -> int:
+        points = []
+        for epsilon in sorted(arguments.epsilons):
+            command = [str(arguments.run), "--epsilon", f"{epsilon!r}", "--limit", f"{arguments.limit}"]
+            command += ["--timeout", arguments.timeout, *(["--jobs", f"{arguments.jobs}"] if arguments.jobs else [])]
+            status = verify.main(command)
+            if status:
+                return status
+            summary = arguments.run / "verification" / f"epsilon-{epsilon:g}" / "summary.json"
+            points.append(json.loads(summary.read_text()))
+        run.write_json(arguments.output.with_suffix(".json"), {"run": arguments.run.name, "points": points})
+        try:
+            plot(points, f"{arguments.run.name}, first {arguments.limit} test images", arguments.output.with_suffix(".png"))
+        except ImportError:
+            raise FastrobustError("the plot needs matplotlib: pip install 'fastrobust[report]'") from None
+        return 0
+
+    return main_with_errors(measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
