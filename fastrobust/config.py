@@ -7,6 +7,7 @@ the key and the nearest right one.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from pydantic import ValidationError
 
 from fastrobust.errors import ConfigError
 from fastrobust.schema import Config
+
+_FREE = re.compile(r"(name|output|device|data\.path|data\.download|evaluation\.[\w.]+):")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -73,14 +76,23 @@ def parse(data: dict[str, Any], where: str) -> Config:
         raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from None
 
 
-def differences(a: Config, b: Config) -> list[str]:
+def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in the other")) -> list[str]:
     """Readable lines `key: value in a, not value in b` for every key in which two configs differ."""
     flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
     return [
-        f"{key}: {flat_a.get(key, 'absent')} in one, {flat_b.get(key, 'absent')} in the other"
+        f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
         for key in sorted(flat_a.keys() | flat_b.keys())
         if flat_a.get(key, "absent") != flat_b.get(key, "absent")
     ]
+
+
+def changed_since(stored: Any, config: Config) -> list[str]:
+    """What differs in a run's config from the one stored in its checkpoint, but for what may change: where its files and
+    data lie, which device it is on, and how the trained model is evaluated."""
+    if not isinstance(stored, dict):
+        return ["the checkpoint holds no config"]
+    before = parse(stored, "the checkpoint's config")
+    return [line for line in differences(before, config, ("then", "now")) if not _FREE.match(line)]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
