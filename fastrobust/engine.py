@@ -33,7 +33,8 @@ def set_deterministic(on: bool) -> None:
     """Whether torch may use kernels whose result depends on the order in which threads finish."""
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's libraries start
-    torch.use_deterministic_algorithms(on)
+    if on != torch.are_deterministic_algorithms_enabled():  # the call below imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 

@@ -241,8 +241,18 @@ def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tup
 
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     metadata = {"fastrobust": __version__, "config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
+    metadata["sha256"] = weights_checksum(tensors, metadata)
     content = save(tensors, metadata)
     write_atomically(run / WEIGHTS, lambda file: file.write(content))
+
+
+def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of the weights, and of the config and classes in their file's header. safetensors has no checksum of its own."""
+    digest = hashlib.sha256(f"{metadata['config']}\n{metadata['classes']}".encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, ...]]:
@@ -258,6 +268,8 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, 
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata.get("sha256", "absent") not in ("absent", weights_checksum(tensors, metadata)):
+            raise ValueError("its checksum does not fit: it was changed after it was written")
         config = config_module.parse(json.loads(metadata["config"]), str(weights))
         classes = tuple(json.loads(metadata["classes"]))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
