@@ -25,17 +25,27 @@ class Ended(NamedTuple):
     output: str
 
 
-def run(function: Callable, *arguments, log: Path, after: float | None = None, signum: int = 0, limit: float = 120) -> Ended:
-    """Call a function in a process of its own, which exits with what it returns. `after` so many seconds it is sent a
-    signal. One that lives longer than `limit` is killed: status -SIGKILL."""
+def run(
+    function: Callable,
+    *arguments,
+    log: Path,
+    after: float | None = None,
+    when: Callable[[], bool] | None = None,
+    signum: int = 0,
+    limit: float = 120,
+) -> Ended:
+    """Call a function in a process of its own, which exits with what it returns. `after` so many seconds, or `when`
+    something has come to be, it is sent a signal. One that lives longer than `limit` is killed: status -SIGKILL."""
     process = CONTEXT.Process(target=_enter, args=(function, arguments, str(log)))
     process.start()
     began = time.monotonic()
     if after is not None:
         process.join(after)
-        if process.is_alive():
-            began = time.monotonic()
-            os.kill(process.pid, signum)
+    while when is not None and not when() and process.exitcode is None:
+        process.join(0.01)
+    if (after is not None or when is not None) and process.exitcode is None:
+        began = time.monotonic()
+        os.kill(process.pid, signum)
     process.join(limit)
     if process.exitcode is None:
         process.kill()

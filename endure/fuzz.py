@@ -94,19 +94,8 @@ def mutate_text(content: bytes, rng: random.Random) -> bytes:
             text = "\n".join(lines)
         elif kind == 6:
             words = re.findall(r"[\w./-]+", text) or [""]
-            other = [
-                *words,
-                "null",
-                "true",
-                "1e999",
-                "-1",
-                "[]",
-                "{}",
-                "8",
-                "!!python/object/apply:os.getcwd []",
-                "&a",
-                "*a",
-            ]
+            odd = ["null", "true", "1e999", "-1", "[]", "{}", "8", "*a", "!!python/object/apply:os.getcwd"]
+            other = [*words, *odd]
             text = text.replace(rng.choice(words), rng.choice(other), 1)
         else:
             text = text[:i] + text[i : i + 30] * rng.choice((2, 3, 50)) + text[i + 30 :]
@@ -190,7 +179,7 @@ def archives(folder: Path) -> list[Target]:
                 info.size = len(content)
                 archive.addfile(info, io.BytesIO(content))
         read = lambda file=file: arrays(sources.load("image_folder", "train", file, resolution=32))
-        targets.append(Target(file, file.read_bytes(), read, False, mutate_bytes))
+        targets.append(Target(file, file.read_bytes(), read, suffix != ".tar", mutate_bytes))
     return targets
 
 
@@ -203,8 +192,8 @@ def images(folder: Path) -> list[Target]:
         file = folder / f"image.{suffix}"
         member = formats.Member(file.name, str(file), file.read_bytes)
         read = lambda member=member: formats.decode_all([member], 32, resize=True).tobytes()
-        for _ in range(8 if suffix in ("jpeg", "jpg") else 1):  # mostly JPEGs
-            targets.append(Target(file, content, read, False, mutate_bytes))
+        for _ in range(8 if suffix in ("jpeg", "jpg", "png") else 1):  # what people have
+            targets.append(Target(file, content, read, suffix == "png", mutate_bytes))
     return targets
 
 

@@ -23,7 +23,7 @@ from fastrobust.interrupt import RESUME_ME
 class Job(NamedTuple):
     """Each function takes the folder that the job works in.
 
-    command: (function, arguments) that begins the job there or goes on with it, whichever is due.
+    command: (function, argument, …) that begins the job there or goes on with it, whichever is due.
     done: whether it is finished. result: what it came to, to be compared. stage: in words, where it stands now.
     """
 
@@ -41,8 +41,8 @@ def training(config: Path) -> Job:
 
     def command(folder: Path) -> tuple:
         if (directory(folder) / run.CONFIG).exists():
-            return train, ["--resume", str(directory(folder))]
-        return train, [str(config), f"output={folder}"]
+            return train, "--resume", str(directory(folder))
+        return train, str(config), f"output={folder}"
 
     def stage(folder: Path) -> str:
         there = {file.name for file in directory(folder).iterdir()} if directory(folder).exists() else set()
@@ -76,16 +76,13 @@ def train(*argv: str) -> int:
 
 
 def call(job: Job, folder: Path, **options) -> child.Ended:
-    function, arguments = job.command(folder)
-    return child.run(function, *arguments, log=folder.parent / f"{folder.name}.log", **options)
+    return child.run(*job.command(folder), **{"log": folder.parent / f"{folder.name}.log"} | options)
 
 
 def undisturbed(job: Job, folder: Path) -> tuple[Any, float]:
     """(result, seconds) of the job when nothing happens to it."""
     folder.mkdir(parents=True)
-    call(job, folder)
-    shutil.rmtree(folder)  # the first one may have waited for the imports
-    folder.mkdir()
+    child.run(int, log=folder / "log")  # from here on nothing waits for imports
     ended = call(job, folder)
     assert ended.status == 0, ended
     return job.result(folder), ended.seconds
@@ -103,8 +100,8 @@ def finish(job: Job, folder: Path, expected: Any) -> str | None:
 
 
 def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: int = signal.SIGKILL, tear=None) -> dict:
-    """`count` kills at random moments. A job is begun, killed and gone on with, killed again with chance 1/2, and so on to its
-    end. `tear(folder)`, if given, damages a file after each kill and says whether it did."""
+    """`count` kills at random moments. A job is begun, killed and gone on with, killed again with chance 3/4, and so on to
+    its end. `tear(folder, rng)`, if given, damages a file after each kill and says whether it did."""
     rng = random.Random(seed)
     expected, seconds = undisturbed(job, folder / "undisturbed")
     stages, statuses, wrong, slowest, jobs, torn = Counter(), Counter(), [], 0.0, 0, 0
@@ -123,7 +120,7 @@ def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: in
                 wrong.append(f"{place.name}: {child.ended_by(ended.status)}: {ended.output[-400:]}")
             if tear is not None:
                 torn += tear(place, rng)
-            if rng.random() < 0.5:
+            if rng.random() < 0.25:
                 break
         problem = finish(job, place, expected)
         if problem is not None:
@@ -151,8 +148,8 @@ def tear_checkpoint(folder: Path, rng: random.Random) -> bool:
 
 
 def die_in_write(at: int, argv: list[str]) -> int:
-    """Train, but kill this process at the `at`-th operation on a file that is being written: in the middle of a write, before
-    it is flushed, before it is renamed."""
+    """Train, but kill this process at the `at`-th operation on a file that is being written: in the middle of a write,
+    before it is flushed, before it is renamed."""
     import os
 
     operations = 0
@@ -202,8 +199,9 @@ def die_in_write(at: int, argv: list[str]) -> int:
     return status
 
 
-def kill_in_every_write(config: Path, folder: Path, every: int = 1) -> dict:
-    """A run for every operation on a file that a run makes (or every few): killed there, gone on with, compared."""
+def kill_in_writes(config: Path, folder: Path, count: int) -> dict:
+    """A run is killed at one operation on a file, gone on with and compared; `count` times, evenly spaced over the hundreds
+    of operations that a run makes."""
     job = training(config)
     expected, _ = undisturbed(job, folder / "undisturbed")
     counted = folder / "counted"
@@ -211,7 +209,8 @@ def kill_in_every_write(config: Path, folder: Path, every: int = 1) -> dict:
     child.run(die_in_write, 0, [str(config), f"output={counted}"], log=folder / "counted.log")
     operations = int((counted / "operations").read_text())
     stages, wrong = Counter(), []
-    for at in range(1, operations + 1, every):
+    for i in range(count):
+        at = 1 + (2 * i + 1) * operations // (2 * count)
         place = folder / f"write{at}"
         place.mkdir()
         ended = child.run(die_in_write, at, [str(config), f"output={place}"], log=folder / "killed.log")

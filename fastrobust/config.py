@@ -7,6 +7,7 @@ the key and the nearest right one.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,7 @@ def _item(node: list, part: str, override: str) -> Any:
     return node[int(part)]
 
 
+@functools.cache
 def _all_keys() -> list[str]:
     """Every dotted key of the schema, from its JSON form."""
     schema = Config.model_json_schema()

@@ -247,7 +247,7 @@ def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tup
 
 
 def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 of the weights, and of the config and classes in their file's header. safetensors has no checksum of its own."""
+    """SHA-256 of the weights, and of the config and classes in their file's header; safetensors has none of its own."""
     digest = hashlib.sha256(f"{metadata['config']}\n{metadata['classes']}".encode())
     for name, t in sorted(tensors.items()):
         digest.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
