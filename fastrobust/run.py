@@ -272,7 +272,7 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, 
             raise ValueError("its checksum does not fit: it was changed after it was written")
         config = config_module.parse(json.loads(metadata["config"]), str(weights))
         classes = tuple(json.loads(metadata["classes"]))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{weights} is damaged: {error}") from None
     except KeyError as error:
         raise RunError(f"{weights} was not written by fastrobust: its header has no {error}") from None

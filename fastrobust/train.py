@@ -76,7 +76,7 @@ def resume(arguments: argparse.Namespace) -> int:
     if (directory / run.SUMMARY).exists():
         try:
             show_summary(json.loads((directory / run.SUMMARY).read_text()), directory)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise RunError(f"{directory / run.SUMMARY} is damaged: delete it, and --resume evaluates again") from None
         print(f"{directory} is finished")
         return 0

@@ -416,6 +416,17 @@ def test_damaged_weights_are_an_explained_error(saved):
             fastrobust.load(saved)
 
 
+def test_a_flipped_bit_of_a_weight_is_noticed(saved):
+    """safetensors itself reads it without a word."""
+    file = saved / run.WEIGHTS
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 4
+    file.write_bytes(content)
+    assert safetensors.torch.load_file(file)
+    with pytest.raises(RunError, match=r"model\.safetensors is damaged: its checksum does not fit"):
+        fastrobust.load(saved)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -425,6 +436,7 @@ def test_damaged_weights_are_an_explained_error(saved):
         (lambda m, t: m.update(config="{"), "is damaged"),
         (lambda m, t: m.update(config="{}"), "data: this key is needed"),
         (lambda m, t: m.update(classes="3"), "safetensors"),
+        (lambda m, t: m.update(config="[" * 50_000), "is damaged"),
         (lambda m, t: m.update(config="7"), "safetensors"),
         (lambda m, t: m.update(config=m["config"].replace("mnist_net", "mnist_nest")), "no model 'mnist_nest'"),
         (lambda m, t: m.update(config=m["config"].replace("mnist_net", "preact_resnet18_w16")), "do not fit"),
@@ -437,6 +449,7 @@ def test_foreign_weights_are_an_explained_error(saved, change, message):
     file = saved / run.WEIGHTS
     with safetensors.safe_open(file, "pt") as stored:
         metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    del metadata["sha256"]
     change(metadata, tensors)
     file.write_bytes(safetensors.torch.save(tensors, metadata))
     with pytest.raises(RunError, match=f"(?s){message}"):
