@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from endure import child, tiny
 from fastrobust import run
 from fastrobust.interrupt import RESUME_ME
+from fastrobust.progress import Progress
 
 
 class Job(NamedTuple):
@@ -105,6 +106,7 @@ def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: in
     rng = random.Random(seed)
     expected, seconds = undisturbed(job, folder / "undisturbed")
     stages, statuses, wrong, slowest, jobs, torn = Counter(), Counter(), [], 0.0, 0, 0
+    bar = Progress("killed", count)
     while sum(stages.values()) < count and len(wrong) < 5:
         place = folder / f"job{jobs}"
         place.mkdir()
@@ -112,9 +114,11 @@ def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: in
         while sum(stages.values()) < count:
             ended = call(job, place, after=rng.uniform(0, seconds), signum=signum)
             if job.done(place):
+                seconds = max(0.3 * seconds, min(seconds, ended.seconds))  # too late: the machine has become faster
                 break
             stages[job.stage(place)] += 1
             statuses[child.ended_by(ended.status)] += 1
+            bar.advance(1, f"{len(wrong)} wrong" if bar.due() else None)
             slowest = max(slowest, ended.seconds)
             if ended.status not in (-signum, RESUME_ME):
                 wrong.append(f"{place.name}: {child.ended_by(ended.status)}: {ended.output[-400:]}")

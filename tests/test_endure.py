@@ -13,7 +13,7 @@ from endure import __main__, child, fuzz, kills, parts
 
 @pytest.mark.parametrize("name", parts.PARTS)
 def test_quick_form_of(name, tmp_path):
-    figures = parts.PARTS[name](tmp_path, True)
+    figures = parts.PARTS[name].run(tmp_path, parts.PARTS[name].quick)
     if "skipped" in figures:
         pytest.skip(figures["skipped"])
     assert figures["wrong"] == []
@@ -80,7 +80,7 @@ def test_figures_are_written_with_their_command_and_faults_are_a_failure(tmp_pat
     assert __main__.main(["a", "--quick", "--json", str(file)]) == 0
     assert __main__.main(["b", "--json", str(file)]) == 1
     found = json.loads(file.read_text())
-    assert found["a"]["command"] == "python -m endure a --quick" and found["a"]["n"] == 1
+    assert found["a"]["command"] == "python -m endure a --count 1" and found["a"]["n"] == 1
     assert found["b"]["wrong"] == ["x"]
     assert __main__.main(["c"]) == 2
     assert "there is no part c; there are a, b" in capsys.readouterr().err
