@@ -1,5 +1,5 @@
-"""What `make endure` does: for each part a function of (folder, count) that returns its figures, with what is wrong in a list,
-the full count, and the few of the quick form."""
+"""What `make endure` does: for each part a function of (folder, count) that returns its figures, with what is wrong in a
+list, the full count, and the few of the quick form."""
 
 from __future__ import annotations
 
