@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: quickstart test lint clean gpu-report
+.PHONY: quickstart test endure lint clean gpu-report
 
 # Train on Fashion-MNIST, evaluate with PGD, show where the files are. A run that was interrupted goes on.
 quickstart: $(VENV)/.core data
@@ -27,6 +27,11 @@ test: $(VENV)/.test data compiler
 # On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in benchmarks/results/gpu.
 gpu-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu_report
+
+# Kill runs, fill disks, damage files: the full counts, about half an hour. `make test` does a few of each. As root it mounts
+# small file systems in memory; without, those parts skip.
+endure: $(VENV)/.test
+	$(BIN)/python -m endure --json benchmarks/results/endure.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -5,20 +5,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from fastrobust.errors import FastrobustError
+from fastrobust.errors import FastrobustError, first_line, is_out_of_memory
 
 
 def main_with_errors(command: Callable[[], int]) -> int:
-    """Run a command. Exit status 2 for a problem that the user can mend, 128 + signal when stopped by one."""
+    """Run a command. Exit status 2 for a problem that the user can mend, 130 when stopped by the keyboard, 75 when a
+    scheduler or a lost terminal stopped a run that can be resumed."""
     try:
         return command()
     except FastrobustError as error:
-        signum = getattr(error, "signum", None)
-        print(f"{'' if signum else 'error: '}{error}", file=sys.stderr)
-        return 128 + signum if signum else 2
+        status = getattr(error, "status", 2)
+        print(f"{'error: ' if status == 2 else ''}{error}", file=sys.stderr)
+        return status
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)

@@ -7,6 +7,10 @@ the key and the nearest right one.
 from __future__ import annotations
 
 import difflib
+import functools
+import math
+import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,10 @@ from pydantic import ValidationError
 
 from fastrobust.errors import ConfigError
 from fastrobust.schema import Config
+
+MESSAGES = 20  # as many mistakes are told at once
+LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
+_FREE = re.compile(r"(name|output|device|data\.path|data\.download|evaluation\.[\w.]+):")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -34,9 +42,23 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _expanded(value: Any, known: dict[int, float]) -> float:
+    """How many values a YAML document has with every alias written out; infinite where one is inside itself."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        children = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(value)]
+
+
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_UniqueKeyLoader)
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        if _expanded(data, {}) > LARGEST:
+            raise ValueError(f"with its aliases written out it has more than {LARGEST} values, or no end of them")
+        return data
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
@@ -69,18 +91,30 @@ def parse(data: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(lines))) from None
+        problems = error.errors()
+        lines = list(dict.fromkeys(_explain(e) for e in problems[:MESSAGES]))
+        if len(problems) > MESSAGES:
+            lines.append(f"and {len(problems) - MESSAGES} more")
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
 
 
-def differences(a: Config, b: Config) -> list[str]:
+def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in the other")) -> list[str]:
     """Readable lines `key: value in a, not value in b` for every key in which two configs differ."""
     flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
     return [
-        f"{key}: {flat_a.get(key, 'absent')} in one, {flat_b.get(key, 'absent')} in the other"
+        f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
         for key in sorted(flat_a.keys() | flat_b.keys())
         if flat_a.get(key, "absent") != flat_b.get(key, "absent")
     ]
+
+
+def changed_since(stored: Any, config: Config) -> list[str]:
+    """What differs in a run's config from the one stored in its checkpoint, but for what may change: where its files and
+    data lie, which device it is on, and how the trained model is evaluated."""
+    if not isinstance(stored, dict):
+        return ["the checkpoint holds no config"]
+    before = parse(stored, "the checkpoint's config")
+    return [line for line in differences(before, config, ("then", "now")) if not _FREE.match(line)]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -130,6 +164,7 @@ def _item(node: list, part: str, override: str) -> Any:
     return node[int(part)]
 
 
+@functools.cache
 def _all_keys() -> list[str]:
     """Every dotted key of the schema, from its JSON form."""
     schema = Config.model_json_schema()
@@ -147,6 +182,17 @@ def _all_keys() -> list[str]:
         return keys
 
     return list(dict.fromkeys(walk(schema, "")))
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words at most."""
+    short = reprlib.Repr()
+    short.maxlevel = short.maxlist = short.maxdict = 4
+    short.maxstring = short.maxother = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return "a number of thousands of digits"
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -174,10 +220,11 @@ def _explain(error: dict[str, Any]) -> str:
         context = error["ctx"]
         expected = context.get("expected") or context.get("expected_tags")
         given = context.get("tag", error["input"])
-        near = difflib.get_close_matches(str(given), [e.strip("' ") for e in expected.replace(" or ", ",").split(",")], n=1)
+        given = given[:80] if isinstance(given, str) else _shown(given)
+        near = difflib.get_close_matches(given, [e.strip("' ") for e in expected.replace(" or ", ",").split(",")], n=1)
         message = f"'{given}' is not one of {expected}" + (f"; did you mean '{near[0]}'?" if near else "")
     elif error["type"] == "union_tag_not_found":
         message = "this section needs a `name`"
     elif not error["type"].startswith("value_error"):
-        message = f"{message[0].lower()}{message[1:]}, got {error['input']!r}"
+        message = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
     return f"{key}: {message}" if key else message

@@ -7,6 +7,7 @@ move on inside the graph.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -26,6 +27,16 @@ def choose(engine: str, device: torch.device) -> str:
     if "cuda_graph" in engine and device.type != "cuda":
         raise ConfigError(f"engine: {engine} needs a CUDA device, this is {device}; use auto, eager or compile")
     return engine
+
+
+def set_deterministic(on: bool) -> None:
+    """Whether torch may use kernels whose result depends on the order in which threads finish."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's libraries start
+    if on != torch.are_deterministic_algorithms_enabled():  # the call below imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
 
 
 def prepare(engine: str, step: Step, images: Tensor, labels: Tensor, job) -> Step:

@@ -13,6 +13,13 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an error of its own for a GPU; its CPU allocator says it in words."""
+    return (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
+
+
 class ConfigError(FastrobustError):
     """A configuration is not valid."""
 

@@ -6,9 +6,9 @@ import time
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastrobust import attacks
+from fastrobust import attacks, memory
 from fastrobust.data import sources
 from fastrobust.progress import Progress
 from fastrobust.schema import Config
@@ -47,18 +47,23 @@ def evaluate(
                 state["restart"] = restart
             bar.advance(examples, f"restart {restart + 1} of {restarts}" if bar.due() else None)
 
-        verdicts = attacks.pgd(
-            model,
-            images,
-            labels,
-            epsilon=epsilon,
-            alpha=alpha,
-            steps=steps,
-            restarts=restarts,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
+        def one_step(images: Tensor, labels: Tensor) -> None:
+            attacks.pgd(model, images, labels, epsilon=epsilon, alpha=alpha, steps=1, restarts=1, batch_size=len(images))
+
+        batch = images[:batch_size], labels[:batch_size]
+        with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
+            verdicts = attacks.pgd(
+                model,
+                images,
+                labels,
+                epsilon=epsilon,
+                alpha=alpha,
+                steps=steps,
+                restarts=restarts,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+            )
         clean, robust = int(verdicts.clean.sum()), int(verdicts.robust.sum())
     return {
         "clean_accuracy": clean / len(labels),

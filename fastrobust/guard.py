@@ -1,10 +1,18 @@
-"""Detectors of catastrophic overfitting: single-step training that stops making models robust, from one epoch to the next.
+"""Detectors of catastrophic overfitting, of divergence and of a collapsed loss scale: three things, three remedies.
 
-They look at the history of a run: per epoch, `train_accuracy` on the perturbed images that it was trained on, and
-`guard_accuracy` under PGD on one training minibatch.
+Catastrophic overfitting is single-step training that stops making models robust, from one epoch to the next. Its detectors
+look at the history of a run: per epoch, `train_accuracy` on the perturbed images that it was trained on, and
+`guard_accuracy` under PGD on one training minibatch. A diverged model has weights that are not numbers. When fp16's loss
+scale collapses the weights stay as they are: every update overflows and is skipped.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
 
 FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
 GAP = 0.5  # between the accuracy under the training attack and under PGD
@@ -51,4 +59,27 @@ def verdict(history: list[dict], drop: float) -> tuple[str, str] | None:
     if jumped(history):
         before, now = history[-2]["train_accuracy"], last["train_accuracy"]
         return "suspect", f"accuracy under the training attack jumped from {before:.1%} to {now:.1%}"
+    return None
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether every number of the tensors is one. Waits for the device once."""
+    finite = [t.isfinite().all() for t in tensors if t.is_floating_point()]
+    return bool(torch.stack(finite).all())
+
+
+def trouble(learner) -> str | None:
+    """What has gone wrong with the numbers of a learner since its sums were reset, and what helps; None if nothing has.
+    Looks at the weights too: the loss of an update is taken before it, so that the last update of an epoch can spoil them
+    unseen. fp16 skips updates that overflow and halves its loss scale at each, to find its place; below 1 it has none."""
+    loss, fp16 = learner.loss_sum.item(), learner.scaler.is_enabled()
+    finite = all_finite(t for name, t in learner.tensors().items() if name != "sums.loss_sum")
+    if not finite or (not fp16 and not math.isfinite(loss)):
+        spoilt = "weights or optimiser hold infinite numbers or NaN" if math.isfinite(loss) else f"the loss became {loss}"
+        return f"training diverged: {spoilt}. Lower the learning rate (schedule) and start anew"
+    if fp16 and learner.scaler.get_scale() < 1:
+        return (
+            f"fp16's loss scale collapsed to {learner.scaler.get_scale():g}: every update overflows and is skipped, the "
+            "weights stand still. Use precision: bf16 or fp32, or lower the learning rate, and start anew"
+        )
     return None

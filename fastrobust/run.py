@@ -5,22 +5,30 @@
               metrics.jsonl        a line per epoch
               events.out.tfevents… the same for TensorBoard
               checkpoint.pt        all state, as plain tensors and JSON
+              checkpoint.previous.pt  the one before
               model.safetensors    the weights; its header holds what is needed to build the model
               summary.json         what came out
 
-Files are replaced in one piece: written beside their place, flushed to disk, then renamed.
+Files are replaced in one piece: written beside their place, flushed to disk, then renamed. A checkpoint ends with its own
+checksum; where that does not fit, the one before is used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import struct
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,10 +39,12 @@ from fastrobust import config as config_module
 from fastrobust.errors import FastrobustError, RunError, first_line
 from fastrobust.schema import CHANNELS, Config
 
-CONFIG, METRICS, CHECKPOINT, WEIGHTS, SUMMARY = (
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SUMMARY = FILES = (
     "config.yaml",
+    "environment.json",
     "metrics.jsonl",
     "checkpoint.pt",
+    "checkpoint.previous.pt",
     "model.safetensors",
     "summary.json",
 )
@@ -47,8 +57,8 @@ def create(config: Config) -> Path:
         raise RunError(f"{run} holds a run already; continue it with `--resume {run}`, or choose another with `name=NAME`")
     with explained(f"the run directory {run} cannot be made"):
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / CONFIG, config.to_yaml())
-        write_json(run / "environment.json", environment(config.device))
+        write_json(run / ENVIRONMENT, environment(config.device))
+        write_text(run / CONFIG, config.to_yaml())  # last: where it is, there is a run to resume
     return run
 
 
@@ -63,6 +73,27 @@ def open_run(run: str | Path) -> tuple[Path, Config]:
 
 
 @contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Inside, this process alone trains the run, and what a killed one left half-written is gone. Raises RunError."""
+    with explained(f"{run} cannot be opened"):
+        handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except BlockingIOError:
+            raise RunError(f"{run} is being trained by another process: wait for it, or stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+        for name in FILES:
+            for left in run.glob(f".{name}.*"):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def explained(what: str):
     """Turns an operating system's error (full disk, no permission, …) into a RunError that starts with `what`."""
     try:
@@ -71,8 +102,9 @@ def explained(what: str):
         raise RunError(f"{what}: {error.strerror if isinstance(error, OSError) else error}") from None
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file in one piece: whatever happens, `path` holds its old or its new content, whole. Raises RunError."""
+def write_atomically(path: Path, write: Callable[[BinaryIO], None], previous: Path | None = None) -> None:
+    """Write a file in one piece: whatever happens, `path` holds its old or its new content, whole. With `previous`, the old
+    content is kept there; for a moment it is there alone. Raises RunError."""
     temporary = None
     try:
         with explained(f"{path} cannot be written (what was there before is untouched)"):
@@ -82,12 +114,25 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
+            if previous is not None and path.exists():
+                os.replace(path, previous)
             os.replace(temporary, path)
             temporary = None
+        _flush_folder(path.parent)
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the renames in a folder outlast a loss of power, where the file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,32 +144,96 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_metrics(run: Path, history: list[dict]) -> None:
-    write_text(run / METRICS, "".join(json.dumps(record) + "\n" for record in history))
+    """A line of JSON per epoch. A number that is none (a loss of fp16, whose update was skipped) becomes null."""
+
+    def plain(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lines = [json.dumps({key: plain(value) for key, value in record.items()}) + "\n" for record in history]
+    write_text(run / METRICS, "".join(lines))
+
+
+class _Hashed:
+    """A file that keeps the SHA-256 checksum of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sum, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data) -> int:
+        self.sum.update(data)
+        return self.file.write(data)
+
+
+def _seal(digest: str) -> bytes:
+    """The end of a checkpoint: the length of the zip file's comment and the comment, which is the checksum of the file as it
+    was without one (that is, with a length of 0)."""
+    comment = f"sha256 {digest}".encode()
+    return struct.pack("<H", len(comment)) + comment
 
 
 def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """`tensors` and `facts` (anything JSON can hold) in one file that `torch.load(weights_only=True)` can read."""
+    """`tensors` and `facts` (anything JSON can hold) in one file that `torch.load(weights_only=True)` can read. The
+    checkpoint before is kept beside it."""
     buffer = {"tensors": tensors, "facts": json.dumps(facts)}
 
     def write(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
         try:
-            torch.save(buffer, file)
+            torch.save(buffer, hashed)
         except RuntimeError as error:  # torch's writer reports a full disk in its own words
-            raise OSError(28, f"no space left, or the disk failed ({first_line(error)})") from None
+            raise OSError(errno.ENOSPC, f"no space left, or the disk failed ({first_line(error)})") from None
+        file.seek(-2, os.SEEK_END)
+        file.write(_seal(hashed.sum.hexdigest()))
 
-    write_atomically(run / CHECKPOINT, write)
+    write_atomically(run / CHECKPOINT, write, run / PREVIOUS)
 
 
 def load_checkpoint(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """The last checkpoint, or None if the run was stopped before its first. Raises RunError for a damaged file."""
-    path = run / CHECKPOINT
-    if not path.exists():
+    """The last checkpoint, or with a warning the one before if the last is torn; None if the run was stopped before its
+    first. Raises RunError when there are only damaged ones."""
+    last, previous = run / CHECKPOINT, run / PREVIOUS
+    if not last.exists() and not previous.exists():
         return None
+    problem = "is missing"
+    if last.exists():
+        try:
+            return _read_checkpoint(last)
+        except Exception as error:  # a damaged file can raise anything
+            problem = f"is damaged ({first_line(error)})"
+            if not previous.exists():
+                raise RunError(
+                    f"{last} is damaged and cannot be resumed from: {first_line(error)}. "
+                    "To start from the beginning, delete it"
+                ) from None
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        return stored["tensors"], json.loads(stored["facts"])
+        found = _read_checkpoint(previous)
     except Exception as error:
-        raise RunError(f"{path} is damaged and cannot be resumed from: {first_line(error)}") from None
+        raise RunError(
+            f"{last} {problem}, and {previous} is damaged too ({first_line(error)}): the run cannot be resumed. "
+            "To start from the beginning, delete both"
+        ) from None
+    print(f"warning: {last} {problem}; going on from the one before, {previous}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # so that it never takes the place of the whole one
+        os.replace(last, run / "checkpoint.damaged.pt")
+    return found
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Raises ValueError if the checksum does not fit, and anything at all for a file that was made to harm."""
+    length, digest = len(_seal(64 * "0")), hashlib.sha256()
+    left = path.stat().st_size - length
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        digest.update(bytes(2))
+        if left or file.read() != _seal(digest.hexdigest()):
+            raise ValueError("its checksum does not fit: it was cut short or changed")
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    tensors, facts = stored["tensors"], json.loads(stored["facts"])
+    if not all(isinstance(t, torch.Tensor) for t in tensors.values()) or not isinstance(facts, dict):
+        raise ValueError("it does not hold tensors and facts")
+    return tensors, facts
 
 
 def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tuple[str, ...]) -> None:
@@ -132,8 +241,18 @@ def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tup
 
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     metadata = {"fastrobust": __version__, "config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
+    metadata["sha256"] = weights_checksum(tensors, metadata)
     content = save(tensors, metadata)
     write_atomically(run / WEIGHTS, lambda file: file.write(content))
+
+
+def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of the weights, and of the config and classes in their file's header; safetensors has none of its own."""
+    digest = hashlib.sha256(f"{metadata['config']}\n{metadata['classes']}".encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, ...]]:
@@ -149,9 +268,11 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, 
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata.get("sha256", "absent") not in ("absent", weights_checksum(tensors, metadata)):
+            raise ValueError("its checksum does not fit: it was changed after it was written")
         config = config_module.parse(json.loads(metadata["config"]), str(weights))
         classes = tuple(json.loads(metadata["classes"]))
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{weights} is damaged: {error}") from None
     except KeyError as error:
         raise RunError(f"{weights} was not written by fastrobust: its header has no {error}") from None

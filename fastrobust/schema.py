@@ -209,12 +209,13 @@ class Evaluation(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     output: str = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    deterministic: bool = False  # the same bits every time on a GPU too, at some cost; a CPU gives them anyway
     epsilon: Pixels
     epsilon_warmup: NonNegative = 0.0  # epochs over which epsilon and alpha grow linearly from 0
     data: Data

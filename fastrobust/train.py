@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from fastrobust import config as config_module
+from fastrobust import interrupt
 from fastrobust.cli import main_with_errors
 
 
@@ -50,7 +51,8 @@ def start(arguments: argparse.Namespace) -> int:
     print(f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}", flush=True)
     job = trainer.Trainer(config, Path(config.output) / config.name, device)
     run.create(config)
-    return finish(job)
+    with run.held(job.directory), interrupt.resumable(job.directory):
+        return finish(job)
 
 
 def resume(arguments: argparse.Namespace) -> int:
@@ -74,18 +76,19 @@ def resume(arguments: argparse.Namespace) -> int:
     if (directory / run.SUMMARY).exists():
         try:
             show_summary(json.loads((directory / run.SUMMARY).read_text()), directory)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise RunError(f"{directory / run.SUMMARY} is damaged: delete it, and --resume evaluates again") from None
         print(f"{directory} is finished")
         return 0
-    job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
-    stored = run.load_checkpoint(directory)
-    if stored is None:
-        print(f"{directory} has no checkpoint yet: starting from the beginning")
-    else:
-        job.restore(*stored)
-        print(f"{directory}: going on after {job.learner.updates.item()} updates")
-    return finish(job)
+    with run.held(directory), interrupt.resumable(directory):
+        stored = run.load_checkpoint(directory)
+        job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
+        if stored is None:
+            print(f"{directory} has no checkpoint yet: starting from the beginning")
+        else:
+            job.restore(*stored)
+            print(f"{directory}: going on after {job.learner.updates.item()} updates")
+        return finish(job)
 
 
 def finish(job) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import signal
 import time
 from pathlib import Path
@@ -12,22 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust import attacks, engine, guard, methods, run, schedules
+from fastrobust import attacks, engine, guard, memory, methods, resuming, run, schedules
 from fastrobust.data import sources
 from fastrobust.data.augment import augment, center_crop
 from fastrobust.data.resident import Resident, end_of_pass
 from fastrobust.errors import ConfigError, FastrobustError, RunError, first_line
+from fastrobust.interrupt import Interrupted, handled
 from fastrobust.learner import Learner
 from fastrobust.progress import Progress, duration
 from fastrobust.schema import Config
 
-
-class Interrupted(FastrobustError):
-    """Stopped by a signal, with a checkpoint written."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.signum = signum
+CHECKPOINT_SECONDS = 600  # the most work, about, that a kill can cost: long epochs are saved in their middle too
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,7 +94,9 @@ class Trainer:
     def __init__(self, config: Config, directory: Path, device: torch.device, data: sources.ImageSet | None = None):
         self.config, self.directory, self.device = config, directory, device
         self.engine = engine.choose(config.engine, device)
+        engine.set_deterministic(config.deterministic)
         self.data = load_training_data(config, 0) if data is None else data
+        self.data_checksum = self.data.checksum()
         self.loader = Resident(self.data, device)
         torch.manual_seed(config.seed)
         model = run.build_model(config, self.data.classes).to(device)
@@ -120,6 +116,7 @@ class Trainer:
         self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
         self.good_epoch = 0
         self.signum: int | None = None
+        self.saved = time.monotonic()
         self.enter_phase()
 
     # state
@@ -141,6 +138,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state)
+        if state["delta"].shape != self.delta.shape:
+            raise RuntimeError(f"delta has shape {tuple(self.delta.shape)}, stored {tuple(state['delta'].shape)}")
         self.delta.copy_(state["delta"])
 
     def save(self) -> None:
@@ -150,19 +149,21 @@ class Trainer:
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         facts = {
-            "format": 1,
+            "format": 2,
             "config": self.config.to_dict(),
             "position": self.position,
             "history": self.history,
             "scaler": state["scaler"],
             "good_epoch": self.good_epoch,
+            "data": self.data_checksum,
             "examples": len(self.loader),
         }
         run.save_checkpoint(self.directory, tensors, facts)
+        self.saved = time.monotonic()
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        if facts.get("examples") != len(self.loader):
-            raise RunError(f"the run was begun on {facts.get('examples')} images, but there are {len(self.loader)} now")
+        """Go to where a checkpoint stands. Raises RunError if it belongs to another config or other data."""
+        resuming.check(self.directory, facts, self.config, self.data, self.data_checksum)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -190,6 +191,12 @@ class Trainer:
         if self.keeps_delta:
             self.delta.copy_(delta)
 
+    def _trial_step(self, images: Tensor, labels: Tensor) -> None:
+        """A step to see whether it fits into memory, with batches that only get smaller. It spoils the training."""
+        self.step, self.delta = None, self.delta[: len(images)]
+        self.train_step(images, labels)
+        self.learner.read_sums()  # waits for the device
+
     def train(self) -> None:
         """Train from where the run stands to its end. Raises Interrupted after a signal, and FastrobustError when the loss
         is no longer a number."""
@@ -197,10 +204,9 @@ class Trainer:
         n = len(self.loader)
         total = sum(steps_in(config, phase, n) for phase in config.phases)
         done = sum(steps_in(config, phase, n) for phase in config.phases[: position["phase"]]) + position["step"]
-        self.writer = self._tensorboard()
-        previous = {s: signal.signal(s, self._note_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._open_curves()
         try:
-            with Progress("train", total, done) as bar:
+            with handled(self._note_signal), Progress("train", total, done) as bar:
                 while position["phase"] < len(config.phases) and not position["stopped"]:
                     phase = config.phases[position["phase"]]
                     while position["pass"] < config.passes(phase) and not position["stopped"]:
@@ -210,32 +216,32 @@ class Trainer:
                         if position["phase"] < len(config.phases):
                             self.enter_phase()
                     self.save()
-            if self.signum is not None:
-                self._interrupted()
+                if self.signum is not None:
+                    raise Interrupted(self.signum, self.directory)
         finally:
             self.writer.close()
-            for s, handler in previous.items():
-                signal.signal(s, handler)
 
     def _train_pass(self, phase, bar: Progress) -> None:
         position = self.position
         last = end_of_pass(position["pass"], len(self.loader), phase.batch_size)
         began = time.perf_counter() - position["epoch_seconds"]
         images = labels = None
+        batch_key = f"phases.{position['phase']}.batch_size"
         for images, labels in self.loader.batches(
             self.config.seed, position["phase"], phase.batch_size, position["step"], last
         ):
-            if self.step is None:
-                self.step = engine.prepare(self.engine, self.train_step, images, labels, self)
-            self.step(images, labels)
+            with memory.explained(self.directory, batch_key, self._trial_step, images, labels):
+                if self.step is None:
+                    self.step = engine.prepare(self.engine, self.train_step, images, labels, self)
+                self.step(images, labels)
             position["step"] += 1
             bar.advance(1, self._detail() if bar.due() else None)
-            if self.signum is not None and position["step"] < last:
+            if position["step"] < last and (self.signum is not None or time.monotonic() - self.saved > CHECKPOINT_SECONDS):
                 position["epoch_seconds"] = time.perf_counter() - began
-                self._stop_for_signal()
-        loss_sum, correct, seen = self.learner.read_sums()  # waits for the device
+                self._save_within_epoch()
+        self._check_numbers()
+        loss_sum, correct, seen = self.learner.read_sums()
         seconds = time.perf_counter() - began
-        self._check_finite(loss_sum)
         position["epoch_seconds"] = 0.0
         position["train_seconds"] += seconds
         position["pass"] += 1
@@ -253,14 +259,13 @@ class Trainer:
         self.learner.reset_sums()
         if self.config.method.name != "standard" and self.config.guard.action != "off":
             self._guard(center_crop(images, phase.resolution), labels, bar)
-        for name in record.keys() - {"epoch", "phase", "updates", "warning"}:
-            self.writer.add_scalar(name, record[name], record["updates"])
+        self._draw(record)
         self.writer.flush()
         self._epoch_line(record, bar)
         run.write_metrics(self.directory, self.history)
         self.save()
         if self.signum is not None:
-            self._interrupted()
+            raise Interrupted(self.signum, self.directory)
 
     def _guard(self, images: Tensor, labels: Tensor, bar: Progress) -> None:
         """Attack the last minibatch of the epoch, with the radius that training has reached; on overfitting go back to the
@@ -294,17 +299,13 @@ class Trainer:
                 for name, t in self.good.items():
                     model[name].copy_(t)
 
-    def _check_finite(self, loss_sum: float) -> None:
-        """A loss that is not a number has spoilt the weights, unless fp16's scaler skipped that update."""
-        if math.isfinite(loss_sum):
-            return
-        if self.config.precision == "fp16" and all(t.isfinite().all() for t in self.learner.model.state_dict().values()):
-            return
-        kept = f"the checkpoint of epoch {self._epochs_done()} is kept" if self.history else "there is no earlier checkpoint"
-        raise FastrobustError(
-            f"{self.directory}: the loss became {loss_sum} in epoch {self._epochs_done() + 1}; {kept}. "
-            "Lower the learning rate (schedule) and start anew"
-        )
+    def _check_numbers(self) -> None:
+        """Raises FastrobustError, which names the last good checkpoint, if the epoch has spoilt the numbers."""
+        trouble = guard.trouble(self.learner)
+        if trouble is not None:
+            found = f"{self.directory / run.CHECKPOINT}, of epoch {self._epochs_done()}, is the last good checkpoint"
+            kept = found if self.history else "there is no earlier checkpoint"
+            raise FastrobustError(f"{self.directory}: epoch {self._epochs_done() + 1}: {trouble}; {kept}")
 
     def _epochs_done(self) -> int:
         """Whole epochs behind us, counted as the paper does (a replay of `free` is an epoch)."""
@@ -321,16 +322,14 @@ class Trainer:
             signal.default_int_handler(signum, frame)
         self.signum = signum
 
-    def _stop_for_signal(self) -> None:
-        if math.isfinite(self.learner.read_sums()[0]):
+    def _save_within_epoch(self) -> None:
+        """A checkpoint in the middle of an epoch, unless the numbers are spoilt; then stop if a signal asks for it."""
+        if self.signum is None:
+            self._check_numbers()
+        if guard.trouble(self.learner) is None:
             self.save()
-        self._interrupted()
-
-    def _interrupted(self) -> None:
-        name = signal.Signals(self.signum).name
-        raise Interrupted(
-            f"stopped by {name}; go on with: python -m fastrobust.train --resume {self.directory}", self.signum
-        )
+        if self.signum is not None:
+            raise Interrupted(self.signum, self.directory)
 
     def _detail(self) -> str:
         loss_sum, correct, seen = self.learner.read_sums()
@@ -349,11 +348,20 @@ class Trainer:
         if self.position["stopped"]:
             bar.line(self.position["stopped"])
 
-    def _tensorboard(self):
+    def _draw(self, record: dict) -> None:
+        for name in record.keys() - {"epoch", "phase", "updates", "warning"}:
+            self.writer.add_scalar(name, record[name], record["updates"])
+
+    def _open_curves(self) -> None:
+        """TensorBoard's events, written anew from the history: it orders files by the clock, which may have been changed."""
         from torch.utils.tensorboard import SummaryWriter
 
         with run.explained(f"TensorBoard events cannot be written to {self.directory}"):
-            return SummaryWriter(str(self.directory), purge_step=self.learner.updates.item() + 1)
+            for old in self.directory.glob("events.out.tfevents.*"):
+                old.unlink()
+            self.writer = SummaryWriter(str(self.directory))
+        for record in self.history:
+            self._draw(record)
 
 
 def summarize(config: Config, directory: Path, trainer_facts: dict, evaluations: list[dict]) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -220,12 +222,14 @@ class Malice:
         return Path.touch, (self.marker,)
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["bare pickle", "torch file"])
-def test_a_malicious_checkpoint_is_refused_and_runs_no_code(tmp_path, wrapped):
+@pytest.mark.parametrize("form", ["bare pickle", "torch file", "with its checksum"])
+def test_a_malicious_checkpoint_is_refused_and_runs_no_code(tmp_path, form):
     marker, file = tmp_path / "marker", tmp_path / run.CHECKPOINT
     content = {"tensors": {"a": Malice(marker)}, "facts": "{}"}
-    if wrapped:
+    if form != "bare pickle":
         torch.save(content, file)
+        if form == "with its checksum":
+            file.write_bytes(sealed(content))
         torch.load(file, weights_only=False)
     else:
         file.write_bytes(pickle.dumps(content, protocol=2))
@@ -257,11 +261,89 @@ def test_a_damaged_checkpoint_is_an_explained_error(tmp_path):
             run.load_checkpoint(tmp_path)
 
 
+def sealed(content) -> bytes:
+    """A checkpoint file of any content, with the checksum that belongs to it."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()[:-2] + run._seal(hashlib.sha256(buffer.getvalue()).hexdigest())
+
+
 @pytest.mark.parametrize("content", [{"tensors": {}}, {"facts": "{}"}, {"tensors": {}, "facts": "{"}, [1], 5])
-def test_a_foreign_checkpoint_is_an_explained_error(tmp_path, content):
-    torch.save(content, tmp_path / run.CHECKPOINT)
+@pytest.mark.parametrize("with_checksum", [False, True])
+def test_a_foreign_checkpoint_is_an_explained_error(tmp_path, content, with_checksum):
+    if with_checksum:
+        (tmp_path / run.CHECKPOINT).write_bytes(sealed(content))
+    else:
+        torch.save(content, tmp_path / run.CHECKPOINT)
     with pytest.raises(RunError, match=r"checkpoint\.pt is damaged"):
         run.load_checkpoint(tmp_path)
+
+
+def save_two(folder):
+    for number in (1, 2):
+        run.save_checkpoint(folder, {"a": torch.full((100,), number)}, {"number": number})
+
+
+def test_two_checkpoints_are_kept_and_a_plain_torch_load_reads_them(tmp_path):
+    for number in range(3):
+        run.save_checkpoint(tmp_path, {"a": torch.tensor(number)}, {"number": number})
+    assert set(os.listdir(tmp_path)) == {run.CHECKPOINT, run.PREVIOUS}
+    assert torch.load(tmp_path / run.PREVIOUS, weights_only=True)["tensors"]["a"] == 1
+    assert torch.load(tmp_path / run.CHECKPOINT, weights_only=True)["tensors"]["a"] == 2
+    assert run.load_checkpoint(tmp_path)[1] == {"number": 2}
+
+
+def test_a_torn_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, capsys):
+    """Also where a bit of a tensor flipped, which torch itself reads without a word."""
+    save_two(tmp_path)
+    last, whole = tmp_path / run.CHECKPOINT, (tmp_path / run.CHECKPOINT).read_bytes()
+    spot = whole.index(torch.full((100,), 2).numpy().tobytes())
+    flipped = whole[:spot] + b"\3" + whole[spot + 1 :]
+    for damaged in (*damages(whole), flipped, whole[:-1] + b"x", whole + b"\0", bytes(len(whole))):
+        last.write_bytes(damaged)
+        tensors, facts = run.load_checkpoint(tmp_path)
+        assert facts == {"number": 1} and tensors["a"][0] == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f"warning: {last} is damaged") and str(tmp_path / run.PREVIOUS) in err
+        assert (tmp_path / "checkpoint.damaged.pt").read_bytes() == damaged
+        assert not last.exists()  # so that the next save does not put it in the place of the whole one
+    last.write_bytes(flipped)
+    assert torch.load(last, weights_only=True)["tensors"]["a"][0] != 2  # torch does not notice
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_and_its_next_ones_are_whole(tmp_path):
+    save_two(tmp_path)
+    (tmp_path / run.CHECKPOINT).write_bytes(b"torn")
+    run.load_checkpoint(tmp_path)
+    run.save_checkpoint(tmp_path, {"a": torch.zeros(1)}, {"number": 3})
+    assert run.load_checkpoint(tmp_path)[1] == {"number": 3}
+    (tmp_path / run.CHECKPOINT).unlink()  # killed between the two renames
+    assert run.load_checkpoint(tmp_path)[1] == {"number": 1}
+
+
+def test_two_torn_checkpoints_are_an_explained_error(tmp_path):
+    save_two(tmp_path)
+    for name in (run.CHECKPOINT, run.PREVIOUS):
+        (tmp_path / name).write_bytes(b"torn")
+    with pytest.raises(RunError, match=r"checkpoint\.pt is damaged.*checkpoint\.previous\.pt is damaged too.*delete both"):
+        run.load_checkpoint(tmp_path)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(config):
+    """Another process would have its own lock; another file handle of this one has too."""
+    directory = run.create(config)
+    left = [directory / f".{run.CHECKPOINT}.abc", directory / f".{run.METRICS}.xyz"]
+    for file in left:
+        file.write_bytes(b"half a file")
+    other = directory / ".notes"
+    other.write_text("mine")
+    with run.held(directory):
+        assert not any(file.exists() for file in left) and other.exists()
+        with pytest.raises(RunError, match="is being trained by another process"), run.held(directory):
+            pass
+    with run.held(directory):
+        pass
+    assert set(os.listdir(directory)) == {run.CONFIG, run.ENVIRONMENT, ".notes"}
 
 
 # ---- weights
@@ -334,6 +416,17 @@ def test_damaged_weights_are_an_explained_error(saved):
             fastrobust.load(saved)
 
 
+def test_a_flipped_bit_of_a_weight_is_noticed(saved):
+    """safetensors itself reads it without a word."""
+    file = saved / run.WEIGHTS
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 4
+    file.write_bytes(content)
+    assert safetensors.torch.load_file(file)
+    with pytest.raises(RunError, match=r"model\.safetensors is damaged: its checksum does not fit"):
+        fastrobust.load(saved)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -343,6 +436,7 @@ def test_damaged_weights_are_an_explained_error(saved):
         (lambda m, t: m.update(config="{"), "is damaged"),
         (lambda m, t: m.update(config="{}"), "data: this key is needed"),
         (lambda m, t: m.update(classes="3"), "safetensors"),
+        (lambda m, t: m.update(config="[" * 50_000), "is damaged"),
         (lambda m, t: m.update(config="7"), "safetensors"),
         (lambda m, t: m.update(config=m["config"].replace("mnist_net", "mnist_nest")), "no model 'mnist_nest'"),
         (lambda m, t: m.update(config=m["config"].replace("mnist_net", "preact_resnet18_w16")), "do not fit"),
@@ -355,6 +449,7 @@ def test_foreign_weights_are_an_explained_error(saved, change, message):
     file = saved / run.WEIGHTS
     with safetensors.safe_open(file, "pt") as stored:
         metadata, tensors = stored.metadata(), {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    del metadata["sha256"]
     change(metadata, tensors)
     file.write_bytes(safetensors.torch.save(tensors, metadata))
     with pytest.raises(RunError, match=f"(?s){message}"):

@@ -4,6 +4,7 @@ import codecs
 import gzip
 import hashlib
 import io
+import itertools
 import lzma
 import os
 import pickle
@@ -19,6 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from endure.fuzz import encoded
 from fastrobust.data import formats, sources
 from fastrobust.data.sources import DATASETS, load, locate, read_idx_pair
 from fastrobust.errors import DataError
@@ -357,6 +359,25 @@ def test_failed_download(root, monkeypatch):
         load("mnist", "train", download=True)
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
+def test_a_download_with_another_checksum_is_refused(root, monkeypatch, dataset):
+    """torchvision's own download, from a server (a folder here) whose files are not the known ones."""
+    from fastrobust.models.torchvision_compat import import_torchvision
+
+    datasets = import_torchvision().datasets
+    server = root / "server"
+    server.mkdir()
+    for name, _ in datasets.MNIST.resources:
+        (server / name).write_bytes(gzip.compress(b"something else"))
+    (server / "cifar.tar.gz").write_bytes(gzip.compress(tar_bytes(cifar_batches(1)[0])))
+    monkeypatch.setattr(datasets.MNIST, "mirrors", [f"{server.as_uri()}/"])
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{server.as_uri()}/cifar.tar.gz")
+    with pytest.raises(DataError, match=rf"{dataset} could not be downloaded"):
+        load(dataset, "train", root / "mine", download=True)
+    with pytest.raises(DataError):
+        load(dataset, "train", root / "mine")
+
+
 # ---- CIFAR-10 batches
 
 
@@ -610,6 +631,24 @@ def test_unusable_image_is_named(tmp_path, bad, message):
         assert len(load("image_folder", "test", tmp_path / place, resolution=16).labels) == 6
 
 
+def test_a_png_that_pillow_decodes_to_other_pixels_is_noticed_by_its_checksum(tmp_path):
+    content = encoded(0, "PNG")  # 48 x 48
+    right = Image.open(io.BytesIO(content)).tobytes()
+    found = 0
+    for place, bit in itertools.product(range(len(content) - 160, len(content) - 12), (1, 16)):
+        changed = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+        try:
+            unnoticed = Image.open(io.BytesIO(changed)).tobytes() != right
+        except Exception:
+            continue
+        if unnoticed:
+            found += 1
+            write_files(tmp_path, image_set(size=48) | {"train/cat/0.png": changed})
+            with pytest.raises(DataError, match=r"train/cat/0\.png is not a usable image"):
+                load("image_folder", "train", tmp_path, resolution=48)
+    assert found
+
+
 def test_cifar_images_must_be_32_pixels(tmp_path):
     write_files(tmp_path, {**image_set(CIFAR, 1), "train/ship/0.png": noise_png(33)})
     with pytest.raises(DataError, match=r"train/ship/0\.png.*33 x 33 pixels, not 32 x 32"):
@@ -679,9 +718,10 @@ def test_damaged_archives(tmp_path):
         assert "fetch it again" in str(caught.value)
 
 
-def test_links_in_archives_are_refused(tmp_path):
+@pytest.mark.parametrize("kind, target", [(tarfile.LNKTYPE, "train/cat/0.png"), (tarfile.SYMTYPE, "/etc/passwd")])
+def test_links_in_archives_are_refused(tmp_path, kind, target):
     link = tarfile.TarInfo("train/cat/link.png")
-    link.type, link.linkname = tarfile.LNKTYPE, "train/cat/0.png"
+    link.type, link.linkname = kind, target
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
         archive.addfile(link)
     with pytest.raises(DataError, match=r"train/cat/link\.png in .*set\.tar is a link"):

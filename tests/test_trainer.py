@@ -6,11 +6,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
+import time
 from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 
 from fastrobust import attacks, guard, run, trainer
 from fastrobust import config as config_module
@@ -48,7 +51,7 @@ def config_of(settings, few_bars, tmp_path):
 
     def make(**changes):
         epochs = changes.pop("phases__0__epochs", None)
-        made = settings(tmp_path, data__path=str(few_bars), **(SMALL | changes))
+        made = settings(tmp_path, **({"data__path": str(few_bars)} | SMALL | changes))
         if epochs is not None:
             made["phases"][0]["epochs"] = epochs
         return config_module.parse(made, "test")
@@ -237,21 +240,90 @@ def test_a_trained_run_can_be_resumed_for_its_evaluation(config_of, begin, resum
     assert job.history == reference.history
 
 
-def test_resuming_with_other_data_is_refused(config_of, begin):
-    job = begin(config_of(), "a")
+def test_resuming_with_fewer_images_is_refused(config_of, begin, few_bars, tmp_path):
+    data = shutil.copytree(few_bars, tmp_path / "data")
+    config = config_of(data__path=str(data), data__limit=500, phases__0__epochs=1)
+    job = begin(config, "a")
     job.train()
-    other = begin(config_of(data__limit=66), "b")
-    with pytest.raises(RunError, match="begun on 65 images, but there are 66 now"):
-        other.restore(*run.load_checkpoint(job.directory))
+    min((data / "train").glob("*/*.png")).unlink()
+    with pytest.raises(RunError, match=f"begun on 70 images, but there are 69 now in {data}"):
+        begin(config, "b").restore(*run.load_checkpoint(job.directory))
 
 
-@pytest.mark.parametrize("changes", [{"model__name": "preact_resnet18_w16"}, SGD], ids=["model", "optimizer"])
-def test_a_checkpoint_of_another_config_is_refused(config_of, begin, changes):
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model__name": "preact_resnet18_w16"}, "model.name: mnist_net then, preact_resnet18_w16 now"),
+        (SGD, "optimizer.name: adam then, sgd now"),
+        ({"epsilon": 0.1}, "epsilon: 0.05 then, 0.1 now"),
+        ({"seed": 3}, "seed: 0 then, 3 now"),
+    ],
+)
+def test_a_config_edited_after_the_checkpoint_is_refused(config_of, begin, changes, message):
     job = begin(config_of(phases__0__epochs=1), "a")
     job.train()
     other = begin(config_of(phases__0__epochs=1, **changes), "b")
-    with pytest.raises(RunError, match="does not fit its config"):
+    with pytest.raises(RunError, match=f"(?s)was changed since its checkpoint was written.*{message}.*Put it back"):
         other.restore(*run.load_checkpoint(job.directory))
+
+
+def test_what_does_not_touch_training_may_be_edited(config_of, begin, few_bars, tmp_path):
+    """Files and data that were moved, another device of the kind, another evaluation."""
+    job = begin(config_of(phases__0__epochs=1), "a")
+    job.train()
+    made = config_of(phases__0__epochs=1).to_dict() | {"name": "other", "output": "elsewhere"}
+    made["data"]["path"] = str(shutil.copytree(few_bars, tmp_path / "moved"))
+    made["evaluation"] |= {"steps": 3, "batch_size": 7}
+    other = begin(config_module.parse(made, "test"), "b")
+    other.restore(*run.load_checkpoint(job.directory))
+    assert same(weights(other), weights(job))
+
+
+@pytest.mark.parametrize("change", ["a pixel", "a label"])
+def test_replaced_data_are_refused(config_of, begin, few_bars, tmp_path, change):
+    """As many images as before, but not the same."""
+    data = shutil.copytree(few_bars, tmp_path / "data")
+    job = begin(config_of(data__path=str(data), phases__0__epochs=1), "a")
+    job.train()
+    one = min((data / "train").glob("*/*.png"))
+    if change == "a pixel":
+        with Image.open(one) as image:
+            image.putpixel((3, 4), (1, 2, 3))
+            image.save(one)
+    else:
+        (data / "train" / "bar9" / "9999.png").write_bytes(one.read_bytes())
+        one.unlink()
+    again = begin(config_of(data__path=str(data), phases__0__epochs=1), "b")
+    before = {file: file.read_bytes() for file in job.directory.iterdir()}
+    with pytest.raises(RunError, match=f"in {data} are not those that the run was begun on"):
+        again.restore(*run.load_checkpoint(job.directory))
+    assert {file: file.read_bytes() for file in job.directory.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f, t: f.pop("position"),
+        lambda f, t: f["position"].pop("step"),
+        lambda f, t: f["position"].update(step="3"),
+        lambda f, t: f["position"].update(phase=None),
+        lambda f, t: f["position"].update(phase=7),
+        lambda f, t: f["position"].update(step=-1),
+        lambda f, t: f.update(history=5),
+        lambda f, t: t.pop("delta"),
+        lambda f, t: t.update(delta=torch.zeros(1)),
+        lambda f, t: t.pop("rng.cpu"),
+        lambda f, t: t.update({"rng.cpu": torch.zeros(3)}),
+        lambda f, t: t.update({"learner.sums.updates": torch.zeros(2)}),
+    ],
+)
+def test_a_checkpoint_that_fits_its_checksum_but_makes_no_sense_is_refused(config_of, begin, change):
+    job = begin(config_of(phases__0__epochs=1), "a")
+    job.train()
+    tensors, facts = run.load_checkpoint(job.directory)
+    change(facts, tensors)
+    with pytest.raises(RunError, match="does not fit its config"):
+        begin(config_of(phases__0__epochs=1), "b").restore(tensors, facts)
 
 
 # ---- signals
@@ -552,7 +624,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(confi
     saved = []
     save = job.save
     job.save = lambda: (saved.append(weights(job)), save())
-    with pytest.raises(FastrobustError, match=r"the loss became (nan|inf) in epoch 2; the checkpoint of epoch 1 is kept"):
+    with pytest.raises(FastrobustError, match=r"epoch 2: training diverged.*checkpoint\.pt, of epoch 1, is the last good"):
         job.train()
     assert len(saved) == 1
     kept = resume(config_of(**EXPLODES_IN_EPOCH_2))
@@ -563,7 +635,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_keeps_the_checkpoint(confi
 
 def test_a_loss_that_is_not_a_number_in_the_first_epoch(config_of, begin):
     job = begin(config_of(**SGD | {"schedule": {"name": "multistep", "lr": 1e30}}))
-    with pytest.raises(FastrobustError, match="in epoch 1; there is no earlier checkpoint"):
+    with pytest.raises(FastrobustError, match=r"epoch 1: training diverged.*there is no earlier checkpoint"):
         job.train()
     assert not (job.directory / run.CHECKPOINT).exists()
 
@@ -577,6 +649,144 @@ def test_a_signal_does_not_save_weights_that_are_not_numbers(config_of, begin):
     tensors, facts = run.load_checkpoint(job.directory)
     assert facts["position"]["step"] == 4
     assert all(t.isfinite().all() for name, t in tensors.items() if name.startswith("learner.model."))
+
+
+def test_weights_spoilt_by_the_last_update_of_an_epoch_are_not_saved_as_good(config_of, begin, resume):
+    """The loss of an update is taken before it: a whole epoch of finite losses can end with weights that are not numbers.
+    It is divergence, and not called catastrophic overfitting, although PGD finds nothing robust any more."""
+    job = begin(config_of(guard={"action": "stop"}))
+
+    def spoil():
+        update = job.learner.update
+
+        def once(x, y):
+            update(x, y)
+            job.learner.model.network[0].weight.data.fill_(math.nan)
+
+        job.learner.update = once
+
+    before_step(job, 7, spoil)
+    with pytest.raises(FastrobustError) as caught:
+        job.train()
+    assert "epoch 2: training diverged: weights or optimiser hold infinite numbers or NaN" in str(caught.value)
+    assert f"{job.directory / run.CHECKPOINT}, of epoch 1, is the last good checkpoint" in str(caught.value)
+    assert "overfitting" not in str(caught.value)
+    kept = resume(config_of(guard={"action": "stop"}))
+    assert len(kept.history) == 1
+    assert all(t.isfinite().all() for t in weights(kept).values())
+
+
+def test_a_collapse_of_fp16s_loss_scale_is_told_apart(config_of, begin):
+    """Every update overflows: the weights stay as they are, nothing is learnt, and before this check the run went on."""
+    job = begin(config_of(precision="fp16", phases=[{"epochs": 2, "batch_size": 2, "resolution": 28}]))
+    with torch.no_grad():
+        job.learner.model.network[0].weight.fill_(1e30)  # the activations overflow in fp16
+    before = weights(job)
+    with pytest.raises(FastrobustError, match=r"epoch 1: fp16's loss scale collapsed.*bf16 or fp32.*no earlier checkpoint"):
+        job.train()
+    assert same(weights(job), before)
+
+
+def test_a_skipped_update_of_fp16_is_no_collapse(config_of, begin):
+    job = begin(config_of(precision="fp16", data__limit=20, phases=[{"epochs": 2, "batch_size": 5, "resolution": 28}]))
+    before_step(job, 2, lambda: job.learner.scaler.update(new_scale=2.0**18))  # the next gradients overflow
+    job.train()
+    assert len(job.history) == 2
+    assert job.learner.scaler.get_scale() < 2.0**18
+
+
+# ---- checkpoints within an epoch
+
+
+def test_a_long_epoch_is_saved_in_its_middle(config_of, begin, resume, monkeypatch):
+    reference = begin(config_of(), "reference")
+    reference.train()
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    job = begin(config_of())
+    before_step(job, 7, crash)
+    with pytest.raises(ZeroDivisionError):
+        job.train()
+    job = resume(config_of())
+    assert job.position["step"] == 6
+    job.train()
+    assert_same_end(job, reference)
+
+
+def test_a_divergence_within_a_long_epoch_is_found_there(config_of, begin, monkeypatch):
+    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    job = begin(config_of(**EXPLODES_IN_EPOCH_2))
+    with pytest.raises(FastrobustError, match="epoch 2: training diverged"):
+        job.train()
+    assert job.position["step"] < 7
+
+
+# ---- memory
+
+
+class Hungry:
+    """A training step that needs more memory than there is for more than `fits` images."""
+
+    def __init__(self, job, fits):
+        self.step, self.fits, self.tried = job.train_step, fits, []
+
+    def __call__(self, images, labels):
+        self.tried.append(len(images))
+        if len(images) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        self.step(images, labels)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_out_of_memory_names_a_batch_size_that_was_tried(config_of, begin, method):
+    job = begin(config_of(**METHODS[method]))
+    job.train_step = hungry = Hungry(job, 7)
+    with pytest.raises(FastrobustError, match=r"with 20 images at once; 5 was tried and fits: set phases\.0\.batch_size=5"):
+        job.train()
+    assert hungry.tried == [20, 10, 5, 5]
+
+
+def test_out_of_memory_for_every_batch_size(config_of, begin):
+    job = begin(config_of())
+    job.train_step = hungry = Hungry(job, 0)
+    with pytest.raises(FastrobustError, match=r"not even 1 fits: use a smaller model"):
+        job.train()
+    assert hungry.tried == [20, 10, 5, 2, 1]
+
+
+def test_another_error_of_a_step_is_no_lack_of_memory(config_of, begin):
+    job = begin(config_of())
+    before_step(job, 2, lambda: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        job.train()
+
+
+# ---- clocks, determinism
+
+
+@pytest.mark.parametrize("leap", [-3.2e8, 3.2e8], ids=["ten years back", "ten years ahead"])
+def test_a_clock_that_is_set_changes_nothing(config_of, begin, resume, monkeypatch, leap):
+    reference = begin(config_of(), "reference")
+    reference.train()
+    job = begin(config_of())
+    now = time.time
+    before_step(job, 3, lambda: monkeypatch.setattr(time, "time", lambda: now() + leap))
+    stop_at(job, 6)
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config_of())
+    job.train()
+    assert_same_end(job, reference)
+    assert all(record["seconds"] >= 0 for record in job.history)
+    assert len(list(job.directory.glob("events.out.tfevents.*"))) == 1  # there is no order to get wrong
+
+
+def test_deterministic_is_set_while_its_run_trains(config_of, begin):
+    seen = []
+    for deterministic in (True, False):
+        job = begin(config_of(deterministic=deterministic, phases__0__epochs=1), str(deterministic))
+        before_step(job, 1, lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
+        job.train()
+    assert seen == [True, False]
 
 
 # ---- the summary

@@ -210,7 +210,10 @@ def decode_all(members: list[Member], size: int, resize: bool) -> np.ndarray:
 def _decode(member: Member, size: int, resize: bool) -> Image.Image:
     """An upright RGB image (alpha dropped), size x size: resized and cropped to that, or required to be."""
     try:
-        image = Image.open(io.BytesIO(member.read()), formats=_IMAGE_FORMATS)
+        content = member.read()
+        image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS)
+        if image.format == "PNG":  # Pillow decodes its pixels without a look at their checksums
+            Image.open(io.BytesIO(content), formats=["PNG"]).verify()
         ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
             raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")

@@ -35,6 +35,14 @@ class ImageSet:
     classes: tuple[str, ...]
     source: str
 
+    def checksum(self) -> str:
+        """SHA-256 of the pixels as stored, the labels and the names of the classes: of what a model is trained on."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest.update(self.labels.numpy())
+        for image in self.images.permute(0, 2, 3, 1).split(1024):
+            digest.update(np.ascontiguousarray(image.numpy()))
+        return digest.hexdigest()
+
 
 class DatasetFacts(NamedTuple):
     """What is fixed about a data set; None where the user's data and settings decide."""

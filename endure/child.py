@@ -1,0 +1,77 @@
+"""Processes that start at once, because they are forked from one that has imported torch already, and that may be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fastrobust.train", "fastrobust.trainer", "fastrobust.evaluation", "endure.warm"])
+
+
+class Ended(NamedTuple):
+    """status: the exit status, or the negative number of the signal that ended it. seconds: from start, or from the signal
+    sent, to the end. output: what it printed."""
+
+    status: int
+    seconds: float
+    output: str
+
+
+def run(
+    function: Callable,
+    *arguments,
+    log: Path,
+    after: float | None = None,
+    when: Callable[[], bool] | None = None,
+    signum: int = 0,
+    limit: float = 120,
+) -> Ended:
+    """Call a function in a process of its own, which exits with what it returns. `after` so many seconds, or `when`
+    something has come to be, it is sent a signal. One that lives longer than `limit` is killed: status -SIGKILL."""
+    process = CONTEXT.Process(target=_enter, args=(function, arguments, str(log)))
+    process.start()
+    began = time.monotonic()
+    if after is not None:
+        process.join(after)
+    while when is not None and not when() and process.exitcode is None:
+        process.join(0.01)
+    if (after is not None or when is not None) and process.exitcode is None:
+        began = time.monotonic()
+        os.kill(process.pid, signum)
+    process.join(limit)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return Ended(process.exitcode, time.monotonic() - began, log.read_text(errors="replace") if log.exists() else "")
+
+
+def _enter(function: Callable, arguments: tuple, log: str) -> None:
+    import torch
+
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    torch.set_num_threads(1)
+    status = function(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(status)
+
+
+def limit_memory(extra: int) -> None:
+    """From here on this process may take so many bytes of address space more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + extra
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def ended_by(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit status {status}"
