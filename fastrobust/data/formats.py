@@ -209,6 +209,22 @@ def decode_all(members: list[Member], size: int, resize: bool) -> np.ndarray:
 
 def _decode(member: Member, size: int, resize: bool) -> Image.Image:
     """An upright RGB image (alpha dropped), size x size: resized and cropped to that, or required to be."""
+    image = open_upright(member)
+    try:
+        if resize and image.size != (size, size):
+            width, height = (size * length // min(image.size) for length in image.size)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
+        if image.size != (size, size):
+            raise ValueError(f"it is {image.width} x {image.height} pixels, not {size} x {size}")
+        return image
+    except Exception as error:  # a strange image can raise anything
+        raise unusable(member.where, error) from error
+
+
+def open_upright(member: Member) -> Image.Image:
+    """The image, decoded whole: 8-bit RGB, turned as its EXIF data say, alpha dropped. Raises DataError."""
     try:
         image = Image.open(io.BytesIO(member.read()), formats=_IMAGE_FORMATS)
         ImageOps.exif_transpose(image, in_place=True)
@@ -218,13 +234,11 @@ def _decode(member: Member, size: int, resize: bool) -> Image.Image:
             image = image.convert("RGBA")
         if image.mode != "RGB":
             image = image.convert("RGB")
-        if resize and image.size != (size, size):
-            width, height = (size * length // min(image.size) for length in image.size)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-        if image.size != (size, size):
-            raise ValueError(f"it is {image.width} x {image.height} pixels, not {size} x {size}")
+        image.load()
         return image
     except Exception as error:  # a damaged image can raise anything
-        raise DataError(f"{member.where} is not a usable image ({error}): replace or remove it") from error
+        raise unusable(member.where, error) from error
+
+
+def unusable(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} is not a usable image ({error}): replace or remove it")
