@@ -11,14 +11,6 @@ from torch import nn
 from fastrobust import attacks
 from fastrobust.data import sources
 from fastrobust.progress import Progress
-from fastrobust.schema import Config
-
-
-def test_set(config: Config, limit: int | None) -> sources.ImageSet:
-    """The test images at the resolution of the last phase; with `limit`, so many of them, evenly spaced."""
-    resolution = config.phases[-1].resolution if config.data.dataset == "image_folder" else None
-    data = config.data
-    return sources.load(data.dataset, "test", data.path, resolution=resolution, download=data.download, limit=limit)
 
 
 def evaluate(
@@ -64,6 +56,7 @@ def evaluate(
         "clean_accuracy": clean / len(labels),
         "robust_accuracy": robust / len(labels),
         "examples": len(labels),
+        "resolution": images.shape[-1],
         "epsilon": epsilon,
         "attack": f"pgd-{steps}-{restarts}",
         "alpha": alpha,

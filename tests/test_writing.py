@@ -245,10 +245,10 @@ def test_an_interrupted_write_looks_like_one_and_starts_over(kind, photos, tmp_p
 
 def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path):
     for split in ("train", "val"):
-        for i in range(60):
+        for i in range(12):
             file = tmp_path / "source" / split / "a" / f"{i}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            photo(i, 500, 400).save(file)
+            photo(i, 400, 300).save(file)
     output = tmp_path / "out"
     command = [sys.executable, str(ROOT / "data_prep/write_ffcv.py"), "image_folder", "--source", str(tmp_path / "source")]
     command += ["--output", str(output), "--sizes", "300", "original", "--splits", "train"]
@@ -264,7 +264,7 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path):
         beton.read(output, "train", 300)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "train_300.beton.partial was left by an interrupted write: starting over" in done.stdout
-    assert len(beton.read(output, "train", 300)) == 60
+    assert len(beton.read(output, "train", 300)) == 12
     assert not list(output.glob("*.partial"))
 
 
@@ -335,6 +335,7 @@ def test_real_photos(kind, tmp_path):
         assert len(found) == 40
         for i, file in enumerate(sorted((tmp_path / "source" / "train").rglob("*.JPEG"))):
             image = upright(file)
-            image = image.resize(writing.stored_size(*image.size, size, None), Image.Resampling.BICUBIC)
-            difference = np.abs(pixels(found, i).astype(int) - np.asarray(image))
-            assert difference.mean() < 10, (file, difference.mean())  # what JPEG of quality 90 costs
+            image = image.resize(records.stored_size(*image.size, size, None), Image.Resampling.BICUBIC)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=90)
+            assert np.array_equal(pixels(found, i), np.asarray(Image.open(buffer)))

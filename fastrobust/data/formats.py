@@ -40,10 +40,15 @@ _DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, Value
 _MEMINFO = Path("/proc/meminfo")
 
 
+def available_memory() -> float:
+    """In bytes; infinite where the system does not tell."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
+
+
 def check_memory(needed: int, what: str | Path) -> None:
     """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
-    available = 1024 * int(found[1]) if found else math.inf
+    available = available_memory()
     if needed > 0.8 * available:
         raise DataError(
             f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "

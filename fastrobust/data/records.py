@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrobust.data import sources
 from fastrobust.errors import DataError
 
 MANIFEST_FORMAT = 1
@@ -67,6 +68,15 @@ def cut_short(file: Path, i: int) -> DataError:
     return DataError(f"{file} ends within image {i}: it was cut short; write it again")
 
 
+def stored_size(width: int, height: int, size: Size, cap: int | None) -> tuple[int, int]:
+    """(width, height) as stored: the short side is at most `size` (or `cap`), and nothing is enlarged."""
+    limit = cap if size == "original" else size
+    short = min(width, height)
+    if limit is None or short <= limit:
+        return width, height
+    return max(limit, round(width * limit / short)), max(limit, round(height * limit / short))
+
+
 def manifest_path(folder: Path, split: str, size: Size) -> Path:
     return folder / f"{split}_{size}.json"
 
@@ -92,7 +102,7 @@ def read_manifest(folder: Path, split: str, size: Size) -> dict[str, Any]:
         if manifest["format"] != MANIFEST_FORMAT:
             raise ValueError(f"format {manifest['format']} is not known")
         files = [(folder / file["name"], file["bytes"]) for file in manifest["files"]]
-        manifest["kind"], manifest["classes"], manifest["count"]  # noqa: B018 (must be there)
+        manifest["kind"], manifest["classes"], manifest["count"]
     except FileNotFoundError:
         there = sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []
         found = f"there are {', '.join(there)}" if there else f"{folder} holds no prepared images"
@@ -113,3 +123,8 @@ def verify(folder: Path, manifest: dict[str, Any]) -> None:
     for file in manifest["files"]:
         if file_facts(folder / file["name"])["sha256"] != file["sha256"]:
             raise DataError(f"{folder / file['name']} is damaged (its checksum differs from the manifest): write it again")
+
+
+def prepared_folder(dataset: str, kind: str) -> Path:
+    """Where the prepared files of a data set are looked for."""
+    return sources.data_root(None) / f"{dataset}-{'ffcv' if kind == 'ffcv' else 'dali'}"

@@ -9,12 +9,14 @@ import hashlib
 import os
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fastrobust.data import formats
 from fastrobust.errors import DataError
@@ -148,6 +150,28 @@ def list_images(dataset: str, split: str, path: str | Path | None = None, limit:
     chosen, labels, classes = _split_members(members, split, None, source)
     keep = evenly_spaced(len(chosen), limit)
     return Listing([chosen[i] for i in keep], labels[keep].astype(np.int64), classes, source)
+
+
+class Pictures(NamedTuple):
+    """A split image by image: image(i) decodes number i (RGB), or raises DataError; where(i) names it."""
+
+    image: Callable[[int], Image.Image]
+    where: Callable[[int], str]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    source: str
+
+
+def pictures(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Pictures:
+    """One split of any data set, to be read one by one. Raises DataError."""
+    if _facts(dataset).size is None:
+        members, *facts = list_images(dataset, split, path, limit)
+        return Pictures(lambda i: formats.open_upright(members[i]), lambda i: members[i].where, *facts)
+    data = load(dataset, split, path, limit=limit)
+    pixels = data.images.permute(0, 2, 3, 1).numpy()
+    pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
+    image, where = (lambda i: Image.fromarray(pixels[i]).convert("RGB")), (lambda i: f"image {i} of {data.source}")
+    return Pictures(image, where, data.labels.numpy(), data.classes, data.source)
 
 
 def _members(place: Path) -> tuple[list[formats.Member], str]:

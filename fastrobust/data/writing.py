@@ -19,7 +19,7 @@ import PIL
 from PIL import Image
 
 from fastrobust import __version__, run
-from fastrobust.data import formats, sources
+from fastrobust.data import records, sources
 from fastrobust.data.beton import BetonWriter
 from fastrobust.data.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
 from fastrobust.data.shards import ShardWriter
@@ -40,38 +40,6 @@ class Picture(NamedTuple):
     data: bytes
 
 
-class Source(NamedTuple):
-    """A split to be written: image(i) decodes number i, or raises DataError; where(i) names it."""
-
-    image: Callable[[int], Image.Image]
-    where: Callable[[int], str]
-    labels: list[int]
-    classes: tuple[str, ...]
-    name: str
-
-
-def open_source(dataset: str, split: str, path: str | None, limit: int | None) -> Source:
-    if sources.DATASETS[dataset].size is None:
-        found = sources.list_images(dataset, split, path, limit)
-        members = found.members
-        image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
-        return Source(image, where, found.labels.tolist(), found.classes, found.source)
-    data = sources.load(dataset, split, path, limit=limit)
-    pixels = data.images.permute(0, 2, 3, 1).numpy()
-    pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
-    image, where = (lambda i: Image.fromarray(pixels[i]).convert("RGB")), (lambda i: f"image {i} of {data.source}")
-    return Source(image, where, data.labels.tolist(), data.classes, data.source)
-
-
-def stored_size(width: int, height: int, size: Size, cap: int | None) -> tuple[int, int]:
-    """(width, height) as stored: the short side is at most `size` (or `cap`), and nothing is enlarged."""
-    limit = cap if size == "original" else size
-    short = min(width, height)
-    if limit is None or short <= limit:
-        return width, height
-    return max(limit, round(width * limit / short)), max(limit, round(height * limit / short))
-
-
 def is_raw(storage: str, number: int) -> bool:
     """Of `mixed`, a fixed half is raw: every image's number is scattered by Knuth's multiplicative hash."""
     return storage == "raw" or (storage == "mixed" and number * 2654435761 % 2**32 < 2**31)
@@ -81,7 +49,7 @@ def encode(image: Image.Image, number: int, sizes: tuple[Size, ...], options: ar
     """The image in every size, each resized from the original (bicubic)."""
     pictures = []
     for size in sizes:
-        shape = stored_size(*image.size, size, options.cap)
+        shape = records.stored_size(*image.size, size, options.cap)
         resized = image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)
         raw = is_raw(options.storage, number)
         if raw:
@@ -110,12 +78,14 @@ def in_order(work: Callable[[int], Any], count: int, workers: int) -> Iterator[A
                 future.cancel()
 
 
-def write_split(kind: str, split: str, source: Source, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
+def write_split(
+    kind: str, split: str, source: sources.Pictures, sizes: tuple[Size, ...], options: argparse.Namespace
+) -> None:
     """Write a split in all sizes that are not there yet. Nothing is left of it if that fails."""
     folder = Path(options.output)
     facts = {"format": MANIFEST_FORMAT, "kind": kind, "dataset": options.dataset, "split": split}
     facts |= {"storage": options.storage, "quality": options.quality, "cap": options.cap, "limit": options.limit}
-    facts |= {"source": source.name, "classes": list(source.classes)}
+    facts |= {"source": source.source, "classes": list(source.classes)}
     missing = tuple(size for size in sizes if not already_there(folder, split, size, facts))
     if not missing:
         return
@@ -147,13 +117,13 @@ def write_split(kind: str, split: str, source: Source, sizes: tuple[Size, ...], 
                 else:
                     for writer, picture in zip(writers, pictures, strict=True):
                         try:
-                            writer.add(source.labels[i], *picture)
+                            writer.add(int(source.labels[i]), *picture)
                         except DataError as error:
                             raise DataError(f"{source.where(i)}: {error}") from None
                 bar.advance(1, "" if bar.due() else None)
         count = total - len(skipped)
         if not count:
-            raise DataError(f"{source.name}: not one image of {split} is usable")
+            raise DataError(f"{source.source}: not one image of {split} is usable")
         for size, writer in zip(missing, writers, strict=True):
             files = [finish(path) for path in writer.close()]
             manifest = facts | {"size": size, "count": count, "skipped": skipped}
@@ -194,7 +164,7 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
     return True
 
 
-def estimate(split: str, source: Source, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
+def estimate(split: str, source: sources.Pictures, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
     """Print what a split would take, judged from an even sample. Nothing is written."""
     numbers = sources.evenly_spaced(len(source.labels), SAMPLE).tolist()
     began = time.perf_counter()
@@ -202,7 +172,7 @@ def estimate(split: str, source: Source, sizes: tuple[Size, ...], options: argpa
         in_order(lambda k: encode(source.image(numbers[k]), numbers[k], sizes, options), len(numbers), options.workers)
     )
     seconds = (time.perf_counter() - began) / len(numbers) * len(source.labels)
-    print(f"{split}: {len(source.labels)} images of {len(source.classes)} classes from {source.name}")
+    print(f"{split}: {len(source.labels)} images of {len(source.classes)} classes from {source.source}")
     for k, size in enumerate(sizes):
         mean = sum(len(made[k].data) for made in pictures) / len(pictures)
         print(f"  {split}_{size}: about {mean * len(source.labels) / 1e9:.3g} GB ({mean / 1e3:.1f} kB an image)")
@@ -247,9 +217,9 @@ def main(kind: str, argv: list[str] | None) -> int:
         if getattr(options, name) is not None:
             whole(getattr(options, name), f"--{name}")
     options.storage = options.storage or ("raw" if small else "jpeg")
-    options.output = options.output or prepared_folder(options.dataset, kind)
+    options.output = options.output or records.prepared_folder(options.dataset, kind)
     for split in options.splits:
-        source = open_source(options.dataset, split, options.source, options.limit)
+        source = sources.pictures(options.dataset, split, options.source, options.limit)
         # the test images are wanted once, in the largest size: evaluation resizes them
         wanted = sizes if split == "train" else sizes[-1:]
         (estimate if options.dry_run else lambda *a: write_split(kind, *a))(split, source, wanted, options)
@@ -260,8 +230,3 @@ def whole(text: str | int, what: str) -> int:
     if not str(text).isdecimal() or int(text) < 1:
         raise ConfigError(f"{what} must be a whole number of at least 1, not {text}")
     return int(text)
-
-
-def prepared_folder(dataset: str, kind: str) -> Path:
-    """Where the prepared files of a data set are looked for."""
-    return sources.data_root(None) / f"{dataset}-{'ffcv' if kind == 'ffcv' else 'dali'}"
