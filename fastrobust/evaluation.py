@@ -55,6 +55,7 @@ def evaluate(
     return {
         "clean_accuracy": clean / len(labels),
         "robust_accuracy": robust / len(labels),
+        "robust_accuracy_after_one_restart": verdicts.after[0] / len(labels),
         "examples": len(labels),
         "resolution": images.shape[-1],
         "epsilon": epsilon,
