@@ -27,6 +27,7 @@ from benchmarks import formats, measure
 from fastrobust import trainer
 from fastrobust.data import beton, loaders, shards, sources, writing
 from fastrobust.data.dataloader import Torch
+from fastrobust.data.formats import cores
 from fastrobust.errors import ConfigError
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.schema import Augment
@@ -129,7 +130,7 @@ def main() -> None:
     p.add_argument("--source", type=Path, help="an image folder, or tars of one")
     p.add_argument("--limit", type=int, help="images (default 500, with --quick 160)")
     p.add_argument("--batch-size", type=int, default=32)
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--workers", type=int, default=cores())
     p.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
     p.add_argument("--formats", action="store_true", help="compare the formats that DALI reads instead")
     arguments = p.parse_args()
@@ -161,12 +162,12 @@ def main() -> None:
             calls = {name: lambda name=name, call=call: timed(name, call) for name, call in rows.items()}
             times = measure.interleaved(calls, device, repetitions=repetitions)
             for name, t in times.items():
-                s, cores = measure.summary(t), sum(used[name][1:]) / repetitions
+                s, busy = measure.summary(t), sum(used[name][1:]) / repetitions
                 ratio = measure.ratio(times["DataLoader"], t)
                 rate = {"median": images / s["median"], "min": images / s["max"], "max": images / s["min"]}
-                result["rows"][f"{size} to {resolution}, {name}"] = rate | {"over_DataLoader": ratio, "cores": cores}
+                result["rows"][f"{size} to {resolution}, {name}"] = rate | {"over_DataLoader": ratio, "cores": busy}
                 cells = [f"{size} → {resolution}", name, f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"]
-                table.append([*cells, f"{ratio:.2f}", f"{cores:.2f}", f"{rate['median'] / max(cores, 1e-9):,.0f}"])
+                table.append([*cells, f"{ratio:.2f}", f"{busy:.2f}", f"{rate['median'] / max(busy, 1e-9):,.0f}"])
         columns = ["size", "loader", "images/s, median (min to max)", "× DataLoader", "cores busy", "images/s a core"]
         measure.report(f"loader, {what}", columns, table, result, arguments.json, device)
 

@@ -8,7 +8,6 @@ the device, and int64 labels, of one shape within a phase.
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
@@ -134,7 +133,7 @@ def decoding(
     config: Config, name: str, split: str, size: records.Size, resolution: int, device: torch.device, rank=0, world=1
 ) -> Loader:
     data = config.data
-    workers = data.workers or max(1, len(os.sched_getaffinity(0)) // world)
+    workers = data.workers or max(1, formats.cores() // world)
     channels = CHANNELS[data.dataset]
     augment = data.augment if split == "train" else None
     facts = (channels, resolution, augment, device, workers, rank, world)

@@ -19,7 +19,7 @@ import PIL
 from PIL import Image
 
 from fastrobust import __version__, run
-from fastrobust.data import records, sources
+from fastrobust.data import formats, records, sources
 from fastrobust.data.beton import BetonWriter
 from fastrobust.data.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
 from fastrobust.data.shards import ShardWriter
@@ -197,7 +197,7 @@ def parser(kind: str) -> argparse.ArgumentParser:
     )
     p.add_argument("--quality", type=int, default=90, help="of JPEG, 1 to 95 (default 90)")
     p.add_argument("--splits", nargs="+", choices=["train", "test"], default=["train", "test"])
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--workers", type=int, default=formats.cores())
     p.add_argument("--limit", type=int, help="only this many images of each split, evenly spaced")
     p.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and list them")
     p.add_argument("--dry-run", action="store_true", help="estimate sizes and time, write nothing")
