@@ -331,3 +331,17 @@ def test_limit_takes_an_even_part(photos, written):
     whole = beton.read(written / "jpeg" / "x-ffcv", "train", 64)
     assert found.offset.tolist() == whole.offset[sources.evenly_spaced(37, 10)].tolist()
     assert json.dumps(found.manifest) == json.dumps(whole.manifest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_batches_on_a_gpu_are_those_of_the_cpu(made, name):
+    """DALI decodes there (`mixed`), with a decoder of its own; the others only copy."""
+    expected = collect(made(name), 2, 0, 8, 0, 9)
+    loader = made(name)
+    loader.device = torch.device("cuda")
+    for (x, y), (u, v) in zip(loader.batches(2, 0, 8, 0, 9), expected, strict=True):
+        assert x.is_cuda and y.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and y.tolist() == v.tolist()
+        difference = (x.cpu().int() - u.int()).abs().float().mean()
+        assert difference <= (3 if name == "dali" else 0)
