@@ -315,7 +315,7 @@ def test_what_cannot_be_loaded_is_explained(photos, written, tmp_path, monkeypat
         loaders.for_phase(config_for(photos, data={"limit": 5}), "torch", 0, CPU)
     original = [{"epochs": 1, "batch_size": 8, "resolution": 32, "resize": "original"}]
     with pytest.raises(ConfigError, match="resident holds squares of one size"):
-        loaders.check(config_for(photos, phases=original), "resident", 37)
+        loaders.for_phase(config_for(photos, phases=original), "resident", 0, CPU)
     with pytest.raises(DataError, match="holds 37 images, the first phase's file 36"):
         loaders.check(config_for(photos, data=prepared), "ffcv", 36)
     native.cache_clear()

@@ -92,15 +92,9 @@ def read_records(config: Config, name: str, split: str, size: records.Size) -> r
 
 
 def check(config: Config, name: str, examples: int) -> None:
-    """Raise unless every phase has its files and all of them hold the same number of images."""
-    if name == "resident":
-        if any(phase.resize == "original" for phase in config.phases):
-            raise ConfigError(
-                "loader: resident holds squares of one size: set phases.N.resize to a number, or another loader"
-            )
-        return
+    """Raise unless every phase has the files it needs and all of them hold the same number of images."""
     for phase in config.phases:
-        if name != "torch" or from_shards(config):
+        if name in READERS or (name == "torch" and from_shards(config)):
             found = read_records(config, "dali" if name == "torch" else name, "train", stored(config, phase))
             if len(found) != examples:
                 raise DataError(
@@ -119,6 +113,10 @@ def for_phase(config: Config, name: str, index: int, device: torch.device, rank:
     if phase.batch_size % world:
         raise ConfigError(f"phases.{index}.batch_size is {phase.batch_size}: {world} processes cannot share it equally")
     if name == "resident":
+        if any(phase.resize == "original" for phase in config.phases):
+            raise ConfigError(
+                "loader: resident holds squares of one size: set phases.N.resize to a number, or another loader"
+            )
         size = phase.resize if sources.DATASETS[data.dataset].size is None else None
         found = sources.load(data.dataset, "train", data.path, resolution=size, download=data.download, limit=data.limit)
         loader = Resident(found, device, rank, world)
