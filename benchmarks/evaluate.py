@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, usual_loop
-from fastrobust import attacks, evaluation, run, trainer
+from fastrobust import attacks, run, trainer
 from fastrobust import config as config_module
+from fastrobust.data import loaders
 
 
 def small_model(device: torch.device):
@@ -43,7 +44,7 @@ def main() -> None:
         model, config = small_model(device)
     epsilon, alpha = config.evaluation.epsilon[0], config.evaluation.alpha
     alpha = epsilon / 4 if alpha is None else alpha
-    data = evaluation.test_set(config, 200 if arguments.quick else arguments.limit)
+    data = loaders.test_set(config, 200 if arguments.quick else arguments.limit)
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
     settings = {"epsilon": epsilon, "alpha": alpha, "steps": 50, "restarts": 10, "batch_size": config.evaluation.batch_size}

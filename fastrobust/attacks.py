@@ -33,10 +33,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Per example, bool N: `clean`, classified correctly; `robust`, correctly at every point that the attack visited."""
+    """Per example, bool N: `clean`, classified correctly; `robust`, correctly at every point that the attack visited.
+    `after`: how many were still robust after each restart."""
 
     clean: Tensor
     robust: Tensor
+    after: tuple[int, ...] = ()
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ def pgd(
     batch with the number of examples that it dealt with. Arithmetic is fp32.
     """
     clean = classified(model, images, labels, batch_size)
-    robust = clean.clone()
+    robust, after = clean.clone(), []
     with evaluating(model):
         graph = None
         if images.device.type == "cuda" and clean.count_nonzero() * restarts >= 4 * batch_size:
@@ -87,7 +89,8 @@ def pgd(
                 else:
                     robust[index] = graph.attack(x, y, delta, steps)
                 progress(restart, len(index))
-    return Verdicts(clean, robust)
+            after.append(int(robust.sum()))
+    return Verdicts(clean, robust, tuple(after))
 
 
 def attack(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: float, alpha: float, steps: int) -> Tensor:

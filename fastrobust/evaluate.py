@@ -56,16 +56,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     from fastrobust import evaluation, run, trainer
+    from fastrobust.data import loaders
 
     model, config, _ = run.read_weights(Path(arguments.run))
     if arguments.data:
-        config.data.path = arguments.data
+        config.data.path, config.data.prepared = arguments.data, None
     settings = config.evaluation
     epsilon = settings.epsilon[0] if arguments.epsilon is None else arguments.epsilon
     alpha = settings.alpha if arguments.alpha is None else arguments.alpha
     result = evaluation.evaluate(
         model.to(trainer.pick_device(arguments.device)),
-        evaluation.test_set(config, arguments.limit or settings.limit),
+        loaders.test_set(config, arguments.limit or settings.limit),
         epsilon=epsilon,
         alpha=epsilon / 4 if alpha is None else alpha,
         steps=arguments.steps or settings.steps,
@@ -74,7 +75,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
         seed=config.seed if arguments.seed is None else arguments.seed,
     )
     described = evaluation.describe(epsilon)
-    print(f"clean accuracy   {result['clean_accuracy']:.2%}  ({result['examples']} test images of {config.data.dataset})")
+    print(
+        f"clean accuracy   {result['clean_accuracy']:.2%}  ({result['examples']} test images of {config.data.dataset}, "
+        f"{result['resolution']} pixels wide)"
+    )
     print(
         f"robust accuracy  {result['robust_accuracy']:.2%}  "
         f"({result['attack']}, epsilon {described}, alpha {result['alpha']:.4g})"

@@ -11,14 +11,6 @@ from torch import Tensor, nn
 from fastrobust import attacks, memory
 from fastrobust.data import sources
 from fastrobust.progress import Progress
-from fastrobust.schema import Config
-
-
-def test_set(config: Config, limit: int | None) -> sources.ImageSet:
-    """The test images at the resolution of the last phase; with `limit`, so many of them, evenly spaced."""
-    resolution = config.phases[-1].resolution if config.data.dataset == "image_folder" else None
-    data = config.data
-    return sources.load(data.dataset, "test", data.path, resolution=resolution, download=data.download, limit=limit)
 
 
 def evaluate(
@@ -68,7 +60,9 @@ def evaluate(
     return {
         "clean_accuracy": clean / len(labels),
         "robust_accuracy": robust / len(labels),
+        "robust_accuracy_after_one_restart": verdicts.after[0] / len(labels),
         "examples": len(labels),
+        "resolution": images.shape[-1],
         "epsilon": epsilon,
         "attack": f"pgd-{steps}-{restarts}",
         "alpha": alpha,

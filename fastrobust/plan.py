@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust import attacks, engine, schedules, trainer
-from fastrobust.evaluation import describe, test_set
+from fastrobust.data.loaders import test_set
+from fastrobust.evaluation import describe
 from fastrobust.progress import duration
 from fastrobust.schema import Config
 

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fastrobust import config as config_module
-from fastrobust.data.sources import ImageSet
 from fastrobust.errors import RunError
 from fastrobust.run import CONFIG
 from fastrobust.schema import Config
 
 
-def check(run: Path, facts: dict[str, Any], config: Config, data: ImageSet, checksum: str) -> None:
-    """Raise RunError if a checkpoint's facts come from another config or other training data than those given, or are not
-    those of a run. `checksum` is that of the data."""
+def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
+    """Raise RunError if a checkpoint's facts come from another config or other training data than those of the loader, or
+    are not those of a run."""
     odd = config_module.changed_since(facts.get("config"), config)
     if odd:
         raise RunError(
@@ -23,14 +22,15 @@ def check(run: Path, facts: dict[str, Any], config: Config, data: ImageSet, chec
             + "\n  ".join(odd[:8])
             + "\nPut it back, or start a new run with `name=NAME`"
         )
-    if facts.get("examples") != len(data.labels):
+    if facts.get("examples") != len(loader):
         raise RunError(
-            f"the run was begun on {facts.get('examples')} images, but there are {len(data.labels)} now in {data.source}"
+            f"the run was begun on {facts.get('examples')} images, but there are {len(loader)} now in {loader.source}"
         )
-    if facts.get("data") != checksum:
+    if facts.get("data") != loader.checksum:
         raise RunError(
-            f"the images or labels in {data.source} are not those that the run was begun on: their checksum was "
-            f"{str(facts.get('data'))[:12]}, now it is {checksum[:12]}. Put them back, or start a new run with `name=NAME`"
+            f"the images or labels in {loader.source} are not those that the run was begun on: their checksum was "
+            f"{str(facts.get('data'))[:12]}, now it is {loader.checksum[:12]}. "
+            "Put them back, or start a new run with `name=NAME`"
         )
     if not is_position(facts.get("position"), config) or not is_history(facts.get("history")):
         raise RunError(f"the checkpoint in {run} does not fit its config: it stands at {facts.get('position')!r:.200}")

@@ -71,8 +71,10 @@ class Augment(Section):
 
 
 class Data(Section):
-    dataset: Literal["mnist", "fashion_mnist", "cifar10", "image_folder"]
+    dataset: Literal["mnist", "fashion_mnist", "cifar10", "imagenet", "imagenette", "image_folder"]
     path: str | None = None
+    prepared: str | None = None  # folder of data_prep's files; default: DATASET-ffcv or DATASET-dali beside the data sets
+    workers: Count | None = None  # threads or processes that decode; default: one for each core
     download: bool = False
     limit: Count | None = None
     augment: Augment = Augment()
@@ -168,12 +170,12 @@ class Points(Section):
 
 
 class Phase(Section):
-    """`resolution` is the side of the images that the model sees; `resize` the side of those they are cropped from."""
+    """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from."""
 
     epochs: Count
     batch_size: Count
     resolution: Count | None = None
-    resize: Count | None = None
+    resize: Count | Literal["original"] | None = None
 
 
 def _off(value: Any) -> Any:
@@ -214,6 +216,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph"] = "auto"
+    loader: Literal["auto", "resident", "ffcv", "dali", "torch"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False  # the same bits every time on a GPU too, at some cost; a CPU gives them anyway
     epsilon: Pixels
@@ -287,11 +290,10 @@ class Config(Section):
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
 
 
-CHANNELS = {"mnist": 1, "fashion_mnist": 1, "cifar10": 3, "image_folder": 3}
-RESOLUTION = {"mnist": 28, "fashion_mnist": 28, "cifar10": 32, "image_folder": None}
+CHANNELS = {"mnist": 1, "fashion_mnist": 1, "cifar10": 3, "imagenet": 3, "imagenette": 3, "image_folder": 3}
+RESOLUTION = {"mnist": 28, "fashion_mnist": 28, "cifar10": 32, "imagenet": None, "imagenette": None, "image_folder": None}
 NORMALISATION = {  # the authors train MNIST on raw pixels
     "mnist": ((0.0,), (1.0,)),
     "fashion_mnist": ((0.0,), (1.0,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "image_folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
+} | dict.fromkeys(["imagenet", "imagenette", "image_folder"], ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

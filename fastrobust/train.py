@@ -50,6 +50,8 @@ def start(arguments: argparse.Namespace) -> int:
         run.create(config)  # says so, before any data is read
     print(f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}", flush=True)
     job = trainer.Trainer(config, Path(config.output) / config.name, device)
+    if job.loader_name != "resident" or config.loader != "auto":
+        print(f"loader: {job.loader_name}, {len(job.loader)} images", flush=True)
     run.create(config)
     with run.held(job.directory), interrupt.resumable(job.directory):
         return finish(job)
@@ -94,13 +96,14 @@ def resume(arguments: argparse.Namespace) -> int:
 def finish(job) -> int:
     """Train to the end, then evaluate and write what came out."""
     from fastrobust import evaluation, run, trainer
+    from fastrobust.data import loaders
 
     config, directory = job.config, job.directory
     job.train()
     model = job.learner.model.eval()
-    run.save_weights(directory, model, config, job.data.classes)
+    run.save_weights(directory, model, config, job.loader.classes)
     settings = config.evaluation
-    test = evaluation.test_set(config, settings.limit)
+    test = loaders.test_set(config, settings.limit)
     began = time.monotonic()
     evaluations = [
         evaluation.evaluate(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust import attacks, engine, guard, memory, methods, resuming, run, schedules
-from fastrobust.data import sources
-from fastrobust.data.augment import augment, center_crop
-from fastrobust.data.resident import Resident, end_of_pass
+from fastrobust.data import loaders, sources
+from fastrobust.data.augment import augment, center_crop, to_unit
+from fastrobust.data.resident import Resident
+from fastrobust.data.stream import end_of_pass
 from fastrobust.errors import ConfigError, FastrobustError, RunError, first_line
 from fastrobust.interrupt import Interrupted, handled
 from fastrobust.learner import Learner
@@ -47,17 +48,6 @@ def check_model(model: nn.Module, config: Config, channels: int) -> None:
             raise ConfigError(
                 f"model.name: {config.model.name} cannot take {resolution} x {resolution} pixels ({first_line(error)})"
             ) from None
-
-
-def load_training_data(config: Config, phase: int) -> sources.ImageSet:
-    data = config.data
-    size = config.phases[phase].resize if data.dataset == "image_folder" else None
-    found = sources.load(data.dataset, "train", data.path, resolution=size, download=data.download, limit=data.limit)
-    if len(found.labels) < config.phases[phase].batch_size:
-        raise ConfigError(
-            f"phases.{phase}.batch_size is {config.phases[phase].batch_size}, but there are only {len(found.labels)} images"
-        )
-    return found
 
 
 def update_epochs(config: Config, examples: int) -> list[float]:
@@ -95,12 +85,16 @@ class Trainer:
         self.config, self.directory, self.device = config, directory, device
         self.engine = engine.choose(config.engine, device)
         engine.set_deterministic(config.deterministic)
-        self.data = load_training_data(config, 0) if data is None else data
-        self.data_checksum = self.data.checksum()
-        self.loader = Resident(self.data, device)
+        if data is not None:
+            self.loader_name, self.loader = "resident", Resident(data, device)
+        else:
+            self.loader_name = loaders.choose(config, device)
+            self.loader = loaders.for_phase(config, self.loader_name, 0, device)
+            loaders.check(config, self.loader_name, len(self.loader))
+        self.loader_key, self.data_checksum = self._loader_key(0), self.loader.checksum
         torch.manual_seed(config.seed)
-        model = run.build_model(config, self.data.classes).to(device)
-        check_model(model, config, self.loader.images.shape[3])
+        model = run.build_model(config, self.loader.classes).to(device)
+        check_model(model, config, self.loader.channels)
         self.learner = Learner(
             model.train(),
             config.optimizer,
@@ -122,15 +116,21 @@ class Trainer:
     # state
 
     def enter_phase(self) -> None:
-        """The phase's images (decoded anew if their size changes) and the perturbation kept between its batches."""
+        """The phase's loader, if its sizes are new, and the perturbation kept between its batches."""
         index = min(self.position["phase"], len(self.config.phases) - 1)
         phase = self.config.phases[index]
-        if self.config.data.dataset == "image_folder" and self.loader.images.shape[1] != phase.resize:
-            self.loader = Resident(load_training_data(self.config, index), self.device)
-        channels = self.loader.images.shape[3]
-        shape = (phase.batch_size, channels, phase.resolution, phase.resolution)
+        if self._loader_key(index) != self.loader_key:
+            self.loader.close()
+            self.loader = loaders.for_phase(self.config, self.loader_name, index, self.device)
+            self.loader_key = self._loader_key(index)
+        shape = (phase.batch_size, self.loader.channels, phase.resolution, phase.resolution)
         self.delta = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
         self.step = None  # made by the engine from the first batch
+
+    def _loader_key(self, index: int) -> tuple:
+        """What makes one loader serve several phases: a resident one depends on the stored size alone."""
+        phase = self.config.phases[index]
+        return (phase.resize,) if self.loader_name == "resident" else (phase.resize, phase.resolution)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a training step changes, the random generators aside."""
@@ -163,7 +163,7 @@ class Trainer:
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go to where a checkpoint stands. Raises RunError if it belongs to another config or other data."""
-        resuming.check(self.directory, facts, self.config, self.data, self.data_checksum)
+        resuming.check(self.directory, facts, self.config, self.loader)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -185,7 +185,7 @@ class Trainer:
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         """images: uint8 B x C x H x W, labels: int64 B."""
         phase = self.config.phases[self.position["phase"]]
-        x = augment(images, self.config.data.augment, phase.resolution)
+        x = to_unit(images) if self.loader.crops else augment(images, self.config.data.augment, phase.resolution)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
         delta = self.method(self.learner, x, labels, self.delta, scale)
         if self.keeps_delta:
@@ -284,7 +284,7 @@ class Trainer:
         )
         record["guard_clean_accuracy"] = verdicts.clean.float().mean().item()
         record["guard_accuracy"] = verdicts.robust.float().mean().item()
-        found = guard.verdict(self.history, settings.drop)
+        found = guard.verdict([r for r in self.history if r["phase"] == record["phase"]], settings.drop)
         model = self.learner.model.state_dict()
         if (found is None or found[0] == "suspect") and settings.action == "stop":
             self.good = {name: t.detach().clone() for name, t in model.items()}
@@ -373,7 +373,10 @@ def summarize(config: Config, directory: Path, trainer_facts: dict, evaluations:
         "method": config.method.name,
         "dataset": config.data.dataset,
         "model": config.model.name,
-        **{key: first[key] for key in ("clean_accuracy", "robust_accuracy", "attack", "epsilon", "alpha", "examples")},
+        **{
+            key: first[key]
+            for key in ("clean_accuracy", "robust_accuracy", "attack", "epsilon", "alpha", "examples", "resolution")
+        },
         "evaluations": evaluations,
         "training_epsilon": config.epsilon,
         "epochs": history[-1]["epoch"],

@@ -49,6 +49,41 @@ def few_bars(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("few_bars"), 70, 20)
 
 
+def photo(seed: int, width: int, height: int) -> Image.Image:
+    """A smooth RGB picture, so that JPEG and resizing change it little: a few waves of random direction and colour."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / 40.0
+    waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(-3, 3, (6, 3))]
+    mix = np.tensordot(rng.uniform(-1, 1, (3, 6)), np.array(waves), 1).transpose(1, 2, 0)
+    return Image.fromarray((127.5 + 50 * mix).clip(0, 255).astype(np.uint8))
+
+
+def write_photos(root: Path, train: int, test: int) -> Path:
+    """An image folder of JPEG photos of many sizes in three classes, some of them grey, CMYK or turned by EXIF data."""
+    for split, count in {"train": train, "val": test}.items():
+        for i in range(count):
+            rng = np.random.default_rng([i, len(split)])
+            image = photo(100 * len(split) + i, *(int(side) for side in rng.integers(40, 121, 2)))
+            options: dict = {"quality": 95, "subsampling": 0}
+            if i % 8 == 3:
+                image = image.convert("L")
+            elif i % 8 == 5:
+                image = image.convert("CMYK")
+            elif i % 8 == 6:
+                options["exif"] = Image.Exif()
+                options["exif"][0x0112] = 6  # turn by 90 degrees
+            file = root / split / "abc"[i % 3] / f"{i:03}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file, "JPEG", **options)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """37 train and 12 test photos, 40 to 120 pixels wide and high."""
+    return write_photos(tmp_path_factory.mktemp("photos"), 37, 12)
+
+
 @pytest.fixture(scope="session")
 def settings(bars):
     """settings(output, key=value, data__limit=9, ...) -> the config of a small run, as a dict: `__` stands for a dot, and

@@ -413,6 +413,8 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
     assert found == {
         "clean_accuracy": verdicts.clean.sum().item() / 300,
         "robust_accuracy": verdicts.robust.sum().item() / 300,
+        "robust_accuracy_after_one_restart": run_pgd(model, data, **settings | {"restarts": 1}).robust.sum().item() / 300,
+        "resolution": 14,
         "examples": 300,
         "epsilon": 0.07,
         "attack": "pgd-3-2",

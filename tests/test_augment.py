@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrobust import config
+from fastrobust import schema
 from fastrobust.data.augment import augment, center_crop, pad_crop_flip, random_resized_crop, to_unit
 
 
@@ -22,8 +22,8 @@ def channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
 
 
-def settings(**keys) -> config.Augment:
-    return config.Augment(**keys)
+def settings(**keys) -> schema.Augment:
+    return schema.Augment(**keys)
 
 
 def test_to_unit_is_the_nearest_fp32_of_k_over_255():

@@ -160,7 +160,10 @@ def test_evaluate_finds_what_the_summary_says(finished_run, capsys, which, argum
     assert found.pop("seconds") > 0
     assert expected.pop("seconds") > 0
     assert found == expected
-    assert found.keys() == {"clean_accuracy", "robust_accuracy", "examples", "epsilon", "attack", "alpha"}
+    assert found.keys() == {
+        "clean_accuracy", "robust_accuracy", "robust_accuracy_after_one_restart", "examples", "resolution", "epsilon",
+        "attack", "alpha",
+    }  # fmt: skip
 
 
 def test_evaluate_settings_are_those_of_the_command_line(finished_run, capsys, few_bars, tmp_path):

@@ -5,6 +5,7 @@ import torch
 from test_engine import METHODS, eager, make_job, run_steps
 
 from fastrobust import attacks, engine, evaluation
+from fastrobust.data import sources
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,10 +116,11 @@ def test_steps_do_not_wait_for_the_host():
 def test_evaluation_agrees_with_the_cpu():
     job = make_job("standard", "fp32", "cuda")
     run_steps(job, 20, eager)
-    model = job.learner.model
+    model, pixels = job.learner.model, job.loader.images.permute(0, 3, 1, 2)
+    data = sources.ImageSet(pixels, job.loader.labels, job.loader.classes, "made up")
     settings = {"epsilon": 2 / 255, "alpha": 1 / 255, "steps": 5, "restarts": 1, "batch_size": 32}
-    on_gpu = evaluation.evaluate(model, job.data, **settings)
-    on_cpu = evaluation.evaluate(model.cpu(), job.data, **settings)
+    on_gpu = evaluation.evaluate(model, data, **settings)
+    on_cpu = evaluation.evaluate(model.cpu(), data, **settings)
     assert abs(on_gpu["clean_accuracy"] - on_cpu["clean_accuracy"]) <= 0.04
     assert abs(on_gpu["robust_accuracy"] - on_cpu["robust_accuracy"]) <= 0.1
-    assert isinstance(attacks.classified(model, job.data.images, job.data.labels), torch.Tensor)
+    assert isinstance(attacks.classified(model, data.images, data.labels), torch.Tensor)

@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from fastrobust.data.resident import Resident, end_of_pass, permutation
+from fastrobust.data.resident import Resident
 from fastrobust.data.sources import ImageSet
+from fastrobust.data.stream import end_of_pass, permutation
 
 SIZES = [(10, 3), (10, 5), (10, 10), (7, 4), (64, 48), (1, 1), (5, 1), (13, 12)]
 

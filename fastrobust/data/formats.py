@@ -40,10 +40,20 @@ _DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, Value
 _MEMINFO = Path("/proc/meminfo")
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> float:
+    """In bytes; infinite where the system does not tell."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
+
+
 def check_memory(needed: int, what: str | Path) -> None:
     """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
-    available = 1024 * int(found[1]) if found else math.inf
+    available = available_memory()
     if needed > 0.8 * available:
         raise DataError(
             f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "
@@ -209,6 +219,22 @@ def decode_all(members: list[Member], size: int, resize: bool) -> np.ndarray:
 
 def _decode(member: Member, size: int, resize: bool) -> Image.Image:
     """An upright RGB image (alpha dropped), size x size: resized and cropped to that, or required to be."""
+    image = open_upright(member)
+    try:
+        if resize and image.size != (size, size):
+            width, height = (size * length // min(image.size) for length in image.size)
+            left, top = round((width - size) / 2), round((height - size) / 2)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            image = image.crop((left, top, left + size, top + size))
+        if image.size != (size, size):
+            raise ValueError(f"it is {image.width} x {image.height} pixels, not {size} x {size}")
+        return image
+    except Exception as error:  # a strange image can raise anything
+        raise unusable(member.where, error) from error
+
+
+def open_upright(member: Member) -> Image.Image:
+    """The image, decoded whole: 8-bit RGB, turned as its EXIF data say, alpha dropped. Raises DataError."""
     try:
         content = member.read()
         image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS)
@@ -221,13 +247,11 @@ def _decode(member: Member, size: int, resize: bool) -> Image.Image:
             image = image.convert("RGBA")
         if image.mode != "RGB":
             image = image.convert("RGB")
-        if resize and image.size != (size, size):
-            width, height = (size * length // min(image.size) for length in image.size)
-            left, top = round((width - size) / 2), round((height - size) / 2)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            image = image.crop((left, top, left + size, top + size))
-        if image.size != (size, size):
-            raise ValueError(f"it is {image.width} x {image.height} pixels, not {size} x {size}")
+        image.load()
         return image
     except Exception as error:  # a damaged image can raise anything
-        raise DataError(f"{member.where} is not a usable image ({error}): replace or remove it") from error
+        raise unusable(member.where, error) from error
+
+
+def unusable(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} is not a usable image ({error}): replace or remove it")

@@ -9,12 +9,14 @@ import hashlib
 import os
 import struct
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fastrobust.data import formats
 from fastrobust.errors import DataError
@@ -60,6 +62,8 @@ DATASETS: dict[str, DatasetFacts] = {
     "mnist": DatasetFacts(1, 28, tuple("0123456789")),
     "fashion_mnist": DatasetFacts(1, 28, _FASHION),
     "cifar10": DatasetFacts(3, 32, _CIFAR),
+    "imagenet": DatasetFacts(3, None, None),
+    "imagenette": DatasetFacts(3, None, None),
     "image_folder": DatasetFacts(3, None, None),
 }
 _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
@@ -67,6 +71,8 @@ _PLACES = {  # relative to the data root, in the order in which they are tried
     "mnist": ["mnist", "MNIST/raw", "."],
     "fashion_mnist": ["fashion_mnist", "fashion-mnist", "FashionMNIST/raw", _DEBIAN_FASHION],
     "cifar10": ["cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar10", "cifar10-jpeg"],
+    "imagenet": ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"],
+    "imagenette": ["imagenette", "imagenette2", "imagenette2-320", "imagenette2-160", "imagenette-224"],
     "image_folder": [],
 }
 _TORCHVISION_PLACES = ["MNIST/raw", "FashionMNIST/raw", "cifar-10-batches-py", "cifar-10-python.tar.gz"]
@@ -113,31 +119,79 @@ def load(
     try:
         place = locate(dataset, path)
     except DataError:
-        if not download or dataset == "image_folder":
+        if not download or facts.size is None:
             raise
-        _download(dataset, _root(path))
+        _download(dataset, data_root(path))
         place = locate(dataset, path)
 
     classes = facts.classes
     if dataset in ("mnist", "fashion_mnist"):
         images, labels, source = _read_idx_split(dataset, split, place)
     else:
-        archives = _archives(place)
-        source = ", ".join(map(str, archives)) or str(place)
-        listings = [formats.tar_members(archive) for archive in archives] or [formats.folder_members(place)]
-        members = [member for listing in listings for member in listing]
+        members, source = _members(place)
         batches = {member.name.rpartition("/")[2]: member for member in members}
         if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
             images, labels = formats.read_batches(batches, split, source)
         else:
             chosen, labels, classes = _split_members(members, split, classes, source)
-            keep = _evenly_spaced(len(chosen), limit)
+            keep = evenly_spaced(len(chosen), limit)
             images, labels = formats.decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
     if limit is not None and limit < len(labels):
-        keep = _evenly_spaced(len(labels), limit)
+        keep = evenly_spaced(len(labels), limit)
         images, labels = images[keep], labels[keep]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, source)
+
+
+class Listing(NamedTuple):
+    """The image files of a split, in the order in which `load` gives them, unread."""
+
+    members: list[formats.Member]
+    labels: np.ndarray  # int64
+    classes: tuple[str, ...]
+    source: str
+
+
+def list_images(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Listing:
+    """The image files of one split of an image folder (or tars of one): for what reads them one by one. Raises DataError."""
+    members, source = _members(locate(dataset, path))
+    chosen, labels, classes = _split_members(members, split, None, source)
+    keep = evenly_spaced(len(chosen), limit)
+    return Listing([chosen[i] for i in keep], labels[keep].astype(np.int64), classes, source)
+
+
+class Pictures(NamedTuple):
+    """A split image by image: image(i) decodes number i (RGB), or raises DataError; where(i) names it."""
+
+    image: Callable[[int], Image.Image]
+    where: Callable[[int], str]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    source: str
+
+    def checksum(self) -> str:
+        """SHA-256 of the labels and of the names of classes and files; the images are not read."""
+        names = [self.where(i).rpartition("/")[2] for i in range(len(self.labels))]
+        return hashlib.sha256("\0".join([*self.classes, *names]).encode() + self.labels.tobytes()).hexdigest()
+
+
+def pictures(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Pictures:
+    """One split of any data set, to be read one by one. Raises DataError."""
+    if _facts(dataset).size is None:
+        members, *facts = list_images(dataset, split, path, limit)
+        return Pictures(lambda i: formats.open_upright(members[i]), lambda i: members[i].where, *facts)
+    data = load(dataset, split, path, limit=limit)
+    pixels = data.images.permute(0, 2, 3, 1).numpy()
+    pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
+    image, where = (lambda i: Image.fromarray(pixels[i]).convert("RGB")), (lambda i: f"image {i} of {data.source}")
+    return Pictures(image, where, data.labels.numpy(), data.classes, data.source)
+
+
+def _members(place: Path) -> tuple[list[formats.Member], str]:
+    """All files of a folder or of its archives, and what to call their source."""
+    archives = _archives(place)
+    listings = [formats.tar_members(archive) for archive in archives] or [formats.folder_members(place)]
+    return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place)
 
 
 def locate(dataset: str, path: str | Path | None = None) -> Path:
@@ -151,7 +205,7 @@ def locate(dataset: str, path: str | Path | None = None) -> Path:
     if path is not None:
         names = [name for name in names if name in _TORCHVISION_PLACES] + ["."]
     looked = []
-    for place in (_root(path) / name for name in names):
+    for place in (data_root(path) / name for name in names):
         try:
             problem = _problem(dataset, place)
         except OSError as error:
@@ -164,7 +218,7 @@ def locate(dataset: str, path: str | Path | None = None) -> Path:
         f"FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the data sets' folder.\n"
         "`apt-get install dataset-fashion-mnist` installs fashion_mnist."
     )
-    if dataset == "image_folder":
+    if DATASETS[dataset].size is None:
         advice = f"Set `path` in the config's data section to {_LAYOUT}"
     raise DataError("\n".join([f"{dataset} was not found. Looked in:", *looked, advice]))
 
@@ -191,7 +245,7 @@ def _facts(dataset: str) -> DatasetFacts:
     return DATASETS[dataset]
 
 
-def _root(path: str | Path | None) -> Path:
+def data_root(path: str | Path | None) -> Path:
     """The user's path, or else the folder in which data sets are looked for and downloaded."""
     return Path(path if path is not None else os.environ.get("FASTROBUST_DATA") or "data").expanduser()
 
@@ -242,7 +296,7 @@ def _download(dataset: str, root: Path) -> None:
         ) from error
 
 
-def _evenly_spaced(count: int, limit: int | None) -> np.ndarray:
+def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
     """Ascending indices of `limit` of `count` things, or of all of them."""
     taken = count if limit is None else min(limit, count)
     return np.arange(taken) * count // taken
