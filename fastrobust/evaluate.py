@@ -10,7 +10,9 @@ from pathlib import Path
 
 from fastrobust import schema
 from fastrobust.cli import main_with_errors
-from fastrobust.errors import ConfigError, FastrobustError
+from fastrobust.errors import ConfigError, FastrobustError, first_line
+
+SANITY_IMAGES = 300
 
 
 def pixels(text: str) -> float:
@@ -53,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     p.add_argument("--device", default="auto")
     p.add_argument("--data", help="where the data set lies (default: as the run's config says)")
+    p.add_argument(
+        "--sanity",
+        action="store_true",
+        help=f"then check on {SANITY_IMAGES} of the images (fewer with --limit) for signs of masked gradients",
+    )
+    p.add_argument(
+        "--transfer", metavar="RUN2", help="the model whose adversarial examples --sanity tries (default: train one)"
+    )
     p.add_argument("--fresh", action="store_true", help="attack again what is in RUN/evaluations already")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     return p
@@ -76,6 +86,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
     attack = attack.lower().replace(" ", "")
     names = evaluation.attack_names(attack)
+    if arguments.transfer and not arguments.sanity:
+        raise ConfigError("--transfer is one of the checks of --sanity: give both")
+    if arguments.sanity and epsilon == 0:
+        raise ConfigError("--sanity needs a radius above 0: --epsilon 8/255")
     if arguments.attack and (arguments.steps or arguments.restarts):
         raise ConfigError("--steps and --restarts stand in the name of the attack: --attack pgd-50-10")
     model = model.to(trainer.pick_device(arguments.device))
@@ -107,9 +121,73 @@ def evaluate(arguments: argparse.Namespace) -> int:
         "attacks": sorted({r.settings["attack"] for r in every}),
     }
     show(result, config.data.dataset, folder)
+    if arguments.sanity:
+        result["sanity"] = check_sanity(arguments, model, config, result, folder)
     if arguments.json:
         print(json.dumps(result))
     return 0
+
+
+def check_sanity(arguments: argparse.Namespace, model, config, result: dict, folder: Path | None) -> dict:
+    """Prints the checks as they are done, then the verdict, and writes them beside the records."""
+    from fastrobust import evaluation, run, sanity
+    from fastrobust.progress import Progress
+
+    epsilon, seed = result["epsilon"], config.seed if arguments.seed is None else arguments.seed
+    data = evaluation.test_set(config, min(result["examples"], SANITY_IMAGES))
+    with Progress("masking checks", sanity.CHECKS + 1) as bar:
+        other = other_model(arguments, config, data, epsilon, seed, next(model.parameters()).device)
+        bar.advance(1, "another model for the transfer attack")
+
+        def tell(check) -> None:
+            bar.line(f"{'ok  ' if check.passed else 'FAIL'} {check.name:<16} {check.says}")
+            bar.advance(1, check.name if bar.due() else None)
+
+        batch_size = arguments.batch_size or config.evaluation.batch_size
+        common = {"epsilon": epsilon, "batch_size": batch_size, "seed": seed}
+        checks = sanity.check_all(model, data, **common, surrogate=other, tell=tell)
+    failed = [check.name for check in checks if not check.passed]
+    found = {
+        "verdict": sanity.verdict(checks),
+        "failed": failed,
+        "examples": len(data.labels),
+        "epsilon": epsilon,
+        "checks": [vars(check) for check in checks],
+    }
+    if failed:
+        print(
+            f"verdict          MASKED: {len(failed)} of {len(checks)} checks failed ({', '.join(failed)}): do not trust",
+            end=" ",
+        )
+        print("a figure that a weaker attack than the strongest here gave")
+    else:
+        print(f"verdict          healthy: all {len(checks)} checks passed on {len(data.labels)} images")
+    if folder:
+        run.write_json(folder / f"sanity_epsilon-{epsilon:.6g}.json", found)
+    return found
+
+
+def other_model(arguments: argparse.Namespace, config, data, epsilon: float, seed: int, device):
+    """The model of --transfer, or a small one trained on 3,000 training images."""
+    import torch
+
+    from fastrobust import run, sanity
+    from fastrobust.data import sources
+
+    if not arguments.transfer:
+        resolution = data.images.shape[-1] if config.data.dataset == "image_folder" else None
+        train = sources.load(config.data.dataset, "train", config.data.path, resolution=resolution, limit=3000)
+        return sanity.train_surrogate(train, epsilon, len(train.classes), device, seed)
+    other, _, classes = run.read_weights(arguments.transfer)
+    other = other.to(device)
+    if len(classes) != len(data.classes):
+        raise ConfigError(f"--transfer {arguments.transfer}: it has {len(classes)} classes, the data {len(data.classes)}")
+    try:
+        with torch.no_grad():
+            other(data.images[:1].to(device).float() / 255)
+    except RuntimeError as error:
+        raise ConfigError(f"--transfer {arguments.transfer}: it does not take these images: {first_line(error)}") from None
+    return other
 
 
 def keeping(path: Path) -> Path | None:
