@@ -130,7 +130,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def check_sanity(arguments: argparse.Namespace, model, config, result: dict, folder: Path | None) -> dict:
     """Prints the checks as they are done, then the verdict, and writes them beside the records."""
-    from fastrobust import evaluation, run, sanity
+    from fastrobust import evaluation, results, run, sanity
     from fastrobust.progress import Progress
 
     epsilon, seed = result["epsilon"], config.seed if arguments.seed is None else arguments.seed
@@ -152,6 +152,7 @@ def check_sanity(arguments: argparse.Namespace, model, config, result: dict, fol
         "failed": failed,
         "examples": len(data.labels),
         "epsilon": epsilon,
+        "weights": results.fingerprint(model),
         "checks": [vars(check) for check in checks],
     }
     if failed:

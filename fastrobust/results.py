@@ -104,13 +104,15 @@ def read(path: Path) -> Record:
         raise RunError(f"{path} is damaged: delete it, and the attack is run again ({first_line(error)})") from None
 
 
-def stored(folder: Path, weights: str, data: str, epsilon: float | None = None) -> list[Record]:
-    """The records in a folder that are about these weights and this data (and this radius), by name. RunError."""
-    if not folder.is_dir():
-        return []
-    records = [read(path) for path in sorted(folder.glob("*.safetensors"))]
-    fits = lambda s: (s["weights"], s["data"]) == (weights, data) and epsilon in (None, s["epsilon"])
-    return [record for record in records if fits(record.settings)]
+def read_all(folder: Path) -> list[Record]:
+    """All records in a folder, by name; none if it is not there. RunError."""
+    return [read(path) for path in sorted(folder.glob("*.safetensors"))]
+
+
+def stored(folder: Path, weights: str, data: str, epsilon: float) -> list[Record]:
+    """The records in a folder that are about these weights, this data and this radius. RunError."""
+    wanted = {"weights": weights, "data": data, "epsilon": epsilon}
+    return [r for r in read_all(folder) if wanted.items() <= r.settings.items()]
 
 
 def worst_case(records: list[Record]) -> Tensor:
