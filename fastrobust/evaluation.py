@@ -96,9 +96,7 @@ def run_attacks(
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
     about = {"weights": results.fingerprint(model), "data": results.fingerprint_of_data(data)}
-    versions = {"fastrobust": __version__}
-    if any(name in autoattack.PARTS for name in names):
-        versions["autoattack"] = autoattack.version()
+    made_by = {name: autoattack.version() if name in autoattack.PARTS else f"fastrobust {__version__}" for name in names}
     clean = attacks.classified(model, images, labels, batch_size)
     robust = clean.clone()
     records = []
@@ -106,7 +104,7 @@ def run_attacks(
         settings = {"attack": name, "epsilon": epsilon, "examples": len(labels), "batch_size": batch_size, "seed": seed}
         if name.startswith("pgd"):
             settings["alpha"] = alpha
-        settings |= {"device": device.type, "versions": versions, **about}
+        settings |= {"device": device.type, "made_by": made_by[name], **about}
         record = results.Record(
             {"settings": settings, "seconds": 0.0, "refused": 0, "finished": False},
             clean.cpu(),

@@ -171,12 +171,12 @@ def read_json(path: Path) -> dict:
 def snippet(config, classes: tuple[str, ...]) -> str:
     """The source of model.py."""
     from fastrobust import models
-    from fastrobust.models import mnist_net, preact_resnet
+    from fastrobust.models import preact_resnet
     from fastrobust.schema import CHANNELS
 
     name, channels, imports = config.model.name, CHANNELS[config.data.dataset], ""
     if name == "mnist_net":
-        source, make = inspect.getsource(mnist_net.mnist_net), f"mnist_net({channels}, {len(classes)})"
+        source, make = inspect.getsource(models.mnist_net), f"mnist_net({channels}, {len(classes)})"
     elif name.startswith("preact_resnet18"):
         source = f"{inspect.getsource(preact_resnet.PreActBlock)}\n\n{inspect.getsource(preact_resnet.PreActResNet18)}"
         width = 16 if name.endswith("_w16") else 64

@@ -295,7 +295,9 @@ def nonlinearity(losses: Tensor) -> float:
 
 
 def train_surrogate(data: ImageSet, epsilon: float, classes: int, device: torch.device, seed: int = 0) -> nn.Module:
-    """A small network trained for 2 passes on one-step adversarial examples: a source of transfer attacks."""
+    """A small network trained for 2 passes on one-step adversarial examples of a quarter of epsilon, which is little enough
+    for it to learn something: a source of transfer attacks."""
+    radius = epsilon / 4
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -306,9 +308,9 @@ def train_surrogate(data: ImageSet, epsilon: float, classes: int, device: torch.
         for _ in range(2):
             for index in torch.randperm(len(data.labels)).split(50):
                 x, y = to_unit(data.images[index].to(device)), data.labels[index].to(device)
-                start = threat.uniform_start(x, epsilon / 2)
-                moved = threat.signed_step(start, loss_gradient(model, x + start, y, cross_entropy), epsilon / 2)
+                start = threat.uniform_start(x, radius)
+                moved = threat.signed_step(start, loss_gradient(model, x + start, y, cross_entropy), radius)
                 optimizer.zero_grad()
-                F.cross_entropy(model(x + threat.project(moved, x, epsilon)), y).backward()
+                F.cross_entropy(model(x + threat.project(moved, x, radius)), y).backward()
                 optimizer.step()
     return model.eval()

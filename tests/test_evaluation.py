@@ -247,6 +247,9 @@ def test_a_finished_attack_is_not_run_again_unless_asked(model, data, tmp_path, 
     monkeypatch.setattr(attacks, "sweep", lambda *a, **k: pytest.fail("attacked again"))
     again = run(model, data, ["pgd-3-1"], folder=tmp_path)[0]
     assert torch.equal(first.broken, again.broken) and again.facts == first.facts
+    with pytest.raises(pytest.fail.Exception):  # the second attack of a chain; the first is there
+        run(model, data, ["pgd-3-1", "apgd-ce"], folder=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
     for changes in ({"fresh": True}, {"seed": 1}, {"alpha": 0.03}, {"epsilon": 0.2}):
         with pytest.raises(pytest.fail.Exception):
             run(model, data, ["pgd-3-1"], **({"folder": tmp_path} | changes))

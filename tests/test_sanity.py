@@ -11,10 +11,11 @@ from conftest import bar_images
 from torch import nn
 
 import fastrobust
-from fastrobust import attacks, evaluate, run, sanity, train
+from fastrobust import attacks, evaluate, evaluation, run, sanity, train
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sources import ImageSet
 from fastrobust.errors import ConfigError
+from fastrobust.models.torchvision_compat import import_torchvision
 
 EPSILON = 0.1
 
@@ -176,6 +177,21 @@ def test_a_collapsed_fgsm_model_is_flagged_and_a_healthy_one_is_not(tmp_path, ca
     assert figures[collapsed]["gap"] > 0.25 > 0.18 > figures[healthy]["gap"]
     assert figures[collapsed]["pgd"] < 0.1 and figures[healthy]["pgd"] > 0.5
     assert [c["name"] for c in found[healthy]["checks"]][5] == "transfer"
+    pgd_agrees_with_torchattacks(healthy)
+
+
+def pgd_agrees_with_torchattacks(directory: str) -> None:
+    """PGD-20 with one restart on 200 test images of a trained model. Theirs looks at the last point alone."""
+    import_torchvision()
+    torchattacks = pytest.importorskip("torchattacks")
+    model, config, _ = run.read_weights(directory)
+    data = evaluation.test_set(config, 200)
+    torch.manual_seed(0)
+    attack = torchattacks.PGD(model, eps=EPSILON, alpha=EPSILON / 4, steps=20, random_start=True)
+    theirs = (model(attack(to_unit(data.images), data.labels)).argmax(1) == data.labels).float().mean().item()
+    mine = evaluation.evaluate(model, data, epsilon=EPSILON, alpha=EPSILON / 4, steps=20, restarts=1, batch_size=200)
+    assert mine["robust_accuracy"] < mine["clean_accuracy"] - 0.1
+    assert theirs - 0.03 <= mine["robust_accuracy"] <= theirs + 0.01
 
 
 @pytest.mark.parametrize(
