@@ -156,11 +156,8 @@ def check_sanity(arguments: argparse.Namespace, model, config, result: dict, fol
         "checks": [vars(check) for check in checks],
     }
     if failed:
-        print(
-            f"verdict          MASKED: {len(failed)} of {len(checks)} checks failed ({', '.join(failed)}): do not trust",
-            end=" ",
-        )
-        print("a figure that a weaker attack than the strongest here gave")
+        why = f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)})"
+        print(f"verdict          MASKED: {why}; do not trust this model's accuracy under weak attacks")
     else:
         print(f"verdict          healthy: all {len(checks)} checks passed on {len(data.labels)} images")
     if folder:
