@@ -51,7 +51,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@$(PIP) -e '.[test,timm,verify]'
+	@$(PIP) -e '.[test,timm,autoattack,export,verify]'
 	@touch $@
 
 # torch.compile builds its kernels with g++ and Python's headers; without them its test skips.

@@ -1,4 +1,4 @@
-"""Evaluation attacks: PGD with random restarts, run only on the examples that are still robust."""
+"""Evaluation attacks: PGD with random restarts, and the sweep that runs any attack only on what is still robust."""
 
 from __future__ import annotations
 
@@ -33,12 +33,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Per example, bool N: `clean`, classified correctly; `robust`, correctly at every point that the attack visited.
-    `after`: how many were still robust after each restart."""
+    """Per example, bool N: `clean`, classified correctly; `robust`, correctly at every point that the attack visited."""
 
     clean: Tensor
     robust: Tensor
-    after: tuple[int, ...] = ()
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -48,9 +46,34 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 
 def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
     """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W."""
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), plain_fp32(), torch.no_grad():
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         return torch.cat([correct(model(to_unit(x)), y) for x, y in batches])
+
+
+@contextlib.contextmanager
+def plain_fp32() -> Iterator[None]:
+    """Convolutions on a GPU in full fp32: by default they may round their inputs to TF32's 10 bits."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+TOLERANCE = 1e-6  # of a pixel in [0, 1]: what rounding in fp32 may add to epsilon or to the box, and more than it does
+
+
+def breaks(model: nn.Module, x: Tensor, y: Tensor, points: Tensor, epsilon: float) -> Tensor:
+    """Which points count as adversarial examples of x (bool, N), whoever found them. A point further than TOLERANCE from
+    the ball or the box is refused; one within it is moved to the ball and the box, and a plain forward pass in fp32
+    must misclassify it there. The model is in eval mode. x, points: float N x C x H x W."""
+    with torch.no_grad(), plain_fp32(), torch.autocast(x.device.type, enabled=False):
+        x, points = x.float(), points.float()
+        nearest = torch.minimum(torch.maximum(points, x - epsilon), x + epsilon).clamp(0, 1)
+        inside = ((points - nearest).abs() <= TOLERANCE).flatten(1).all(1)
+        return inside & ~correct(model(nearest), y)
 
 
 def pgd(
@@ -75,40 +98,129 @@ def pgd(
     batch with the number of examples that it dealt with. Arithmetic is fp32.
     """
     clean = classified(model, images, labels, batch_size)
-    robust, after = clean.clone(), []
+    robust = clean.clone()
+    attack = Pgd(
+        model, images, epsilon=epsilon, alpha=alpha, steps=steps, restarts=restarts, batch_size=batch_size, seed=seed
+    )
     with evaluating(model):
-        graph = None
-        if images.device.type == "cuda" and clean.count_nonzero() * restarts >= 4 * batch_size:
-            graph = capture(model, images[:batch_size], epsilon, alpha)
-        for restart in range(restarts):
-            for index, start in _packed(images, robust.clone(), epsilon, batch_size, (seed, restart)):
-                x, y = to_unit(images[index]), labels[index]
-                delta = threat.clip_to_box(start, x)
-                if graph is None:
-                    robust[index] = attack(model, x, y, delta, epsilon=epsilon, alpha=alpha, steps=steps)
-                else:
-                    robust[index] = graph.attack(x, y, delta, steps)
-                progress(restart, len(index))
-            after.append(int(robust.sum()))
-    return Verdicts(clean, robust, tuple(after))
+        sweep(attack, images, labels, robust, after=lambda place, examples, refused: progress(place.round, examples))
+    return Verdicts(clean, robust)
 
 
-def attack(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, *, epsilon: float, alpha: float, steps: int) -> Tensor:
-    """One run of PGD from the start delta. Returns which examples were classified correctly at every point (bool, N).
-    Broken examples leave the batch once they are a quarter of it."""
+class Pgd:
+    """PGD as an attack that `sweep` can run: a round is a restart."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        *,
+        epsilon: float,
+        alpha: float,
+        steps: int,
+        restarts: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self.model, self.images, self.rounds = model, images, restarts
+        self.epsilon, self.alpha, self.steps, self.batch_size, self.seed = epsilon, alpha, steps, batch_size, seed
+        self.graph: StaticAttack | None = None
+        self.tried = images.device.type != "cuda"
+
+    def batches(self, number: int, alive: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.tried and alive.count_nonzero() * (self.rounds - number) >= 4 * self.batch_size:
+            self.tried = True
+            self.graph = capture(self.model, self.images[: self.batch_size], self.epsilon, self.alpha)
+        return _packed(self.images, alive, self.epsilon, self.batch_size, (self.seed, number))
+
+    def run(self, x: Tensor, y: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        delta, found = threat.clip_to_box(start, x), x.clone()
+        if self.graph is not None:
+            return self.graph.attack(x, y, delta, self.steps, found), found
+        settings = {"epsilon": self.epsilon, "alpha": self.alpha, "steps": self.steps}
+        return attack(self.model, x, y, delta, **settings, found=found), found
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far a sweep has come: `batches` of a round are done; `alive` (bool N) were robust when the round began."""
+
+    round: int
+    batches: int
+    alive: Tensor
+
+
+def sweep(
+    attack,
+    images: Tensor,
+    labels: Tensor,
+    robust: Tensor,
+    *,
+    epsilon: float | None = None,
+    place: Place | None = None,
+    after: Callable[[Place, int, int], None] = lambda place, examples, refused: None,
+) -> None:
+    """Run all rounds of an attack, each on the examples that are still robust when it begins; `robust` (bool N) is cleared
+    in place. With epsilon, a success counts only if it also `breaks` the model; without, the attack is believed.
+
+    An attack has `rounds`, a `model`, `batches(round, alive)`, which yields (indices of examples, start), and `run(x, y,
+    start)`, which gives which examples survived (bool, N) and, for those that did not, a point (N x C x H x W). `place`
+    continues a sweep; `after(place, examples, refused)` is called after each batch.
+    """
+    for number in range(place.round if place else 0, attack.rounds):
+        resumed = place is not None and number == place.round
+        alive = place.alive if resumed else robust.clone()
+        for batch, (index, start) in enumerate(attack.batches(number, alive)):
+            if resumed and batch < place.batches:
+                continue
+            x, y, refused = to_unit(images[index]), labels[index], 0
+            survived, points = attack.run(x, y, start)
+            broken = (~survived).nonzero()[:, 0]
+            if epsilon is not None and len(broken):
+                held = breaks(attack.model, x[broken], y[broken], points[broken], epsilon)
+                survived[broken[~held]] = True
+                refused = int((~held).sum())
+            robust[index] = survived
+            after(Place(number, batch + 1, alive), len(index), refused)
+
+
+def attack(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    delta: Tensor,
+    *,
+    epsilon: float,
+    alpha: float,
+    steps: int,
+    found: Tensor | None = None,
+) -> Tensor:
+    """One run of PGD from the start delta. Returns which examples were classified correctly at every point (bool, N);
+    `found` (as x), if given, takes the first point at which each of the others was not. Broken examples leave the batch
+    once they are a quarter of it."""
     survived = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = torch.arange(len(x), device=x.device)
     good = torch.ones_like(survived)
+
+    def note(before: Tensor, delta: Tensor) -> None:
+        new = (before & ~good).nonzero()[:, 0]
+        if found is not None and len(new):
+            found[active[new]] = x[new] + delta[new]
+
     for step in range(steps):
+        before, point = good.clone(), delta
         delta = attack_step(model, x, y, delta, good, epsilon, alpha)
+        note(before, point)
         if step % 5 == 0 and good.count_nonzero() <= 0.75 * len(good):
             survived[active[~good]] = False
             x, y, delta, active = x[good], y[good], delta[good], active[good]
             good = good[good]
             if len(active) == 0:
                 return survived
+    before = good.clone()
     with torch.no_grad():
         good &= correct(model(x + delta), y)
+    note(before, delta)
     survived[active[~good]] = False
     return survived
 
@@ -128,14 +240,20 @@ class StaticAttack:
 
     def __init__(self, model: nn.Module, x: Tensor, epsilon: float, alpha: float):
         self.model, self.epsilon, self.alpha = model, epsilon, alpha
-        self.x, self.delta = torch.zeros_like(x), torch.zeros_like(x)
+        self.x, self.delta, self.found = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(x)
         self.y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.good = torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def run(self) -> None:
-        self.delta.copy_(attack_step(self.model, self.x, self.y, self.delta, self.good, self.epsilon, self.alpha))
+        before, point = self.good.clone(), self.x + self.delta
+        delta = attack_step(self.model, self.x, self.y, self.delta, self.good, self.epsilon, self.alpha)
+        self._note(before, point)
+        self.delta.copy_(delta)
 
-    def attack(self, x: Tensor, y: Tensor, delta: Tensor, steps: int) -> Tensor:
+    def _note(self, before: Tensor, point: Tensor) -> None:
+        self.found.copy_(torch.where((before & ~self.good)[:, None, None, None], point, self.found))
+
+    def attack(self, x: Tensor, y: Tensor, delta: Tensor, steps: int, found: Tensor | None = None) -> Tensor:
         """As the function `attack`."""
         for mine, given in ((self.x, x), (self.y, y), (self.delta, delta)):
             mine[: len(given)].copy_(given)
@@ -143,8 +261,14 @@ class StaticAttack:
         self.good.fill_(True)
         for _ in range(steps):
             self.run()
+        before, point = self.good.clone(), self.x + self.delta
         with torch.no_grad():
-            return (self.good & correct(self.model(self.x + self.delta), self.y))[: len(x)]
+            self.good &= correct(self.model(point), self.y)
+        self._note(before, point)
+        good = self.good[: len(x)].clone()
+        if found is not None:
+            found[~good] = self.found[: len(x)][~good]
+        return good
 
 
 def capture(model: nn.Module, images: Tensor, epsilon: float, alpha: float) -> StaticAttack | None:

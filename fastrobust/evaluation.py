@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrobust import attacks, memory
+from fastrobust import __version__, attacks, autoattack, memory, results
 from fastrobust.data import sources
+from fastrobust.errors import ConfigError
 from fastrobust.progress import Progress
+
+GROUPS = {"autoattack": autoattack.PARTS, "apgd": ("apgd-ce", "apgd-t")}
+SAVE_EVERY = 10.0  # seconds
 
 
 def evaluate(
@@ -24,50 +30,172 @@ def evaluate(
     batch_size: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32. epsilon and alpha are in pixels
-    of [0, 1]. The model may be on any device; its mode and gradients are left as they are."""
+    """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32, each with its 95 % confidence
+    interval. epsilon and alpha are in pixels of [0, 1]. The model may be on any device; its mode and gradients are left
+    as they are."""
+    name = f"pgd-{steps}-{restarts}"
+    return report(name, run_attacks(model, data, [name], epsilon=epsilon, alpha=alpha, batch_size=batch_size, seed=seed))
+
+
+def report(name: str, records: list[results.Record]) -> dict[str, Any]:
+    """The figures of attacks that ran one after the other, each on what the ones before left robust."""
+    n, settings = records[0].settings["examples"], records[0].settings
+    clean, robust = int(records[0].clean.sum()), int(results.worst_case(records).sum())
+    found = {
+        "clean_accuracy": clean / n,
+        "clean_interval": list(results.wilson(clean, n)),
+        "robust_accuracy": robust / n,
+        "robust_interval": list(results.wilson(robust, n)),
+        "examples": n,
+        "resolution": settings["resolution"],
+        "epsilon": settings["epsilon"],
+        "attack": name,
+        "alpha": next((r.settings["alpha"] for r in records if "alpha" in r.settings), None),
+        "seconds": round(sum(r.facts["seconds"] for r in records), 3),
+    }
+    if len(records) == 1 and name.startswith("pgd"):
+        found["robust_accuracy_after_one_restart"] = records[0].facts["after_one_restart"] / n
+    return found
+
+
+def attack_names(text: str) -> list[str]:
+    """`pgd-50-10,autoattack` -> its single attacks, in order and once each. Raises ConfigError."""
+    names: list[str] = []
+    for part in text.lower().split(","):
+        for name in GROUPS.get(part.strip(), (part.strip(),)):
+            if name not in autoattack.PARTS and not re.fullmatch(r"pgd-[1-9]\d{0,5}-[1-9]\d{0,5}", name):
+                known = ", ".join((*autoattack.PARTS, *GROUPS))
+                raise ConfigError(
+                    f"there is no attack '{name}'; there are pgd-STEPS-RESTARTS, such as pgd-50-10, and {known}"
+                )
+            names += [name] if name not in names else []
+    return names
+
+
+def run_attacks(
+    model: nn.Module,
+    data: sources.ImageSet,
+    names: list[str],
+    *,
+    epsilon: float,
+    alpha: float,
+    batch_size: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    fresh: bool = False,
+) -> list[results.Record]:
+    """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
+    it lies in the threat model and a plain forward pass in fp32 confirms it (`attacks.breaks`). With a folder, records
+    are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
+    was, with the same verdicts as without the interruption; `fresh` starts anew."""
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
-    began = time.monotonic()
-    with Progress(f"PGD-{steps}-{restarts} at epsilon {describe(epsilon)}", restarts * len(labels)) as bar:
-        state = {"restart": 0, "left": len(labels), "next": 0}
+    about = {"weights": results.fingerprint(model), "data": results.fingerprint_of_data(data)}
+    made_by = {name: autoattack.version() if name in autoattack.PARTS else f"fastrobust {__version__}" for name in names}
+    clean = attacks.classified(model, images, labels, batch_size)
+    robust = clean.clone()
+    records = []
+    for name in names:
+        settings = {"attack": name, "epsilon": epsilon, "examples": len(labels), "batch_size": batch_size, "seed": seed}
+        if name.startswith("pgd"):
+            settings["alpha"] = alpha
+        settings |= {"resolution": images.shape[-1], "device": device.type, "made_by": made_by[name], **about}
+        record = results.Record(
+            {
+                "settings": settings,
+                "seconds": 0.0,
+                "refused": 0,
+                "after_one_restart": int(robust.sum()),
+                "finished": False,
+            },
+            clean.cpu(),
+            robust.cpu().clone(),
+            torch.zeros(len(labels), dtype=torch.bool),
+        )
+        if folder is not None and not fresh and record.path(folder).exists():
+            record = results.read(record.path(folder))
+        if not record.facts["finished"]:
+            attack = build(model, images, settings)
+            with attacks.evaluating(model):
+                _run(attack, record, images, labels, folder)
+        robust &= ~record.broken.to(device)
+        records.append(record)
+    return records
 
-        def progress(restart: int, examples: int) -> None:
-            if restart != state["restart"]:  # the examples that no longer need attacking are done
-                bar.done = restart * len(labels)
-                state["restart"] = restart
-            bar.advance(examples, f"restart {restart + 1} of {restarts}" if bar.due() else None)
+
+def build(model: nn.Module, images: Tensor, settings: dict[str, Any]):
+    """The attack that a record's settings describe."""
+    name, common = settings["attack"], {key: settings[key] for key in ("epsilon", "batch_size", "seed")}
+    if name.startswith("pgd"):
+        _, steps, restarts = name.split("-")
+        return attacks.Pgd(model, images, alpha=settings["alpha"], steps=int(steps), restarts=int(restarts), **common)
+    with attacks.evaluating(model), torch.no_grad():
+        classes = model(attacks.to_unit(images[:1])).shape[1]
+    return autoattack.Part(name, model, classes=classes, **common)
+
+
+def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder: Path | None) -> None:
+    """Sweep to the end, from where the record stands, which is updated and saved on the way."""
+    name, epsilon = record.settings["attack"], record.settings["epsilon"]
+    robust = (record.attacked & ~record.broken).to(images.device)
+    place, earlier, began = record.place, record.facts["seconds"], time.monotonic()
+    if place is not None:
+        place = attacks.Place(place.round, place.batches, place.alive.to(images.device))
+    each = len(labels) if name.startswith("pgd") else int(record.attacked.sum())  # examples in a round, at most
+    saved, label = began, f"{name.upper()} at epsilon {describe(epsilon)}"
+    before = 0 if place is None else each * place.round + _examples_done(attack, place)
+    with Progress(label, attack.rounds * each, done=before) as bar:
+        state = {"round": place.round if place else 0, "base": before}
+
+        def tick(share: float) -> None:
+            goal = state["base"] + int(share * min(record.settings["batch_size"], each))
+            bar.advance(max(0, goal - bar.done), "within a batch" if bar.due() else None)
+
+        def after(at: attacks.Place, examples: int, refused: int) -> None:
+            nonlocal saved
+            if at.round != state["round"]:  # the examples that no longer need attacking are done
+                state.update(round=at.round, base=at.round * each)
+            state["base"] += examples
+            bar.done = state["base"]
+            rounds = f"restart {at.round + 1} of {attack.rounds}, " if attack.rounds > 1 else ""
+            bar.advance(0, f"{rounds}{int(robust.sum())} of {len(labels)} still robust" if bar.due() else None)
+            record.place = at
+            record.facts["refused"] += refused
+            if at.round == 0:
+                record.facts["after_one_restart"] = int(robust.sum())
+            now = time.monotonic()
+            record.facts["seconds"] = earlier + now - began
+            if folder is not None and now - saved > SAVE_EVERY:
+                saved = now
+                keep()
+
+        def keep() -> None:
+            record.broken = (record.attacked.to(robust.device) & ~robust).cpu()
+            if record.place is not None:
+                record.place = attacks.Place(record.place.round, record.place.batches, record.place.alive.cpu())
+            if folder is not None:
+                record.save(folder)
 
         def one_step(images: Tensor, labels: Tensor) -> None:
-            attacks.pgd(model, images, labels, epsilon=epsilon, alpha=alpha, steps=1, restarts=1, batch_size=len(images))
+            settings = {"epsilon": epsilon, "alpha": epsilon / 4, "steps": 1, "restarts": 1}
+            attacks.pgd(attack.model, images, labels, **settings, batch_size=len(images))
 
-        batch = images[:batch_size], labels[:batch_size]
-        with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
-            verdicts = attacks.pgd(
-                model,
-                images,
-                labels,
-                epsilon=epsilon,
-                alpha=alpha,
-                steps=steps,
-                restarts=restarts,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
-            )
-        clean, robust = int(verdicts.clean.sum()), int(verdicts.robust.sum())
-    return {
-        "clean_accuracy": clean / len(labels),
-        "robust_accuracy": robust / len(labels),
-        "robust_accuracy_after_one_restart": verdicts.after[0] / len(labels),
-        "examples": len(labels),
-        "resolution": images.shape[-1],
-        "epsilon": epsilon,
-        "attack": f"pgd-{steps}-{restarts}",
-        "alpha": alpha,
-        "seconds": round(time.monotonic() - began, 3),
-    }
+        attack.tick = tick
+        try:
+            batch = images[: attack.batch_size], labels[: attack.batch_size]
+            with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
+                attacks.sweep(attack, images, labels, robust, epsilon=epsilon, place=place, after=after)
+            record.facts["finished"] = True
+            record.facts["seconds"] = earlier + time.monotonic() - began
+            record.place = None
+        finally:
+            keep()
+
+
+def _examples_done(attack, place: attacks.Place) -> int:
+    """How many examples of its round a sweep has dealt with."""
+    return min(place.batches * attack.batch_size, int(place.alive.sum()))
 
 
 def describe(epsilon: float) -> str:

@@ -140,7 +140,8 @@ def verify(arguments: argparse.Namespace) -> int:
         import scipy  # noqa: F401
     except ImportError as error:
         raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
-    from fastrobust import evaluation, run
+    from fastrobust import run
+    from fastrobust.data import loaders
     from fastrobust.verification.network import extract
 
     if arguments.epsilon == 0 or not 0 < arguments.timeout < 1e7:
@@ -149,7 +150,7 @@ def verify(arguments: argparse.Namespace) -> int:
     if arguments.data:
         config.data.path = arguments.data
     weights = Path(arguments.run) / run.WEIGHTS if Path(arguments.run).is_dir() else Path(arguments.run)
-    data = evaluation.test_set(config, None)
+    data = loaders.test_set(config, None)
     shape = tuple(data.images.shape[1:])
     extract(model, shape)  # says at once what cannot be verified
     total = min(arguments.limit or len(data.labels), len(data.labels))

@@ -410,6 +410,10 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
     found = evaluation.evaluate(model, ImageSet(*data, (), ""), **settings)
     verdicts = attacks.pgd(model, *data, **settings)
     assert found.pop("seconds") > 0
+    low, high = found.pop("clean_interval")
+    assert low < verdicts.clean.sum() / 300 < high
+    low, high = found.pop("robust_interval")
+    assert low < verdicts.robust.sum() / 300 < high
     assert found == {
         "clean_accuracy": verdicts.clean.sum().item() / 300,
         "robust_accuracy": verdicts.robust.sum().item() / 300,
