@@ -65,6 +65,7 @@ class Line:
     colour: int = 0
     band: Sequence[tuple[float, float, float]] = field(default_factory=list)
     dots: bool = True
+    faint: bool = False
 
 
 def page(title: str, body: str) -> str:
@@ -184,12 +185,12 @@ def chart(
         parts.append(f'<text x="{tx:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
-    for where, text in marks:
+    for row, (where, text) in enumerate(marks):
         mx = at(where, x0, x1, log_x, LEFT, WIDTH - RIGHT)
         side = ("end", -4) if mx > WIDTH / 2 else ("start", 4)
         line = f'x1="{mx:.1f}" x2="{mx:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
         parts.append(f'<line {line} stroke="var(--muted)" stroke-dasharray="4 3"/>')
-        parts.append(f'<text x="{mx + side[1]:.1f}" y="{TOP + 12}" text-anchor="{side[0]}">{escape(text)}</text>')
+        parts.append(f'<text x="{mx + side[1]:.1f}" y="{TOP + 12 + 13 * row}" text-anchor="{side[0]}">{escape(text)}</text>')
     for line, points in zip(lines, shown, strict=True):
         colour = line.colour % COLOURS
         band = sorted((bx, lo, hi) for bx, lo, hi in line.band if drawable(bx, lo) and drawable(bx, hi))
@@ -197,7 +198,8 @@ def chart(
             outline = [place(bx, hi) for bx, _, hi in band] + [place(bx, lo) for bx, lo, _ in reversed(band)]
             parts.append(f'<polygon class="f{colour}" fill-opacity="0.16" points="{" ".join(outline)}"/>')
         path = " ".join(place(*p) for p in points)
-        parts.append(f'<polyline class="s{colour}" fill="none" stroke-width="2" points="{path}"/>')
+        stroke = 'stroke-width="1" stroke-opacity="0.5"' if line.faint else 'stroke-width="2"'
+        parts.append(f'<polyline class="s{colour}" fill="none" {stroke} points="{path}"/>')
         for px, py in points if line.dots or len(points) == 1 else []:
             cx, cy = place(px, py).split(",")
             tip = f"{escape(line.label)}: {number(py, percent)} at {number(px)}"

@@ -171,7 +171,7 @@ def page_of(config, rates: list[float], losses: list[float], found: Found) -> st
     ceiling = 1.2 * max(found.smooth, default=1.0)
     raw = [(r, min(loss, ceiling)) for r, loss in zip(rates, losses, strict=False) if math.isfinite(loss)]
     lines = [
-        Line("each minibatch", raw, 7, dots=False),
+        Line("each minibatch", raw, 7, dots=False, faint=True),
         Line("smoothed", list(zip(rates, found.smooth, strict=False)), 0, dots=False),
     ]
     marks = [(found.best, f"{found.best:.3g}")] + ([(found.diverged, "diverged")] if found.diverged else [])
