@@ -21,7 +21,7 @@ class Row:
 
 
 GOAL = {"full": 0.45, "small": 0.5}  # of Table 3 and Figure 2
-RADII = {"full": [0.1, 0.3], "small": [0.1, 0.2]}  # of Table 2
+RADII = {"full": [0.1, 0.3], "small": [0.1, 0.25]}  # of Table 2
 FIRST_TO_45 = {"FGSM": 15, "PGD": 15, "Free": 88}  # epochs (Figure 2, Table 3)
 SCHEDULES = {  # Figure 1: (schedule, epochs)
     "CIFAR-10": (Cyclic(name="cyclic", max_lr=0.21, peak=0.4), 15),
@@ -113,44 +113,58 @@ def _along(name: str, label: str, config: str, overrides: tuple, epochs: tuple, 
 
 
 MINIATURE = (
-    "A miniature, not a reproduction: Fashion-MNIST, 3,000 training and 500 test images, the MNIST network, epsilon 0.2, "
+    "A miniature, not a reproduction: Fashion-MNIST, 3,000 training and 500 test images, the MNIST network, epsilon 0.25, "
     "PGD-20-1. It shows the order of the methods. The paper's columns belong to its own data and networks."
 )
 
 
 def _small() -> dict[str, list[Row]]:
-    """Runs of `configs/fashion_mnist_small.yaml`, 20 epochs of FGSM unless something else is said."""
-    file = "fashion_mnist_small.yaml"
-    both = "evaluation.epsilon=[0.2, 0.1]"
-    pgd, free = "method={name: pgd, steps: 5, alpha: 0.08}", "method={name: free, replays: 4}"
-    zero = Row("small_zero", "FGSM, zero init", file, ("method.init=zero", "method.alpha=0.2"), TABLE1["FGSM, zero init"], 1)
-    fgsm = Row(
-        "small_fgsm",
-        "FGSM, random init, alpha = 1.25 epsilon",
-        file,
-        (both,),
-        TABLE1["FGSM, random init, alpha = 1.25 epsilon"],
-        0,
-    )
-    far = Row(
-        "small_alpha2",
-        "FGSM, random init, alpha = 2 epsilon",
-        file,
-        ("method.alpha=0.4",),
-        TABLE1["FGSM, random init, alpha = 2 epsilon"],
-        2,
-    )
-    previous = Row(
-        "small_previous",
-        "FGSM, previous init",
-        file,
-        ("method.init=previous", "method.alpha=0.25"),
-        TABLE1["FGSM, previous init"],
-        3,
-    )
-    pgd10 = Row("small_pgd", "PGD", file, (pgd, both, "phases.0.epochs=10"), TABLE1["PGD"], 5)
-    free32 = Row("small_free", "Free (m = 4; the paper: 8)", file, (free, "phases.0.epochs=32"), TABLE1["Free (m = 8)"], 4)
-    return {"table1": [zero, previous, fgsm, far, free32, pgd10]}
+    """Runs of `configs/fashion_mnist_small.yaml`: 20 epochs of FGSM unless something else is said."""
+
+    def row(name: str, label: str, order: int, *overrides: str, paper: dict | None = None) -> Row:
+        return Row(f"small_{name}", label, "fashion_mnist_small.yaml", overrides, paper or {}, order)
+
+    zero, far = ("method.init=zero", "method.alpha=0.25"), ("method.alpha=0.5",)
+    previous = ("method.init=previous", "method.alpha=0.25")
+    pgd, free = "method={name: pgd, steps: 5, alpha: 0.1}", "method={name: free, replays: 4}"
+    both = "evaluation.epsilon=[0.25, 0.1]"
+    names = {  # label: (name, order, overrides, epochs of Figure 2; the last is Table 1's)
+        "FGSM": ("fgsm", 0, (both,), (5, 20)),
+        "Free": ("free", 4, (free,), (8, 32)),
+        "PGD": ("pgd", 5, (pgd, both), (5, 10)),
+    }
+
+    def of(label: str, figure: str, paper: dict, epochs: int = -1) -> Row:
+        name, order, overrides, all_epochs = names[label]
+        n = all_epochs[epochs]
+        return row(
+            name if n == all_epochs[-1] else f"{name}_{n}epochs",
+            figure,
+            order if n == all_epochs[-1] else order + 10,
+            *overrides,
+            f"phases.0.epochs={n}",
+            paper=paper,
+        )
+
+    step = "FGSM, random init, alpha = "
+    return {
+        "table1": [
+            row("zero", "FGSM, zero init", 1, *zero, paper=TABLE1["FGSM, zero init"]),
+            row("previous", "FGSM, previous init", 3, *previous, paper=TABLE1["FGSM, previous init"]),
+            of("FGSM", step + "1.25 epsilon", TABLE1[step + "1.25 epsilon"]),
+            row("alpha2", step + "2 epsilon", 2, *far, paper=TABLE1[step + "2 epsilon"]),
+            of("Free", "Free (m = 4; the paper: 8)", TABLE1["Free (m = 8)"]),
+            of("PGD", "PGD (5 steps; the paper: 8)", TABLE1["PGD"]),
+        ],
+        "table2": [of("PGD", "PGD", TABLE2["PGD"]), of("FGSM", "FGSM", TABLE2["FGSM"])],
+        "table3": [
+            of("PGD", "PGD", TABLE3["PGD"]),
+            of("Free", "Free", TABLE3["Free (m = 8)"]),
+            of("FGSM", "FGSM", TABLE3["FGSM"]),
+        ],
+        "figure1": [],
+        "figure2": [of(label, label, {}, i) for label in names for i in (0, 1)],
+    }
 
 
 ROWS: dict[str, dict[str, list[Row]]] = {"full": _full(), "small": _small()}

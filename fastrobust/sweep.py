@@ -169,12 +169,12 @@ def train_here(sweep: Sweep, todo: list[Point], everything: list[Point]) -> dict
 
 
 def submit(sweep: Sweep, todo: list[Point], cluster: str, options: list[str]) -> dict[str, str]:
-    """Hand the runs to a scheduler through submitit and wait for them; interrupted, they go on without us. A job that was
-    submitted by an earlier call and is not over is waited for, not submitted again."""
+    """Hand the runs to a scheduler through submitit and wait for them. Slurm's go on if the wait is interrupted; those
+    that an earlier call submitted and that are not over are waited for, not submitted again."""
     from fastrobust import config as config_module
     from fastrobust import run
     from fastrobust import sweep as module
-    from fastrobust.errors import ConfigError
+    from fastrobust.errors import ConfigError, RunError
     from fastrobust.progress import Progress
 
     try:
@@ -192,19 +192,20 @@ def submit(sweep: Sweep, todo: list[Point], cluster: str, options: list[str]) ->
         )
     except (ValueError, TypeError, NameError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"--cluster {cluster} {' '.join(options)}: {error}") from None
-    kinds = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob}
-    before = json.loads(ledger.read_text()) if ledger.exists() else {}
+    try:
+        before = dict(json.loads(ledger.read_text())) if ledger.exists() else {}
+    except (ValueError, TypeError):
+        raise RunError(f"{ledger} is damaged: delete it once no job of this sweep is queued") from None
     jobs = {}
-    for name, (kind, job_id) in before.items():
-        if kind in kinds and any(point.config.name == name for point in todo):
-            job = kinds[kind](folder=folder, job_id=job_id)
-            if not job.done():
-                jobs[name] = job
+    for point in todo if cluster == "slurm" else []:
+        if job_id := before.get(point.config.name):
+            job = submitit.SlurmJob(folder=folder, job_id=job_id)
+            if not job.done(force_check=True):
+                jobs[point.config.name] = job
     new = [point for point in todo if point.config.name not in jobs]
-    with executor.batch():  # one array job
-        submitted = [executor.submit(module.train_point, point.config) for point in new]
+    submitted = executor.map_array(module.train_point, [point.config for point in new]) if new else []
     jobs |= {point.config.name: job for point, job in zip(new, submitted, strict=True)}
-    run.write_json(ledger, before | {name: [cluster, job.job_id] for name, job in jobs.items()})
+    run.write_json(ledger, before | {name: job.job_id for name, job in jobs.items()})
     print(f"{len(new)} jobs submitted, {len(jobs) - len(new)} still at work; their logs are in {folder}/", flush=True)
     failed, waiting = {}, dict(jobs)
     with Progress("jobs", len(jobs)) as bar:

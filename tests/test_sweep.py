@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import statistics
 
@@ -183,6 +184,43 @@ def test_a_scheduler_trains_the_same_weights_and_names_what_fails(sweep_file, tm
     assert all((a[k] == b[k]).all() for k in a)
     ledger = json.loads((tmp_path / "runs/there/submitted.json").read_text())
     assert ledger.keys() == {"optimizer-fine_seed-0", "optimizer-wild_seed-0"}
+
+
+SBATCH = """#!/bin/bash
+folder=$(dirname "$0"); id=$((1000 + $(cat $folder/count 2>/dev/null | wc -l))); echo $id >> $folder/count
+echo "Submitted batch job $id"
+"""
+SACCT = """#!/bin/bash
+folder=$(dirname "$0"); echo "JobID|State|NodeList"
+for id in $(cat $folder/count); do for task in "" _0 _1; do echo "$id$task|$(cat $folder/state)|here"; done; done
+"""
+
+
+def test_slurm_is_given_an_array_and_no_job_twice(sweep_file, tmp_path, monkeypatch, capfd):
+    """With stand-ins for sbatch and sacct, which run nothing; the files and commands are submitit's own."""
+    pytest.importorskip("submitit")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in {"sbatch": SBATCH, "srun": "", "sacct": SACCT}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    file = sweep_file(seeds=1)
+    (tools / "state").write_text("PENDING")
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert sweep.main([str(file), "--cluster", "slurm", "--with", "timeout_min=5", "slurm_partition=gpu"]) == 130
+        assert "2 jobs submitted, 0 still" in capfd.readouterr().out
+        script = next((tmp_path / "runs/grid/jobs").glob("*.sh")).read_text()
+        assert "--array=0-1" in script and "--partition=gpu" in script
+        assert sweep.main([str(file), "--cluster", "slurm"]) == 130
+        assert "0 jobs submitted, 2 still" in capfd.readouterr().out
+    (tools / "state").write_text("FAILED")
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    assert sweep.main([str(file), "--cluster", "slurm"]) == 1  # those were lost, and so are these
+    captured = capfd.readouterr()
+    assert "2 jobs submitted, 0 still" in captured.out
+    assert "error: max_lr-0.001_seed-0: " in captured.err and "FAILED" in captured.err
 
 
 def test_bad_scheduler_options_are_explained(sweep_file, capsys):
