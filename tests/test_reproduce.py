@@ -109,8 +109,8 @@ def test_rows_are_trained_kept_and_told(tiny, capsys):
     row = next(line for line in html.splitlines() if "81.48" in line and "33.25" in line)
     cells = re.findall(r"<t[hd]>(.*?)</t[hd]>", row)
     clean, *robust = (f"{100 * value:.2f}" for value in (a[0]["clean_accuracy"], *(e["robust_accuracy"] for e in a)))
-    assert cells[1:7] == ["81.48", clean, "0.5", robust[0], "33.25", robust[1]]
-    assert cells[7:10] == ["20", "1", "pgd-2-1"]
+    assert cells[1:7] == ["81.48", clean, "0.50", robust[0], "33.25", robust[1]]
+    assert cells[7:10] == ["20", "1", "pgd\u20112\u20111"]
     assert "somebody else" in html and "12.34" in html
     assert html.count("<polyline") == 4 and "miniature" in html  # two schedules, two accuracies
 
