@@ -28,6 +28,7 @@ body { background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-s
   padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
 h3 { font-size: 1rem; margin: 1rem 0 0.3rem; } .card h3 { margin-top: 0; } .card .note { margin-top: 0.4rem; }
+.card th, .card td { padding-right: 0.6rem; }
 p { margin: 0.3rem 0 0.8rem; max-width: 46rem; } .note { color: var(--muted); font-size: 0.9rem; }
 .warn { background: var(--warn); padding: 0.6rem 0.8rem; border-radius: 6px; max-width: none; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
@@ -43,7 +44,7 @@ table { border-collapse: collapse; font-size: 0.92rem; } th, td { text-align: le
 th { font-weight: 600; } tbody th { font-weight: 400; color: var(--muted); } td { font-variant-numeric: tabular-nums; }
 td small { color: var(--muted); white-space: nowrap; }
 .bar { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; background: var(--line); }
-.meter { position: relative; height: 0.55rem; min-width: 5rem; background: var(--line); border-radius: 3px;
+.meter { position: relative; height: 0.55rem; min-width: 3.2rem; background: var(--line); border-radius: 3px;
   margin: 0.45rem 0 0; }
 .meter i { position: absolute; inset: 0 auto 0 0; border-radius: 3px; }
 .pictures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem 0.5rem; font-size: 0.8rem; line-height: 1.25; }

@@ -200,16 +200,19 @@ def curves(runs: list[Run]) -> str:
 
 def robustness(runs: list[Run]) -> str:
     """Accuracy against epsilon, and by class."""
+    from fastrobust.evaluation import describe
     from fastrobust.inspection import STEPS, wilson
 
     lines, marks = [], {}
+    small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for one in runs)
+    unit = 255 if small else 1  # of the axis: radii that were given in 255ths are shown so
     for i, one in enumerate(runs):
         if one.seen:
             n = one.seen.count
-            band = [(e, *wilson(k, n)) for e, k in one.seen.radii]
-            lines.append(Line(one.name, [(e, k / n) for e, k in one.seen.radii], i, band))
+            band = [(e * unit, *wilson(k, n)) for e, k in one.seen.radii]
+            lines.append(Line(one.name, [(e * unit, k / n) for e, k in one.seen.radii], i, band))
             if one.config.method.name != "standard":
-                marks[one.config.epsilon] = "trained at"
+                marks[one.config.epsilon * unit] = "trained at"
     missing = "".join(
         f'<p class="note">{escape(o.name)} was not attacked here: {escape(o.unseen)}</p>' for o in runs if o.unseen
     )
@@ -220,10 +223,11 @@ def robustness(runs: list[Run]) -> str:
         f"PGD-{STEPS}, one restart, on {counts} test images; the band is the 95 % Wilson interval. So weak an attack gives "
         "an upper bound, and so few images a rough one: the figures to quote are the summary's."
     )
+    axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
+    along = list(marks.items())
     drawn = chart(
-        "Images still classified correctly", lines, x="epsilon, pixels in [0, 1]", percent=True, y_range=(0.0, 1.0),
-        marks=list(marks.items()), keys=False,
-    )  # fmt: skip
+        "Images still classified correctly", lines, x=axis, percent=True, y_range=(0.0, 1.0), marks=along, keys=False
+    )
     cards = drawn + "".join(class_card(one, i, len(runs) > 1) for i, one in enumerate(runs) if one.seen)
     return (
         f'<h2>Accuracy against epsilon and by class</h2><p class="note">{text}</p>{missing}<div class="grid">{cards}</div>'
