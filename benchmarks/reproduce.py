@@ -5,7 +5,9 @@
 
 Every run is trained, evaluated and written to a file of its own as it ends, the most telling first:
 a call that was interrupted, or ran out of its minutes, goes on when it is repeated, on another machine too if it has
-`benchmarks/results/reproduce/`. Unfinished runs resume from `runs/reproduce/`."""
+the files of `--results`. Unfinished runs resume from `runs/reproduce/`. What was measured for benchmarks/RECORDS.md:
+
+    python -m benchmarks.reproduce --scale small --show --results benchmarks/results/reproduce"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ from fastrobust.stored import read_run
 from fastrobust.trainer import Interrupted
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "reproduce"
+RUNS = Path("runs/reproduce")
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,22 @@ class Result:
 
 
 def config_of(row: paper.Row, seed: int, scale: str, device: str, data: str | None):
-    overrides = [*row.overrides, f"seed={seed}", f"name={row.name}_seed{seed}", f"output=runs/reproduce/{scale}"]
+    overrides = [*row.overrides, f"seed={seed}", f"name={row.name}_seed{seed}", f"output={RUNS / scale}"]
     overrides += [f"device={device}"] + ([f"data.path={json.dumps(data)}"] if data else [])
     return config_module.load(ROOT / "configs" / row.config, overrides)
 
 
-def file_of(row: paper.Row, seed: int, scale: str) -> Path:
-    return RESULTS / scale / f"{row.name}_seed{seed}.json"
+def file_of(row: paper.Row, seed: int, folder: Path) -> Path:
+    return folder / f"{row.name}_seed{seed}.json"
 
 
-def train(row: paper.Row, seed: int, scale: str, device: str, data: str | None) -> None:
+def train(row: paper.Row, seed: int, folder: Path, scale: str, device: str, data: str | None) -> None:
     """Train, evaluate, and write the result. Raises FastrobustError."""
     config = config_of(row, seed, scale, device, data)
     sweep.train_point(config)
     directory = Path(config.output) / config.name
     one = read_run(directory)
-    file = file_of(row, seed, scale)
+    file = file_of(row, seed, folder)
     file.parent.mkdir(parents=True, exist_ok=True)
     found = {
         "row": row.name,
@@ -87,8 +89,8 @@ def read_result(file: Path) -> Result:
         raise FastrobustError(f"{file} is damaged: delete it, and the run is read or trained again") from None
 
 
-def results_of(row: paper.Row, scale: str) -> list[Result]:
-    return [read_result(file) for file in sorted((RESULTS / scale).glob(f"{row.name}_seed*.json"))]
+def results_of(row: paper.Row, folder: Path) -> list[Result]:
+    return [read_result(file) for file in sorted(folder.glob(f"{row.name}_seed*.json"))]
 
 
 class OutOfTime(FastrobustError):
@@ -123,11 +125,10 @@ class Deadline:
         return self.end is not None and time.monotonic() >= self.end
 
 
-def train_all(
-    rows: list[paper.Row], seeds: int, scale: str, device: str, data: str | None, minutes: float | None
-) -> list[str]:
+def train_all(rows: list[paper.Row], folder: Path, arguments: argparse.Namespace) -> list[str]:
     """Train what has no result yet: every row's first seed, then every row's second. Returns what stayed open, and why."""
-    todo = [(row, s) for s in range(seeds) for row in rows if row.config and not file_of(row, s, scale).exists()]
+    seeds, minutes = range(arguments.seeds), arguments.minutes
+    todo = [(row, s) for s in seeds for row in rows if row.config and not file_of(row, s, folder).exists()]
     open_rows: list[str] = []
     with Deadline(minutes) as deadline:
         for i, (row, seed) in enumerate(todo):
@@ -135,7 +136,7 @@ def train_all(
                 return open_rows + [f"{r.name} seed {s}: no time left" for r, s in todo[i:]]
             print(f"[{i + 1}/{len(todo)}] {row.name}, seed {seed}", flush=True)
             try:
-                train(row, seed, scale, device, data)
+                train(row, seed, folder, arguments.scale, arguments.device, arguments.data)
             except (Interrupted, OutOfTime) as error:
                 if not deadline.over:
                     raise
@@ -183,7 +184,7 @@ FACTS = ["n", "seeds", "attack", "training", "hardware"]
 
 
 def accuracy_table(
-    title: str, rows: list[paper.Row], scale: str, radii: list[float | None]
+    title: str, rows: list[paper.Row], folder: Path, radii: list[float | None]
 ) -> tuple[str, list[str], list[list[str]]]:
     """Clean and robust accuracy, ours beside the paper's. A radius of None is the first that was evaluated."""
     keys = ["clean", *(f"robust{i or ''}" for i in range(len(radii)))]
@@ -194,7 +195,7 @@ def accuracy_table(
     ]
     cells = []
     for row in rows:
-        results = results_of(row, scale)
+        results = results_of(row, folder)
         ours = [cell([r.summary["clean_accuracy"] for r in results]), *(cell([r.robust(e) for r in results]) for e in radii)]
         mixed = [part for pair in zip(told(row.paper, *keys), ours, strict=True) for part in pair]
         cells.append([row.label, *mixed, *facts(results)])
@@ -202,11 +203,11 @@ def accuracy_table(
     return title, ["", *heads, *FACTS], cells
 
 
-def table3(rows: list[paper.Row], scale: str) -> tuple[str, list[str], list[list[str]]]:
+def table3(rows: list[paper.Row], folder: Path, scale: str) -> tuple[str, list[str], list[list[str]]]:
     goal = paper.GOAL[scale]
     cells = []
     for row in rows:
-        results = results_of(row, scale)
+        results = results_of(row, folder)
         per_epoch = [r.summary["train_seconds"] / r.summary["epochs"] for r in results]
         minutes = [r.summary["train_seconds"] / 60 for r in results]
         ours = [f"{statistics.fmean(per_epoch):.2f}", f"{statistics.fmean(minutes):.2f}"] if results else ["", ""]
@@ -237,12 +238,12 @@ def figure1() -> str:
     return "".join(drawn)
 
 
-def figure2(scale: str) -> tuple[str, tuple[str, list[str], list[list[str]]]]:
+def figure2(folder: Path, scale: str) -> tuple[str, tuple[str, list[str], list[list[str]]]]:
     """(two charts, the table behind them)"""
     goal, rows = paper.GOAL[scale], paper.ROWS[scale]["figure2"]
     groups: dict[str, list[tuple[int, list[Result]]]] = {}
     for row in rows:
-        groups.setdefault(row.label, []).append((int(epochs_of(row)), results_of(row, scale)))
+        groups.setdefault(row.label, []).append((int(epochs_of(row)), results_of(row, folder)))
     cells, lines = [], {"Robust accuracy": [], "Clean accuracy": []}
     for colour, (label, found) in enumerate(groups.items()):
         done = sorted((epochs, results) for epochs, results in found if results)
@@ -259,11 +260,11 @@ def figure2(scale: str) -> tuple[str, tuple[str, list[str], list[list[str]]]]:
     return drawn, (TITLES[scale]["figure2"], head, cells)
 
 
-def table5(rows: list[paper.Row], scale: str) -> tuple[str, list[str], list[list[str]]]:
+def table5(rows: list[paper.Row], folder: Path) -> tuple[str, list[str], list[list[str]]]:
     """Minutes an epoch of each phase, from the runs of Table 4."""
     cells = []
     for row in rows:
-        results = results_of(row, scale)
+        results = results_of(row, folder)
         for phase, (epochs, minutes) in enumerate(row.paper["phases"]):
             seconds = [r["seconds"] for one in results for r in one.history if r.get("phase") == phase]
             ours = f"{statistics.fmean(seconds) / 60:.2f}" if seconds else "not measured"
@@ -288,7 +289,7 @@ TITLES = {
 }
 
 
-def build(names: list[str], scale: str) -> list[tuple[str, str, tuple | None]]:
+def build(names: list[str], folder: Path, scale: str) -> list[tuple[str, str, tuple | None]]:
     """(name, charts as HTML, table or None) of everything asked for, out of the result files."""
     found = []
     for name in names:
@@ -296,14 +297,14 @@ def build(names: list[str], scale: str) -> list[tuple[str, str, tuple | None]]:
         if name == "figure1":
             found.append((name, figure1(), None))
         elif name == "figure2":
-            found.append((name, *figure2(scale)))
+            found.append((name, *figure2(folder, scale)))
         elif name == "table3":
-            found.append((name, "", table3(rows, scale)))
+            found.append((name, "", table3(rows, folder, scale)))
         elif name == "table5":
-            found.append((name, "", table5(rows, scale)))
+            found.append((name, "", table5(rows, folder)))
         else:
             radii = paper.RADII[scale] if name == "table2" else [None]
-            found.append((name, "", accuracy_table(TITLES[scale][name], rows, scale, radii)))
+            found.append((name, "", accuracy_table(TITLES[scale][name], rows, folder, radii)))
     return found
 
 
@@ -332,6 +333,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=count, default=1)
     p.add_argument("--device", default="auto")
     p.add_argument("--data", help="where the data set lies (default: the usual places)")
+    p.add_argument(
+        "--results", metavar="FOLDER", default=str(RUNS / "results"), help="of the result files (default: %(default)s)"
+    )
     p.add_argument("--show", action="store_true", help="train nothing: print what the result files hold")
     return p
 
@@ -345,7 +349,7 @@ def start(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    scale = arguments.scale
+    scale, folder = arguments.scale, Path(arguments.results) / arguments.scale
     known = paper.ROWS[scale]
     names = arguments.what or list(known)
     for name in names:
@@ -356,8 +360,8 @@ def start(arguments: argparse.Namespace) -> int:
     rows = sorted({row.name: row for name in reversed(names) for row in known[name]}.values(), key=lambda row: row.order)
     open_rows = []
     if not arguments.show:
-        open_rows = train_all(rows, arguments.seeds, scale, arguments.device, arguments.data, arguments.minutes)
-    found = build(names, scale)
+        open_rows = train_all(rows, folder, arguments)
+    found = build(names, folder, scale)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if scale == "small":
         console.print(paper.MINIATURE, soft_wrap=True)
@@ -367,9 +371,9 @@ def start(arguments: argparse.Namespace) -> int:
             for row in content[2]:
                 shown.add_row(*row)
             console.print(shown)
-    file = RESULTS / f"{scale}.html"
+    file = folder.parent / f"{scale}.html"
     write_page(file, found, scale, open_rows)
-    print(f"{file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}: the same, with the figures")
+    print(f"{file}: the same, with the figures")
     for line in open_rows:
         print(f"open: {line}")
     return 1 if open_rows else 0

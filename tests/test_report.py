@@ -100,6 +100,19 @@ def test_runs_are_compared(finished_run, tmp_path):
     assert "<img" not in text
 
 
+def test_of_many_classes_the_weakest_are_listed(finished_run):
+    one = report.read_run(finished_run)
+    one.classes = tuple(f"class {i}" for i in range(30))
+    labels = torch.arange(30).repeat(4)
+    robust = torch.arange(120) // 30 < labels.flip(0) % 5  # of class 29 - k, k % 5 of 4, at most
+    one.seen = inspection.Inspection(120, 0.1, [], torch.ones(120, dtype=torch.bool), robust, labels, [])
+    card = report.class_card(one, 0, False)
+    listed = re.findall(r"<th>class (\d+)</th>", card)
+    shares = {i: float(robust[labels == i].float().mean()) for i in range(30)}
+    assert len(listed) == report.LISTED and "10 of 30 classes" in card
+    assert max(shares[int(i)] for i in listed) <= sorted(shares.values())[report.LISTED - 1]
+
+
 def test_an_unfinished_run_shows_what_it_has(finished_run, tmp_path):
     begun = shutil.copytree(finished_run, tmp_path / "begun")
     for name in ("summary.json", "model.safetensors"):

@@ -81,13 +81,12 @@ def tiny(config_file, few_bars, tmp_path, monkeypatch):
     rows = {"table1": [a, b, d], "table2": [a], "table3": [a], "figure1": [], "figure2": [c, a]}
     monkeypatch.setitem(paper.ROWS, "small", rows)
     monkeypatch.setitem(paper.RADII, "small", [0.05, 0.1])
-    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def call(*arguments) -> int:
-    return reproduce.main(["--scale", "small", *arguments])
+    return reproduce.main(["--scale", "small", "--results", "results", *arguments])
 
 
 def test_rows_are_trained_kept_and_told(tiny, capsys):
@@ -181,3 +180,26 @@ def test_a_damaged_result_is_named(tiny, capsys):
     (tiny / "results/small/a_seed0.json").write_text("{}")
     assert call("table2") == 2
     assert "a_seed0.json" in capsys.readouterr().err
+
+
+# ---- the miniature
+
+
+def test_the_miniature_shows_the_order_of_the_methods(tmp_path, monkeypatch, capsys):
+    """Tables 1 to 3 and Figures 1 and 2 in miniature, as the command makes them: 9 runs, some minutes."""
+    try:
+        sources.locate("fashion_mnist")
+    except DataError:
+        pytest.skip("needs Fashion-MNIST")
+    monkeypatch.chdir(tmp_path)
+    assert call() == 0
+    results = {file.name.removeprefix("small_").removesuffix("_seed0.json"): reproduce.read_result(file)
+               for file in (tmp_path / "results/small").iterdir()}  # fmt: skip
+    robust = {name: result.robust(0.25) for name, result in results.items()}
+    healthy = min(robust[name] for name in ("fgsm", "previous", "free", "pgd"))
+    print(robust)
+    assert healthy > 0.45
+    assert robust["zero"] < healthy - 0.3 and robust["alpha2"] < healthy - 0.12
+    assert min(results[name].summary["clean_accuracy"] for name in ("zero", "alpha2")) > 0.65  # and nothing else shows it
+    assert "A miniature, not a reproduction" in capsys.readouterr().out
+    assert (tmp_path / "results/small.html").read_text().count("<polyline") == 2 + 6
