@@ -19,7 +19,7 @@ quickstart: $(VENV)/.core data
 	 fi
 
 # Everything that can be checked on this machine; what needs a GPU skips where there is none.
-test: $(VENV)/.test data compiler loaders
+test: $(VENV)/.test data compiler loaders browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
@@ -75,6 +75,13 @@ $(VENV)/.loaders: $(VENV)/.test
 	@$(PIP) -e '.[ffcv]' || echo "FFCV could not be installed: its tests skip"
 	@$(PIP) -e '.[dali-cuda130]' || echo "DALI could not be installed: its tests skip"
 	@touch $@
+
+# The report is looked at in Chromium; without it those tests skip.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { echo "installing chromium"; \
+	   { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium; } >/dev/null 2>&1; } || \
+	   echo "chromium could not be installed"
 
 # Fashion-MNIST from Debian's package; where that is not to be had, training downloads it.
 .PHONY: data

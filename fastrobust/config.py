@@ -100,7 +100,7 @@ def parse(data: dict[str, Any], where: str) -> Config:
 
 def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in the other")) -> list[str]:
     """Readable lines `key: value in a, not value in b` for every key in which two configs differ."""
-    flat_a, flat_b = _flatten(a.to_dict()), _flatten(b.to_dict())
+    flat_a, flat_b = flatten(a.to_dict()), flatten(b.to_dict())
     return [
         f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
         for key in sorted(flat_a.keys() | flat_b.keys())
@@ -117,14 +117,14 @@ def changed_since(stored: Any, config: Config) -> list[str]:
     return [line for line in differences(before, config, ("then", "now")) if not _FREE.match(line)]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list):
         items = enumerate(value)
     else:
         return {prefix.rstrip("."): value}
-    return {k: v for name, item in items for k, v in _flatten(item, f"{prefix}{name}.").items()}
+    return {k: v for name, item in items for k, v in flatten(item, f"{prefix}{name}.").items()}
 
 
 def _nearest_file(path: Path) -> str:

@@ -70,7 +70,7 @@ def test_the_authors_numbers():
     assert (found.phases[0].epochs, found.phases[0].batch_size) == (10, 100)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_of_the_project_is_valid(path):
     assert isinstance(load(path), Config)
 

@@ -1,0 +1,142 @@
+"""What a report measures on a trained model: robust accuracy against epsilon, accuracies by class, and a few images with
+their perturbations, adversarial predictions and input gradients. Small and quick: an evaluation is `evaluation.py`'s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrobust import attacks, threat
+from fastrobust.data.augment import to_unit
+from fastrobust.data.sources import ImageSet
+
+FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0)  # the radii of the sweep, in units of the reference radius
+STEPS = 10
+PICTURES = 6
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image. `image` uint8 C x H x W; `delta` and `gradient` (of the loss, at the image) fp32 C x H x W. The labels are
+    class indices, `sure` and `adversarial_sure` the probabilities of the two predictions."""
+
+    image: Tensor
+    label: int
+    predicted: int
+    sure: float
+    delta: Tensor
+    adversarial: int
+    adversarial_sure: float
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`radii` holds (epsilon, how many of the `count` examples are robust), epsilon 0 first. `clean`, `robust` (at the
+    reference radius) and `labels` are per example."""
+
+    count: int
+    epsilon: float
+    radii: list[tuple[float, int]]
+    clean: Tensor
+    robust: Tensor
+    labels: Tensor
+    pictures: list[Picture]
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of Wilson (1927) for a proportion: never outside [0, 1], and honest at 0 and n."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = successes / n, z * z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def inspect(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    epsilon: float,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda examples: None,
+) -> Inspection:
+    """Attacks every image of `data` with PGD-10, one restart and steps of a quarter of the radius, at each radius."""
+    device = next(model.parameters()).device
+    images = data.images.to(device).contiguous(memory_format=torch.channels_last)
+    labels = data.labels.to(device)
+    radii, robust, clean = [], None, None
+    for factor in FACTORS:
+        radius = factor * epsilon
+        verdicts = attacks.pgd(
+            model,
+            images,
+            labels,
+            epsilon=radius,
+            alpha=radius / 4,
+            steps=STEPS,
+            restarts=1,
+            seed=seed,
+            progress=lambda restart, examples: progress(examples),
+        )
+        radii.append((radius, int(verdicts.robust.sum())))
+        clean = verdicts.clean
+        if factor == 1.0:
+            robust = verdicts.robust
+    radii.insert(0, (0.0, int(clean.sum())))
+    chosen = one_of_each(data.labels, PICTURES)
+    return Inspection(
+        count=len(labels),
+        epsilon=epsilon,
+        radii=radii,
+        clean=clean.cpu(),
+        robust=robust.cpu(),
+        labels=data.labels,
+        pictures=take_pictures(model, images[chosen], labels[chosen], epsilon),
+    )
+
+
+def one_of_each(labels: Tensor, count: int) -> list[int]:
+    """The place of the first example of each of `count` classes, spread evenly over the classes that are there."""
+    classes = sorted(set(labels.tolist()))
+    count = min(count, len(classes))
+    spread = [classes[i * len(classes) // count] for i in range(count)]
+    return [int((labels == c).nonzero()[0, 0]) for c in spread]
+
+
+def take_pictures(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> list[Picture]:
+    """The perturbations are those of PGD-10 from the image itself; images: uint8 N x C x H x W on the model's device."""
+    x = to_unit(images)
+    delta = torch.zeros_like(x)
+    with attacks.evaluating(model):
+
+        def look(z: Tensor) -> tuple[Tensor, Tensor]:
+            z = z.detach().requires_grad_()
+            logits = model(z).float()
+            (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), z)
+            return logits.detach().softmax(1).max(1), gradient
+
+        before, first_gradient = look(x)
+        gradient = first_gradient
+        for _ in range(STEPS):
+            delta = threat.project(threat.signed_step(delta, gradient, epsilon / 4), x, epsilon)
+            after, gradient = look(x + delta)
+    return [
+        Picture(
+            image=images[i].cpu(),
+            label=int(labels[i]),
+            predicted=int(before.indices[i]),
+            sure=float(before.values[i]),
+            delta=delta[i].cpu(),
+            adversarial=int(after.indices[i]),
+            adversarial_sure=float(after.values[i]),
+            gradient=first_gradient[i].cpu(),
+        )
+        for i in range(len(x))
+    ]
