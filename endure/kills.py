@@ -91,8 +91,8 @@ def undisturbed(job: Job, folder: Path) -> tuple[Any, float]:
 
 def finish(job: Job, folder: Path, expected: Any) -> str | None:
     """Let the job run to its end. Returns what is wrong, or None."""
-    ended = call(job, folder)
-    if ended.status != 0 or not job.done(folder):
+    ended = None if job.done(folder) else call(job, folder)
+    if ended is not None and (ended.status != 0 or not job.done(folder)):
         return f"{folder.name}: going on ended with {child.ended_by(ended.status)}: {ended.output[-400:]}"
     if job.result(folder) != expected:
         return f"{folder.name}: another result than that of the undisturbed job"
