@@ -91,8 +91,8 @@ def undisturbed(job: Job, folder: Path) -> tuple[Any, float]:
 
 def finish(job: Job, folder: Path, expected: Any) -> str | None:
     """Let the job run to its end. Returns what is wrong, or None."""
-    ended = call(job, folder)
-    if ended.status != 0 or not job.done(folder):
+    ended = None if job.done(folder) else call(job, folder)
+    if ended is not None and (ended.status != 0 or not job.done(folder)):
         return f"{folder.name}: going on ended with {child.ended_by(ended.status)}: {ended.output[-400:]}"
     if job.result(folder) != expected:
         return f"{folder.name}: another result than that of the undisturbed job"
@@ -101,7 +101,7 @@ def finish(job: Job, folder: Path, expected: Any) -> str | None:
 
 
 def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: int = signal.SIGKILL, tear=None) -> dict:
-    """`count` kills at random moments. A job is begun, killed and gone on with, killed again with chance 3/4, and so on to
+    """`count` kills at random moments. A job is begun, killed and gone on with, killed again with chance 1/2, and so on to
     its end. `tear(folder, rng)`, if given, damages a file after each kill and says whether it did."""
     rng = random.Random(seed)
     expected, seconds = undisturbed(job, folder / "undisturbed")
@@ -125,7 +125,7 @@ def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: in
                 wrong.append(f"{place.name}: {child.ended_by(ended.status)}: {ended.output[-400:]}")
             if tear is not None:
                 torn += tear(place, rng)
-            if rng.random() < 0.25:
+            if rng.random() < 0.5:
                 break
         problem = finish(job, place, expected)
         if problem is not None:

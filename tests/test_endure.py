@@ -74,9 +74,9 @@ def test_verdicts_of_the_fuzzer(tmp_path):
 
 def test_figures_are_written_with_their_command_and_faults_are_a_failure(tmp_path, monkeypatch, capsys):
     file = tmp_path / "figures.json"
-    monkeypatch.setattr(
-        __main__, "PARTS", {"a": lambda folder, quick: {"n": 1, "wrong": []}, "b": lambda f, q: {"wrong": ["x"]}}
-    )
+    good = parts.Part(lambda folder, count: {"n": count, "wrong": []}, 50, 1)
+    bad = good._replace(run=lambda folder, count: {"wrong": ["x"]})
+    monkeypatch.setattr(__main__, "PARTS", {"a": good, "b": bad})
     assert __main__.main(["a", "--quick", "--json", str(file)]) == 0
     assert __main__.main(["b", "--json", str(file)]) == 1
     found = json.loads(file.read_text())
