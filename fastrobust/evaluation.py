@@ -201,4 +201,6 @@ def _examples_done(attack, place: attacks.Place) -> int:
 def describe(epsilon: float) -> str:
     """0.3 -> `0.3`, 8/255 -> `8/255`."""
     scaled = epsilon * 255
+    if epsilon == round(epsilon, 3):
+        return f"{epsilon:g}"
     return f"{round(scaled)}/255" if abs(scaled - round(scaled)) < 1e-6 and round(scaled) else f"{epsilon:g}"

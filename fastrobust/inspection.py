@@ -3,7 +3,6 @@ their perturbations, adversarial predictions and input gradients. Small and quic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,16 +46,6 @@ class Inspection:
     robust: Tensor
     labels: Tensor
     pictures: list[Picture]
-
-
-def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of Wilson (1927) for a proportion: never outside [0, 1], and honest at 0 and n."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = successes / n, z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def inspect(

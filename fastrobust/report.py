@@ -75,7 +75,8 @@ def distinct_names(directories: list[str]) -> list[str]:
 
 def look_at(one: Run, directory: str, count: int, device, data: str | None) -> None:
     """Fill in `seen`, or `unseen` with the reason."""
-    from fastrobust import evaluation, inspection, run
+    from fastrobust import inspection, run
+    from fastrobust.data import loaders
     from fastrobust.errors import FastrobustError
     from fastrobust.progress import Progress
 
@@ -83,7 +84,7 @@ def look_at(one: Run, directory: str, count: int, device, data: str | None) -> N
         model, config, one.classes = run.read_weights(Path(directory))
         if data:
             config.data.path = data
-        images = evaluation.test_set(config, count)
+        images = loaders.test_set(config, count)
     except FastrobustError as error:
         one.unseen = str(error).splitlines()[0]
         print(f"warning: {one.name}: no attacks were run for the page: {error}", file=sys.stderr)
@@ -112,7 +113,7 @@ def render(runs: list[Run]) -> str:
 
 def share(accuracy: float, n: int) -> str:
     """An accuracy with its 95 % interval and n, as HTML."""
-    from fastrobust.inspection import wilson
+    from fastrobust.results import wilson
 
     low, high = wilson(round(accuracy * n), n)
     return f"{accuracy:.2%} <small>({low * 100:.1f} to {high * 100:.1f}, n = {n:,})</small>"
@@ -201,7 +202,8 @@ def curves(runs: list[Run]) -> str:
 def robustness(runs: list[Run]) -> str:
     """Accuracy against epsilon, and by class."""
     from fastrobust.evaluation import describe
-    from fastrobust.inspection import STEPS, wilson
+    from fastrobust.inspection import STEPS
+    from fastrobust.results import wilson
 
     lines, marks = [], {}
     small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for one in runs)

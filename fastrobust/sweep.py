@@ -128,7 +128,7 @@ def as_text(value: Any) -> str:
 def train_point(config: Config) -> None:
     """Train and evaluate one run: from the start, from its checkpoint, or not at all if it is finished."""
     from fastrobust import config as config_module
-    from fastrobust import run, train, trainer
+    from fastrobust import interrupt, run, train, trainer
     from fastrobust.errors import RunError
 
     directory = Path(config.output) / config.name
@@ -139,18 +139,20 @@ def train_point(config: Config) -> None:
         )
     if (directory / run.SUMMARY).exists():
         return
-    job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
     if not begun:
         run.create(config)
-    elif (stored := run.load_checkpoint(directory)) is not None:
-        job.restore(*stored)
-    train.finish(job)
+    with run.held(directory), interrupt.resumable(directory):
+        stored = run.load_checkpoint(directory) if begun else None
+        job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
+        if stored is not None:
+            job.restore(*stored)
+        train.finish(job)
 
 
 def train_here(sweep: Sweep, todo: list[Point], everything: list[Point]) -> dict[str, str]:
     """Train one after the other. Returns what went wrong, by run name; the result is written after every run."""
     from fastrobust.errors import FastrobustError
-    from fastrobust.trainer import Interrupted
+    from fastrobust.interrupt import Interrupted
 
     failed: dict[str, str] = {}
     for i, point in enumerate(todo):
@@ -159,7 +161,7 @@ def train_here(sweep: Sweep, todo: list[Point], everything: list[Point]) -> dict
             train_point(point.config)
         except Interrupted as error:
             stop = FastrobustError(f"{error}\nor with the whole sweep by the command that you gave")
-            stop.signum = error.signum
+            stop.status = error.status
             raise stop from None
         except FastrobustError as error:
             failed[point.config.name] = str(error)

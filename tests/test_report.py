@@ -14,7 +14,7 @@ import subprocess
 import pytest
 import torch
 
-from fastrobust import attacks, inspection, report, run
+from fastrobust import attacks, inspection, report, results, run
 from fastrobust.data import sources
 from fastrobust.data.augment import to_unit
 
@@ -31,7 +31,7 @@ def page(finished_run, tmp_path_factory) -> str:
 @pytest.mark.parametrize("k, n", [(0, 20), (20, 20), (7, 20), (896, 1000), (1, 100_000)])
 def test_the_interval_inverts_the_score_test(k, n):
     """Wilson's bounds are the p at which the z statistic of k out of n is just 1.96."""
-    for p in inspection.wilson(k, n):
+    for p in results.wilson(k, n):
         if 0 < p < 1:
             assert abs(k / n - p) / math.sqrt(p * (1 - p) / n) == pytest.approx(1.959964)
         else:
@@ -78,7 +78,7 @@ def test_the_page_says_what_the_run_says(page, finished_run):
     summary = json.loads((finished_run / "summary.json").read_text())
     for e in summary["evaluations"]:
         assert f"{e['robust_accuracy']:.2%} <small>(" in page
-        low, high = inspection.wilson(round(e["robust_accuracy"] * 200), 200)
+        low, high = results.wilson(round(e["robust_accuracy"] * 200), 200)
         assert f"({low * 100:.1f} to {high * 100:.1f}, n = 200)" in page
     assert "on 60 test images" in page
     assert page.count("<polyline") == len(report.CURVES) + 1
