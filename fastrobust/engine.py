@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrobust.errors import ConfigError, first_line
+from fastrobust.errors import ConfigError, first_line, is_out_of_memory
 
 WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
 Step = Callable[[Tensor, Tensor], None]
@@ -36,7 +36,7 @@ def set_deterministic(on: bool) -> None:
     if on != torch.are_deterministic_algorithms_enabled():  # the call below imports the compiler, which takes seconds
         torch.use_deterministic_algorithms(on)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not on  # shapes are fixed: the fastest convolutions are looked for once
 
 
 def prepare(engine: str, step: Step, images: Tensor, labels: Tensor, job) -> Step:
@@ -44,7 +44,7 @@ def prepare(engine: str, step: Step, images: Tensor, labels: Tensor, job) -> Ste
     `job` gives `state_dict()` and `load_state_dict(state)` for everything the step changes, and the `learner` whose
     forward pass is compiled. What the engine cannot do is said once, and the step runs eagerly."""
     if "compile" in engine:
-        step = compiled(step, job.learner)
+        step = CompiledStep(step, job)
     if "cuda_graph" not in engine:
         return step
     try:
@@ -54,15 +54,55 @@ def prepare(engine: str, step: Step, images: Tensor, labels: Tensor, job) -> Ste
         return step
 
 
-def compiled(step: Step, learner) -> Step:
+class CompiledStep:
     """The forward pass is compiled with its backward pass, once for attacks and once for updates, and the elementwise
-    work around them (crop, start, sign, clamps) becomes a few fused kernels. Gradients and the optimiser stay outside."""
-    if not getattr(learner, "compiled", False):
-        learner.forward = torch.compile(learner.forward, dynamic=False)
-        for name in ("input_gradient", "update", "update_with_input_gradient", "now"):
-            setattr(learner, name, torch.compiler.disable(getattr(learner, name)))
-        learner.compiled = True
-    return torch.compile(step, dynamic=False)
+    work around them (crop, start, sign, clamps) becomes a few fused kernels. Gradients and the optimiser stay outside.
+    Compilation happens in the first call: if it fails there (no C++ compiler, say), what that call changed is put
+    back, it is said, and steps are run eagerly from then on."""
+
+    def __init__(self, step: Step, job):
+        self.eager, self.job, self.tried = step, job, False
+        learner = job.learner
+        if "forward" not in vars(learner):  # another phase has compiled it
+            learner.forward = torch.compile(learner.forward, dynamic=False)
+            for name in OUTSIDE:
+                setattr(learner, name, torch.compiler.disable(getattr(learner, name)))
+        self.run = torch.compile(step, dynamic=False)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        if self.tried:
+            return self.run(images, labels)
+        self.tried = True
+        put_back = keep_state(self.job, images.device)
+        try:
+            self.run(images, labels)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            put_back()
+            print(f"warning: the step could not be compiled, training eagerly: {first_line(error)}", file=sys.stderr)
+            for name in ("forward", *OUTSIDE):
+                vars(self.job.learner).pop(name, None)
+            self.run = self.eager
+            self.run(images, labels)
+
+
+OUTSIDE = ("input_gradient", "update", "update_with_input_gradient", "now")  # of what the compiler sees
+
+
+def keep_state(job, device: torch.device) -> Callable[[], None]:
+    """A function that puts back all that steps change from here on, the random generators included."""
+    before, cpu = job.state_dict(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        job.load_state_dict(before)
+        job.learner.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return put_back
 
 
 class StaticStep:
@@ -86,16 +126,9 @@ class GraphStep(StaticStep):
 
     def __init__(self, step: Step, images: Tensor, labels: Tensor, job):
         super().__init__(step, images, labels)
-        device = images.device
-        before, generator = job.state_dict(), torch.cuda.get_rng_state(device)
-
-        def put_back() -> None:
-            job.load_state_dict(before)
-            job.learner.optimizer.zero_grad(set_to_none=True)  # the graph makes its own, in its pool
-            torch.cuda.set_rng_state(generator, device)
-
+        put_back = keep_state(job, images.device)
         try:
-            self.run = record(self.run, device, put_back)
+            self.run = record(self.run, images.device, put_back)
         finally:
             put_back()
 

@@ -139,6 +139,20 @@ def test_failed_capture_says_so_once_and_runs_eagerly(monkeypatch, capsys):
     assert job.learner.updates.item() == 2
 
 
+def test_failed_compilation_says_so_once_and_trains_eagerly_from_the_same_state(monkeypatch, capsys, tmp_path):
+    """A compiler that is not there: the first call fails within, after it has drawn random numbers."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-such-compiler")))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    plain = run_steps(make_job(), 3, eager)
+    capsys.readouterr()
+    failed = run_steps(make_job(), 3, lambda job, x, y: engine.prepare("compile", job.train_step, x, y, job))
+    message = capsys.readouterr().err
+    assert message.count("warning") == 1 and "could not be compiled, training eagerly" in message
+    assert failed[:2] == plain[:2]
+    assert all(torch.equal(a, b) for a, b in zip(failed[2].values(), plain[2].values(), strict=True))
+
+
 def test_static_attack_gives_the_same_verdicts():
     """Through the same start and steps, in a full batch and in one that is filled up."""
     job = make_job("standard")
