@@ -158,7 +158,7 @@ def test_static_attack_gives_the_same_verdicts():
     job = make_job("standard")
     run_steps(job, 20, eager)
     model, n = job.learner.model, 50
-    x = job.data.images.float() / 255
+    x = job.loader.images.permute(0, 3, 1, 2).float() / 255
     y = job.learner.model.eval()(x).argmax(1)
     delta = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).mul(0.02).sub(0.01)
     delta = torch.minimum(torch.maximum(delta, -x), 1 - x)
