@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust import config
+from fastrobust import schema
 from fastrobust.learner import Learner, frozen
 
 RATES = [0.05, 0.2, 0.01, 0.3, 0.1, 0.02, 0.15, 0.07]
 
 
-def sgd(**keys) -> config.Sgd:
-    return config.Sgd(name="sgd", **keys)
+def sgd(**keys) -> schema.Sgd:
+    return schema.Sgd(name="sgd", **keys)
 
 
-def adam(**keys) -> config.Adam:
-    return config.Adam(name="adam", **keys)
+def adam(**keys) -> schema.Adam:
+    return schema.Adam(name="adam", **keys)
 
 
 def make_model(seed: int = 0) -> nn.Module:

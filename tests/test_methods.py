@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastrobust import config, methods
+from fastrobust import config, methods, schema
 from fastrobust.learner import Learner
 
 EPSILON, LR, MOMENTUM, DECAY = 0.1, 0.5, 0.9, 5e-4
@@ -44,7 +44,7 @@ def make_model(seed: int = 0) -> nn.Module:
 
 
 def make_learner(model: nn.Module, updates: int = 20) -> Learner:
-    return Learner(model, config.Sgd(name="sgd", momentum=MOMENTUM, weight_decay=DECAY), torch.full((updates,), LR))
+    return Learner(model, schema.Sgd(name="sgd", momentum=MOMENTUM, weight_decay=DECAY), torch.full((updates,), LR))
 
 
 def make_batch(n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -491,7 +491,7 @@ def test_pgd_gradients_are_fresh_in_every_step(steps, end):
     """Trap 6. From x = 0.4 the first step leads over the top, to 0.55, where the gradient has the other sign and half
     the size: fresh gradients lead back, accumulated ones on to 0.7."""
     x = torch.full((1, 1, 1, 1), 0.4)
-    learner = Learner(Hill(), config.Sgd(name="sgd"), torch.zeros(4))
+    learner = Learner(Hill(), schema.Sgd(name="sgd"), torch.zeros(4))
     pgd = step("pgd", epsilon=0.3, alpha=0.15, steps=steps, init="zero")
     close(pgd(learner, x, torch.tensor([0]), torch.zeros_like(x)), torch.full_like(x, end))
 
