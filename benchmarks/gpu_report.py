@@ -34,6 +34,7 @@ def parts() -> list[tuple[str, list[str]]]:
         benchmark("step", "--quick", result="step_quick"),
         benchmark("epoch"),
         benchmark("epoch", "--batch-size", "512", result="epoch_512"),
+        benchmark("profile"),
     ]
     try:
         sources.locate("cifar10")
