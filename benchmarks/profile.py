@@ -29,9 +29,8 @@ def main() -> None:
     device, batch_size = trainer.pick_device(arguments.device), arguments.batch_size
     cuda = device.type == "cuda"
     steps = arguments.steps or (20 if cuda else 2)
-    config = cifar_config(
-        arguments.method, arguments.engine, arguments.precision or ("fp16" if cuda else "fp32"), batch_size
-    )
+    precision = arguments.precision or ("fp16" if cuda else "fp32")
+    config = cifar_config(arguments.method, arguments.engine, precision, batch_size)
     job = make_job(config, images(4 * batch_size), device)
     x, y = next(job.loader.batches(0, 0, batch_size, 0, 1))
     for _ in range(5 if cuda else 1):
