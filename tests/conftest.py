@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,12 @@ import yaml
 from PIL import Image
 
 torch.set_num_threads(1)  # the models here are too small to gain from more
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keyboard_interrupts():
+    """A shell that starts pytest in the background has it ignore Ctrl-C, and its children too; some tests send one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def bar_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -428,7 +428,7 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
 
 
 @pytest.mark.parametrize(
-    "epsilon, text", [(0.3, "0.3"), (8 / 255, "8/255"), (1.0, "255/255"), (0.0, "0"), (0.5 / 255, "0.00196078")]
+    "epsilon, text", [(0.3, "0.3"), (0.2, "0.2"), (8 / 255, "8/255"), (1.0, "1"), (0.0, "0"), (0.5 / 255, "0.00196078")]
 )
 def test_epsilon_is_described_as_people_write_it(epsilon, text):
     assert evaluation.describe(epsilon) == text

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from fastrobust import attacks, config, engine, trainer
 from fastrobust.data.sources import ImageSet
@@ -102,9 +103,9 @@ def test_static_step_copies_its_batch():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
-def test_compiled_equals_eager(monkeypatch):
+@inductor.patch(fallback_random=True)
+def test_compiled_equals_eager():
     """FGSM with a warm-up of epsilon, 4 steps, the same random numbers: losses within 1 %, and the schedule exactly."""
-    monkeypatch.setattr("torch._inductor.config.fallback_random", True)
     torch._dynamo.reset()
     plain = run_steps(make_job(warmup=10, side=28), 4, eager)
     compiled = run_steps(
@@ -141,12 +142,12 @@ def test_failed_capture_says_so_once_and_runs_eagerly(monkeypatch, capsys):
 
 def test_failed_compilation_says_so_once_and_trains_eagerly_from_the_same_state(monkeypatch, capsys, tmp_path):
     """A compiler that is not there: the first call fails within, after it has drawn random numbers."""
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(tmp_path / "no-such-compiler")))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
     plain = run_steps(make_job(), 3, eager)
     capsys.readouterr()
-    failed = run_steps(make_job(), 3, lambda job, x, y: engine.prepare("compile", job.train_step, x, y, job))
+    with inductor.patch({"cpp.cxx": (None, str(tmp_path / "no-such-compiler"))}):
+        failed = run_steps(make_job(), 3, lambda job, x, y: engine.prepare("compile", job.train_step, x, y, job))
     message = capsys.readouterr().err
     assert message.count("warning") == 1 and "could not be compiled, training eagerly" in message
     assert failed[:2] == plain[:2]
