@@ -108,7 +108,7 @@ def test_the_card_and_the_entry_say_what_was_measured(evaluated, exported):
     records = {r.settings["attack"]: r for r in results.read_all(evaluated / results.FOLDER)}
     pgd, apgd = records["pgd-10-2"], records["apgd-ce"]
     assert f"| pgd-10-2 | 0.2 | {int((pgd.clean & ~pgd.broken).sum()) / 20:.2%} |" in card
-    assert f"| apgd-ce | 153/255 | {int((apgd.clean & ~apgd.broken).sum()) / 20:.2%} |" in card
+    assert f"| apgd-ce | 0.6 | {int((apgd.clean & ~apgd.broken).sum()) / 20:.2%} |" in card
     auto = int(results.worst_case([r for name, r in records.items() if name != "pgd-10-2"]).sum()) / 20
     assert f"| worst case over apgd-ce, apgd-t, fab-t, square | 153/255 | {auto:.2%} |" in card
     assert f"| autoattack | 153/255 | {auto:.2%} |" in card
