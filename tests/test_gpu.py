@@ -116,8 +116,8 @@ def test_steps_do_not_wait_for_the_host():
 def test_evaluation_agrees_with_the_cpu():
     job = make_job("standard", "fp32", "cuda")
     run_steps(job, 20, eager)
-    model, pixels = job.learner.model, job.loader.images.permute(0, 3, 1, 2)
-    data = sources.ImageSet(pixels, job.loader.labels, job.loader.classes, "made up")
+    model, pixels = job.learner.model, job.loader.images.cpu().permute(0, 3, 1, 2)
+    data = sources.ImageSet(pixels, job.loader.labels.cpu(), job.loader.classes, "made up")
     settings = {"epsilon": 2 / 255, "alpha": 1 / 255, "steps": 5, "restarts": 1, "batch_size": 32}
     on_gpu = evaluation.evaluate(model, data, **settings)
     on_cpu = evaluation.evaluate(model.cpu(), data, **settings)
