@@ -14,10 +14,10 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an error of its own for a GPU; its CPU allocator says it in words."""
-    return (
-        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    )
+    """torch has an error of its own for a GPU; its CPU allocator, and oneDNN in its kernels, say it in words."""
+    words = ("can't allocate memory", "could not create a primitive")
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(text in str(error) for text in words)
 
 
 class ConfigError(FastrobustError):
