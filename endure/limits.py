@@ -194,8 +194,6 @@ def out_of_memory(folder: Path, megabytes: int = 500) -> dict:
         ended = child.run(hungry, megabytes * MEGABYTE, argv, log=folder / "log")
         if attempt == 0:
             message = ended.output.strip().splitlines()[-1] if ended.output.strip() else ""
-            if explained(ended, "not even 1 fits"):  # what the failure left behind was too much
-                return {"limit_megabytes": megabytes, "asked": 64, "named": 0, "wrong": []}
             if not explained(ended, "was tried and fits") or "phases.0.batch_size=" not in message:
                 return {"wrong": [f"{child.ended_by(ended.status)}: {ended.output[-800:]}"]}
             batch = fitted = int(message.rpartition("phases.0.batch_size=")[2])
