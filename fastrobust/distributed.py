@@ -174,9 +174,9 @@ def joined(name: str) -> Iterator[tuple[World, torch.device]]:
 
 
 def common_store(world: World) -> torch.distributed.Store:
-    """The store through which the processes find each other, under a name that only living processes know: torchrun keeps one
-    store over its restarts, and the addresses that dead processes left in it would be waited for. Process 0 answers
-    whoever is at the door until every other process has heard the name. Raises RuntimeError after PATIENCE."""
+    """The store through which the processes find each other, under a name that only living processes know: torchrun keeps
+    one store over its restarts, and would have them wait for the addresses that dead processes left in it. Process 0
+    answers whoever is at the door until every other process has heard the name. Raises RuntimeError after PATIENCE."""
     store, *_ = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
     token, deadline = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
     if world.rank:
