@@ -150,11 +150,12 @@ def chart(
     log_y: bool = False,
     y_range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
+    levels: Sequence[tuple[float, str]] = (),
     note: str = "",
     keys: bool = True,
 ) -> str:
     """A line chart as an HTML figure. `x` names the horizontal axis; the title says what is drawn. `marks` are labelled
-    vertical lines; `keys` shows a legend where there are several lines."""
+    vertical lines, `levels` horizontal ones; `keys` shows a legend where there are several lines."""
 
     def drawable(px: float, py: float) -> bool:
         return math.isfinite(px) and math.isfinite(py) and (px > 0 or not log_x) and (py > 0 or not log_y)
@@ -186,6 +187,11 @@ def chart(
         parts.append(f'<text x="{tx:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
+    for level, text in levels:
+        ly = at(level, y0, y1, log_y, HEIGHT - BOTTOM, TOP)
+        line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{ly:.1f}" y2="{ly:.1f}"'
+        parts.append(f'<line {line} stroke="var(--muted)" stroke-dasharray="4 3"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{ly - 4:.1f}" text-anchor="end">{escape(text)}</text>')
     for row, (where, text) in enumerate(marks):
         mx = at(where, x0, x1, log_x, LEFT, WIDTH - RIGHT)
         side = ("end", -4) if mx > WIDTH / 2 else ("start", 4)
