@@ -5,6 +5,7 @@ Accuracies are means over seeds, whatever the hardware; times are never mixed: e
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,21 @@ def by_hardware(results: list[Result]) -> list[list[Result]]:
     for one in results:
         found.setdefault(one.hardware, []).append(one)
     return list(found.values()) or [[]]
+
+
+def trimmed(table: Table) -> Table:
+    """Facts that are the same wherever there is a result are said below the table, not in each of its rows."""
+    rows, head, said = [list(row) for row in table.rows], list(table.head), []
+    for name in [h for h in head if h in FACTS]:
+        i = head.index(name)
+        values = {row[i] for row in rows} - {""}
+        if len(rows) > 1 and len(values) == 1 and name != "training":
+            said.append(f"{name}: {values.pop()}")
+            head.pop(i)
+            for row in rows:
+                row.pop(i)
+    notes = (f"Of all that was measured: {'; '.join(said)}.",) if said else ()
+    return Table(table.title, head, rows, notes + table.notes)
 
 
 # cells
@@ -290,9 +306,11 @@ def figure2(scale: str, rows: list[paper.Row], folder: Path) -> tuple[str, Table
         first = next((str(epochs) for epochs, mean in means if mean >= goal), "not reached" if done else MISSING)
         for epochs, results in found:
             accuracies = [cell([r.robust() for r in results]), cell([r.clean for r in results])]
-            cells.append([label, str(epochs), *accuracies, str(len(results)), attack_of(results), "", ""])
-        cells[-len(found)][-2:] = [str(paper.FIRST_TO_45[label]), first]
-    head = ["", "epochs", "robust %", "clean %", "seeds", "attack", "paper: epochs to 45%", f"ours: epochs to {goal:.0%}"]
+            attack, seeds, _, data, hardware = facts(results)
+            cells.append([label, str(epochs), *accuracies, "", "", attack, seeds, data, hardware])
+        cells[-len(found)][4:6] = [str(paper.FIRST_TO_45[label]), first]
+    head = ["", "epochs", "robust %", "clean %", "paper: epochs to 45%", f"ours: epochs to {goal:.0%}"]
+    head += [name for name in FACTS if name != "training"]
     dashed = [(goal, f"{goal:.0%}")]
     drawn = "".join(
         chart(title, of, x="epochs", percent=True, y_range=(0.0, 1.0), levels=dashed if title.startswith("R") else ())
@@ -334,9 +352,10 @@ def build(names: list[str], folder: Path, scale: str) -> list[tuple[str, str, Ta
         if name == "figure1":
             found.append((title, figure1(), None))
         elif name == "figure2":
-            found.append((title, *figure2(scale, rows, folder)))
+            drawn, content = figure2(scale, rows, folder)
+            found.append((title, drawn, trimmed(content)))
         else:
-            found.append((title, "", TABLES[name](scale, rows, folder)))
+            found.append((title, "", trimmed(TABLES[name](scale, rows, folder))))
     return found
 
 
@@ -349,7 +368,13 @@ def write_page(file: Path, found: list[tuple[str, str, Table | None]], scale: st
         parts.append(f"<h2>{escape(heading)}</h2>")
         parts.append(f'<div class="grid">{drawn}</div>' if drawn else "")
         if content:
-            parts.append(table([[escape(c) for c in row] for row in content.rows], list(map(escape, content.head))))
+            cells = [
+                [re.sub(r" (\([^()]* to [^()]*\))$", r" <small>\1</small>", escape(c)) for c in row[1:]]
+                for row in content.rows
+            ]
+            names = [escape(row[0]) for row in content.rows]
+            rows = [[name, *rest] for name, rest in zip(names, cells, strict=True)]
+            parts.append(table(rows, list(map(escape, content.head))))
             parts += [f'<p class="note">{escape(note)}</p>' for note in content.notes]
     parts += [f'<p class="note">open: {escape(line)}</p>' for line in open_rows]
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,8 @@ table { border-collapse: collapse; font-size: 0.92rem; } th, td { text-align: le
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
 th { font-weight: 600; } tbody th { font-weight: 400; color: var(--muted); } td { font-variant-numeric: tabular-nums; }
 td small { color: var(--muted); white-space: nowrap; }
+tbody th { min-width: 5.5rem; } .card tbody th { min-width: 0; }
+.sticky { position: sticky; top: 0; z-index: 1; background: var(--bg); padding: 0.35rem 0; }
 .bar { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; background: var(--line); }
 .meter { position: relative; height: 0.55rem; min-width: 3.2rem; background: var(--line); border-radius: 3px;
   margin: 0.45rem 0 0; }
@@ -91,10 +93,10 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return f'<div class="scroll"><table>{thead}<tbody>\n{body}</tbody></table></div>'
 
 
-def legend(entries: Sequence[tuple[str, int]]) -> str:
-    """`entries` are (label, colour)."""
+def legend(entries: Sequence[tuple[str, int]], sticky: bool = False) -> str:
+    """`entries` are (label, colour). A sticky one stays in sight while its page is scrolled."""
     marks = "".join(f'<span><i class="b{c % COLOURS}"></i>{escape(label)}</span>' for label, c in entries)
-    return f'<div class="legend">{marks}</div>'
+    return f'<div class="legend{" sticky" if sticky else ""}">{marks}</div>'
 
 
 def picture(pixels: np.ndarray, alt: str) -> str:
