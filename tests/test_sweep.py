@@ -7,6 +7,7 @@ import json
 import os
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import yaml
@@ -228,3 +229,12 @@ def test_bad_scheduler_options_are_explained(sweep_file, capsys):
     pytest.importorskip("submitit")
     assert sweep.main([str(sweep_file()), "--cluster", "local", "--with", "colour=red"]) == 2
     assert re.search(r"--cluster local colour=red: .*colour", capsys.readouterr().err)
+
+
+def test_the_sweep_of_figure_2_is_whole(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    found = sweep.points(sweep.read_sweep("configs/sweeps/figure2.yaml"))
+    assert len(found) == 3 * 6 * 3
+    rates = {(p.config.method.name, p.config.schedule.max_lr) for p in found}
+    assert rates == {("fgsm", 0.21), ("pgd", 0.21), ("free", 0.04)}
