@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -71,6 +72,18 @@ def limit_memory(extra: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + extra
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def return_freed_blocks() -> None:
+    """Blocks of 128 kB and more go back to the system when they are freed, as a GPU's do, and small ones have room of their
+    own. Else glibc keeps hundreds of freed megabytes in its heap, and under a limit of address space what does not come from
+    there (oneDNN's code) finds none; or a small block is the one that fails, where native code does not look (SIGSEGV)."""
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+    set_all = [libc.mallopt(arena_max, 1), libc.mallopt(trim_threshold, 1 << 30), libc.mallopt(mmap_threshold, 32 << 20)]
+    libc.free(libc.malloc(31 << 20))  # the room for small blocks
+    assert all([*set_all, libc.mallopt(mmap_threshold, 1 << 17)])
 
 
 def ended_by(status: int) -> str:

@@ -176,11 +176,12 @@ def hungry(extra: int, argv: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)  # every thread reserves address space of its own
+    child.return_freed_blocks()
     child.limit_memory(extra)
     return kills.train(*argv)
 
 
-def out_of_memory(folder: Path, megabytes: int = 500) -> dict:
+def out_of_memory(folder: Path, megabytes: int = 200) -> dict:
     """A batch that does not fit into the memory of this process, by a limit that the system keeps. The batch size that the
     message names must fit under the same limit."""
     data = tiny.write_images(folder / "data", train=64, test=10, size=64)

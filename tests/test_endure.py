@@ -12,11 +12,7 @@ from endure import __main__, child, fuzz, kills, parts
 
 
 @pytest.mark.parametrize("name", parts.PARTS)
-def test_quick_form_of(name, tmp_path, request):
-    if name == "out_of_memory":  # torch's own libraries sometimes crash (SIGSEGV) under a limit of address space
-        request.applymarker(
-            pytest.mark.xfail(reason="known to fail now and then; tests/test_memory.py is steady", strict=False)
-        )
+def test_quick_form_of(name, tmp_path):
     figures = parts.PARTS[name].run(tmp_path, parts.PARTS[name].quick)
     if "skipped" in figures:
         pytest.skip(figures["skipped"])
