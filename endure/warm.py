@@ -2,7 +2,7 @@
 run would else take before it has a directory."""
 
 import tensorboard.summary.writer.event_file_writer  # noqa: F401
-import torch._dynamo  # noqa: F401 (torch's optimisers import it)
+import torch._dynamo  # torch's optimisers import it
 import torch.utils.tensorboard  # noqa: F401
 
 from fastrobust import evaluation, memory, models, plan, progress, run, trainer  # noqa: F401

@@ -34,9 +34,9 @@ def largest_that_fits(step: Step, images: Tensor, labels: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor) -> Iterator[None]:
-    """Turns a lack of memory inside into a FastrobustError that says which value of `key` was tried with `step` and fits.
-    What the trials change is changed."""
+def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor, processes: int = 1) -> Iterator[None]:
+    """Turns a lack of memory inside into a FastrobustError that says which value of `key` was tried with `step` and fits;
+    `processes` share that value. What the trials change is changed."""
     try:
         yield
         return
@@ -45,6 +45,9 @@ def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of what failed
         reason = first_line(error)
-    size = largest_that_fits(step, images, labels)
-    advice = f"{size} was tried and fits: set {key}={size}" if size else f"not even 1 fits ({reason}): use a smaller model or resolution"
+    size = largest_that_fits(step, images, labels) * processes
+    if size:
+        advice = f"{size} was tried and fits: set {key}={size}"
+    else:
+        advice = f"not even 1 fits ({reason}): use a smaller model or resolution"
     raise FastrobustError(f"{what}: out of memory on {images.device} with {len(images)} images at once; {advice}")
