@@ -21,6 +21,10 @@ def _killed(seed: int = 0, **options) -> Callable[[Path, int], dict]:
     return lambda folder, count: kills.kill_at_random(kills.training(_config(folder)), folder, count, seed, **options)
 
 
+def _written(kind: str, kill: Callable) -> Callable[[Path, int], dict]:
+    return lambda folder, count: kill(kills.writing(kind, tiny.write_images(folder / "data")), folder, count)
+
+
 def _config(folder: Path) -> Path:
     return tiny.write_config(folder, tiny.write_images(folder / "data"))
 
@@ -30,9 +34,14 @@ def _fuzzer(name: str) -> Callable[[Path, int], dict]:
 
 
 PARTS = {
-    # A line more for every Job that can be killed: a converter's write, training in several processes with a dead rank.
     "sigkill": Part(_killed(), 100, 3),
-    "sigkill_in_a_write": Part(lambda folder, count: kills.kill_in_writes(_config(folder), folder, count), 40, 2),
+    "sigkill_in_a_write": Part(
+        lambda folder, count: kills.kill_in_writes(kills.training(_config(folder)), folder, count), 40, 2
+    ),
+    "sigkill_write_ffcv": Part(_written("ffcv", kills.kill_at_random), 100, 2),
+    "sigkill_write_dali": Part(_written("webdataset", kills.kill_at_random), 100, 2),
+    "sigkill_write_ffcv_in_a_write": Part(_written("ffcv", kills.kill_in_writes), 40, 2),
+    "sigkill_write_dali_in_a_write": Part(_written("webdataset", kills.kill_in_writes), 40, 2),
     "torn_checkpoint": Part(_killed(1, tear=kills.tear_checkpoint), 40, 2),
     "sigterm": Part(_killed(2, signum=signal.SIGTERM), 40, 2),
     "full_disk": Part(lambda folder, count: limits.full_disk(_config(folder), folder, count), 16, 2),

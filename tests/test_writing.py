@@ -298,7 +298,7 @@ def test_damaged_files_are_refused(kind, photos, tmp_path):
     with pytest.raises(DataError, match=r"write them with data_prep/write_"):
         other(tmp_path, "train", "original")
     text = manifest.read_text()
-    for spoilt in ("", "{}", "[]", text[:40], text.replace('"format": 1', '"format": 9')):
+    for spoilt in ("", "{}", "[]", text[:40], text.replace('"format": 2', '"format": 9'), text.replace('"a"', '"z"')):
         manifest.write_text(spoilt)
         with pytest.raises(DataError, match=r"train_original.json is damaged"):
             KINDS[kind](tmp_path, "train", "original")
