@@ -57,4 +57,6 @@ PARTS = {
     "fuzz_checkpoints": Part(_fuzzer("checkpoints"), 5_000, 30),
     "fuzz_sealed_checkpoints": Part(_fuzzer("sealed_checkpoints"), 5_000, 30),
     "fuzz_weights": Part(_fuzzer("weights"), 5_000, 30),
+    "fuzz_prepared": Part(_fuzzer("prepared"), 10_000, 30),
+    "fuzz_decoders": Part(_fuzzer("decoders"), 5_000, 15),
 }
