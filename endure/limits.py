@@ -1,4 +1,5 @@
-"""A disk that is full or read-only, memory that runs out, clocks that are set, and 200 epochs that must not grow."""
+"""A disk that is full or read-only, memory that runs out, clocks that are set, 200 epochs that must not grow, and runs that
+must come out the same again."""
 
 from __future__ import annotations
 
@@ -127,6 +128,31 @@ def clock(config: Path, folder: Path, count: int) -> dict:
         if ended.status != 0 or job.result(place) != expected:
             wrong.append(f"run {i}: {child.ended_by(ended.status)}: {ended.output[-500:]}")
     return {"runs": count, "wrong": wrong}
+
+
+# ---- determinism
+
+
+def with_all_cores(argv: list[str]) -> int:
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    return kills.train(*argv)
+
+
+def repeated(folder: Path, data: Path, count: int) -> dict:
+    """A run with `deterministic: true`, on all cores, and `count` times again: the same bits."""
+    options = {"deterministic": True, "model": {"name": "preact_resnet18_w16"}, "method": {"name": "fgsm", "init": "random"}}
+    config = tiny.write_config(folder, data, **options)
+    results, wrong = [], []
+    for i in range(count + 1):
+        ended = child.run(with_all_cores, [str(config), f"output={folder / str(i)}"], log=folder / "log")
+        if ended.status != 0:
+            return {"wrong": [f"run {i}: {child.ended_by(ended.status)}: {ended.output[-500:]}"]}
+        results.append(tiny.result(folder / str(i) / "tiny"))
+        if results[i] != results[0]:
+            wrong.append(f"run {i} came to another result than the first")
+    return {"runs": count + 1, "threads": os.cpu_count(), "wrong": wrong}
 
 
 # ---- memory

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -208,7 +209,7 @@ def copied(written, tmp_path, folder):
 
 
 @pytest.mark.parametrize("name", ["ffcv", "dali", "torch"])
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "overwritten, with its checksum"])
 def test_damage_while_training_is_an_error_at_once(made, written, tmp_path, name, damage):
     """A file that shrinks, or whose bytes go bad, after it was opened."""
     need(name)
@@ -223,11 +224,19 @@ def test_damage_while_training_is_an_error_at_once(made, written, tmp_path, name
     with open(found.files[0], "r+b") as file:
         if damage == "cut short":
             file.truncate(middle + 20)
+        elif damage == "one bit":  # the decoders would not notice
+            file.seek(middle + int(found.length[18]) - 20)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
         else:
             file.seek(middle)
-            file.write(b"\0" * int(found.length[18]))
+            zeros = bytes(int(found.length[18]))
+            file.write(zeros)
+            found.crc[18] = zlib.crc32(zeros)
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"cut short|is damaged"):
+    said = {"cut short": "cut short", "one bit": "its checksum differs"}.get(damage, "is damaged")
+    with pytest.raises(DataError, match=said):
         collect(loader, 0, 0, 8, 0, 6)
     assert time.monotonic() - began < 20
 
