@@ -65,8 +65,9 @@ def training(config: Path) -> Job:
             return "after the end"
         if run.WEIGHTS in there:
             return "during evaluation"
-        lines = (directory(folder) / run.METRICS).read_text().splitlines()
-        return f"in phase {2 if len(lines) >= 2 else 1}"
+        metrics = directory(folder) / run.METRICS  # not there in the first epoch
+        epochs = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return f"in phase {2 if epochs >= 2 else 1}"
 
     return Job(
         command,
@@ -132,12 +133,12 @@ def call(job: Job, folder: Path, **options) -> child.Ended:
 
 
 def undisturbed(job: Job, folder: Path) -> tuple[Any, float]:
-    """(result, seconds) of the job when nothing happens to it."""
+    """(result, seconds of work) of the job when nothing happens to it."""
     folder.mkdir(parents=True)
     child.run(int, log=folder / "log")  # from here on nothing waits for imports
     ended = call(job, folder)
     assert ended.status == 0, ended
-    return job.result(folder), ended.seconds
+    return job.result(folder), ended.work
 
 
 def finish(job: Job, folder: Path, expected: Any) -> str | None:
