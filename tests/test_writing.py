@@ -19,6 +19,7 @@ import pytest
 from conftest import photo
 from PIL import Image, ImageOps
 
+from endure.limits import small_disk
 from fastrobust.data import beton, records, shards, sources, writing
 from fastrobust.errors import ConfigError, DataError
 
@@ -346,6 +347,16 @@ def test_an_index_that_means_harm_is_refused(kind, photos, tmp_path):
         with_index(tmp_path, content(changed))
         with pytest.raises(DataError, match=r"index\.npy is damaged"):
             KINDS[kind](tmp_path, "train", "original")
+
+
+@both
+def test_a_full_disk_is_named_and_nothing_is_left(kind, photos, tmp_path):
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        if disk is None:
+            pytest.skip("no file system may be mounted here")
+        with pytest.raises(DataError, match=r"disk/out cannot be written to: No space left on device"):
+            write(kind, photos, disk / "out", "--storage", "raw")
+        assert list((disk / "out").iterdir()) == []
 
 
 @both

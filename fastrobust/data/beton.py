@@ -71,7 +71,6 @@ class BetonWriter:
 
     def abandon(self) -> None:
         self.file.close()
-        self.path.unlink(missing_ok=True)
 
 
 read = partial(records.read, "ffcv")

@@ -52,8 +52,6 @@ class ShardWriter:
 
     def abandon(self) -> None:
         self._end_shard()
-        for path in self.paths:
-            path.unlink(missing_ok=True)
 
 
 read = partial(records.read, "webdataset")

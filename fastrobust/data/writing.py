@@ -6,6 +6,7 @@ The command lines are data_prep/write_ffcv.py and data_prep/write_dali.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import time
@@ -141,18 +142,25 @@ def write_split(
             run.write_json(manifest_path(folder, split, size), records.seal(manifest))
             length = sum(file["bytes"] for file in files)
             print(f"{manifest_path(folder, split, size)}: {count} images, {length / 1e6:,.1f} MB", flush=True)
-    except BaseException:
+    except BaseException as error:
         for writer in writers:
-            writer.abandon()
+            with contextlib.suppress(OSError):  # a full disk is still full
+                writer.abandon()
         for size in missing:
             for left in leftovers(folder, split, size):
                 left.unlink()
+        if isinstance(error, OSError):  # what goes wrong with the source is a DataError
+            raise DataError(f"{folder} cannot be written to: {error.strerror or error}") from None
         raise
 
 
 def leftovers(folder: Path, split: str, size: Size) -> list[Path]:
-    """What a killed process left of a split in a size: files that are not whole, and a manifest that is not."""
-    return sorted([*folder.glob(f"{split}_{size}[-.]*.partial"), *folder.glob(f".{split}_{size}.json.*")])
+    """What is there of a split in a size that has no manifest: a killed process left it."""
+    if manifest_path(folder, split, size).exists():
+        return []
+    name = f"{split}_{size}"
+    patterns = [f"{name}[-.]*.partial", f"{name}.beton", f"{name}-*.tar", f"{name}.index.npy", f".{name}.json.*"]
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def finish(path: Path) -> dict[str, Any]:
