@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,8 +145,11 @@ def joined(name: str) -> Iterator[tuple[World, torch.device]]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group(
+            backend, store=common_store(world), rank=world.rank, world_size=world.size, timeout=PATIENCE
+        )
     except (RuntimeError, ValueError) as error:
         where = os.environ["MASTER_ADDR"]
         raise FastrobustError(
@@ -166,6 +171,30 @@ def joined(name: str) -> Iterator[tuple[World, torch.device]]:
             sys.stdout.close()
             sys.stdout = shown
         torch.distributed.destroy_process_group()
+
+
+def common_store(world: World) -> torch.distributed.Store:
+    """The store through which the processes find each other, under a name that only living processes know: torchrun keeps
+    one store over its restarts, and would have them wait for the addresses that dead processes left in it. Process 0
+    answers whoever is at the door until every other process has heard the name. Raises RuntimeError after PATIENCE."""
+    store, *_ = next(torch.distributed.rendezvous("env://", timeout=PATIENCE))
+    token, deadline = uuid.uuid4().hex, time.monotonic() + PATIENCE.total_seconds()
+    if world.rank:
+        store.set(f"door {world.rank}", token)
+        name = store.get(f"name for {token}").decode()  # waits for it
+        store.set(f"{name} heard by {world.rank}", "yes")
+        return torch.distributed.PrefixStore(name, store)
+    missing = set(range(1, world.size))
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"door {rank}"]):  # perhaps a dead process's: then nobody hears the answer
+                store.set(f"name for {store.get(f'door {rank}').decode()}", token)
+            if store.check([f"{token} heard by {rank}"]):
+                missing.remove(rank)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"processes {sorted(missing)} did not come")
+        time.sleep(0.01)
+    return torch.distributed.PrefixStore(token, store)
 
 
 def pick_device(name: str, world: World = ALONE) -> torch.device:

@@ -50,6 +50,9 @@ def begin(config, world, device, dry_run: bool) -> int:
     from fastrobust import distributed, run, trainer
 
     directory = Path(config.output) / config.name
+    if device.type == "cpu" and config.precision != "fp32" and world.rank == 0:
+        slow = "most CPUs emulate it, many times slower than fp32: set precision=fp32"
+        print(f"warning: precision {config.precision} is meant for GPUs; {slow}", file=sys.stderr, flush=True)
     if dry_run:
         from fastrobust.plan import show_plan
 
