@@ -143,6 +143,7 @@ def with_all_cores(argv: list[str]) -> int:
 def repeated(folder: Path, data: Path, count: int) -> dict:
     """A run with `deterministic: true`, on all cores, and `count` times again: the same bits."""
     options = {"deterministic": True, "model": {"name": "preact_resnet18_w16"}, "method": {"name": "fgsm", "init": "random"}}
+    options |= {"evaluation": {"steps": 2, "restarts": 1}, "phases": [{"epochs": 1, "batch_size": 8, "resolution": 28}]}
     config = tiny.write_config(folder, data, **options)
     results, wrong = [], []
     for i in range(count + 1):

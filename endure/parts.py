@@ -47,7 +47,7 @@ PARTS = {
     "full_disk": Part(lambda folder, count: limits.full_disk(_config(folder), folder, count), 16, 2),
     "read_only_disk": Part(lambda folder, count: limits.read_only_disk(_config(folder), folder), 1, 1),
     "clock": Part(lambda folder, count: limits.clock(_config(folder), folder, count), 10, 1),
-    "repeated": Part(lambda folder, count: limits.repeated(folder, tiny.write_images(folder / "data"), count), 20, 1),
+    "repeated": Part(lambda folder, count: limits.repeated(folder, tiny.write_images(folder / "data"), count), 10, 1),
     "growth": Part(lambda folder, count: limits.growth(folder, tiny.write_images(folder / "data"), count), 200, 12),
     "out_of_memory": Part(lambda folder, count: limits.out_of_memory(folder), 1, 1),
     "fuzz_configs": Part(_fuzzer("configs"), 10_000, 30),
