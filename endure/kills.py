@@ -1,7 +1,7 @@
 """Processes that are killed at any moment and started again: what they come to must be what they come to undisturbed.
 
 A `Job` is anything that can be killed and run again: training, writing data files. Another needs the same things and a line
-in `endure.parts.PARTS`. Training in several processes, where one of them is killed, is in tests/test_distributed.py.
+in `endure.parts.PARTS`. Training in several processes, where one of them is killed, is in `endure.ranks`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from endure import fuzz, kills, limits, tiny
+from endure import fuzz, kills, limits, ranks, tiny
 
 
 class Part(NamedTuple):
@@ -44,6 +44,7 @@ PARTS = {
     "sigkill_write_dali_in_a_write": Part(_written("webdataset", kills.kill_in_writes), 40, 2),
     "torn_checkpoint": Part(_killed(1, tear=kills.tear_checkpoint), 40, 2),
     "sigterm": Part(_killed(2, signum=signal.SIGTERM), 40, 2),
+    "lost_process": Part(ranks.lost_process, 40, 2),
     "full_disk": Part(lambda folder, count: limits.full_disk(_config(folder), folder, count), 16, 2),
     "read_only_disk": Part(lambda folder, count: limits.read_only_disk(_config(folder), folder), 1, 1),
     "clock": Part(lambda folder, count: limits.clock(_config(folder), folder, count), 10, 1),
