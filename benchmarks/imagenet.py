@@ -50,17 +50,16 @@ def pictures(config: Config, count: int) -> tuple[sources.Pictures, str]:
     samples or generated ones. Too few are repeated."""
     try:
         found = sources.pictures(config.data.dataset, "train", config.data.path, count)
-        what, image, where, labels, classes = found.source, found.image, found.where, found.labels, found.classes
     except DataError:
         files, what = loader_benchmark.sample_images(count)
         members = [formats.Member(f"{i}.jpg", f"image {i} of {what}", lambda f=f: f) for i, f in enumerate(files)]
         image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
-        labels, classes = np.arange(len(files)) % 1000, tuple(f"{k:03}" for k in range(1000))
-    distinct = len(labels)
-    repeated = sources.Pictures(
-        lambda i: image(i % distinct), lambda i: where(i % distinct), labels[np.arange(count) % distinct], classes, what
-    )
-    return repeated, f"{count} images, {distinct} of them distinct, of {what}"
+        classes = tuple(f"{k:03}" for k in range(1000))
+        found = sources.Pictures(image, where, lambda i: members[i].name, np.arange(len(files)) % 1000, classes, what)
+    distinct = len(found.labels)
+    again = {part: lambda i, part=part: getattr(found, part)(i % distinct) for part in ("image", "where", "name")}
+    repeated = found._replace(labels=found.labels[np.arange(count) % distinct], **again)
+    return repeated, f"{count} images, {distinct} of them distinct, of {found.source}"
 
 
 def write_sample(config: Config, folder: Path, count: int) -> tuple[dict[str, Config], str]:
