@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import measure, usual_loop
 from benchmarks.step import METHODS, cifar_config, images, make_job
-from fastrobust import trainer
+from fastrobust import distributed
 from fastrobust.data.augment import augment
 from fastrobust.models import PreActResNet18
 
@@ -30,7 +30,7 @@ def main() -> None:
     p.add_argument("--engine", help="default: auto")
     p.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="default: fp16 on a GPU, fp32 on a CPU")
     arguments = p.parse_args()
-    device, batch_size = trainer.pick_device(arguments.device), arguments.batch_size
+    device, batch_size = distributed.pick_device(arguments.device), arguments.batch_size
     cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     count = arguments.images or (1024 if arguments.quick and not cuda else FULL)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, usual_loop
-from fastrobust import attacks, run, trainer
+from fastrobust import attacks, distributed, run, trainer
 from fastrobust import config as config_module
 from fastrobust.data import loaders
 
@@ -36,7 +36,7 @@ def main() -> None:
     p.add_argument("--run", help="a finished run; default: train a small network")
     p.add_argument("--limit", type=int, default=1000)
     arguments = p.parse_args()
-    device = trainer.pick_device(arguments.device)
+    device = distributed.pick_device(arguments.device)
     if arguments.run:
         model, config, _ = run.read_weights(arguments.run)
         model = model.to(device)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks import formats, measure
-from fastrobust import trainer
+from fastrobust import distributed
 from fastrobust.data import beton, loaders, shards, sources, writing
 from fastrobust.data.dataloader import Torch
 from fastrobust.data.formats import cores
@@ -140,7 +140,7 @@ def main() -> None:
     p.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
     p.add_argument("--formats", action="store_true", help="compare the formats that DALI reads instead")
     arguments = p.parse_args()
-    device = trainer.pick_device(arguments.device)
+    device = distributed.pick_device(arguments.device)
     limit = arguments.limit or (160 if arguments.quick else 500)
     if limit < arguments.batch_size:
         raise ConfigError(f"--limit must be at least the batch size of {arguments.batch_size}")

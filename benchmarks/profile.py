@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.step import METHODS, cifar_config, images, make_job
-from fastrobust import trainer
+from fastrobust import distributed
 
 ROWS = 15
 
@@ -26,7 +26,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--steps", type=int, help="default: 20 on a GPU, 2 on a CPU")
     arguments = p.parse_args()
-    device, batch_size = trainer.pick_device(arguments.device), arguments.batch_size
+    device, batch_size = distributed.pick_device(arguments.device), arguments.batch_size
     cuda = device.type == "cuda"
     steps = arguments.steps or (20 if cuda else 2)
     precision = arguments.precision or ("fp16" if cuda else "fp32")

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import measure, usual_loop
 from fastrobust import config as config_module
-from fastrobust import engine, trainer
+from fastrobust import distributed, engine, trainer
 from fastrobust.data.sources import ImageSet
 from fastrobust.models import PreActResNet18
 from fastrobust.schema import Config
@@ -64,7 +64,7 @@ def main() -> None:
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--compile", action="store_true", help="with --quick: also the compiled engine")
     arguments = p.parse_args()
-    device, batch_size = trainer.pick_device(arguments.device), arguments.batch_size
+    device, batch_size = distributed.pick_device(arguments.device), arguments.batch_size
     cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     data = images(4 * batch_size)

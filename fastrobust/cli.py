@@ -15,7 +15,8 @@ def main_with_errors(command: Callable[[], int]) -> int:
         return command()
     except FastrobustError as error:
         status = getattr(error, "status", 2)
-        print(f"{'error: ' if status == 2 else ''}{error}", file=sys.stderr)
+        if not getattr(error, "silent", False):
+            print(f"{'error: ' if status == 2 else ''}{error}", file=sys.stderr)
         return status
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)

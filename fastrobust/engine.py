@@ -17,6 +17,7 @@ from torch import Tensor
 from fastrobust.errors import ConfigError, first_line, is_out_of_memory
 
 WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
+WARM_UP_SHARED = 11  # and DistributedDataParallel's buckets
 Step = Callable[[Tensor, Tensor], None]
 
 
@@ -128,7 +129,8 @@ class GraphStep(StaticStep):
         super().__init__(step, images, labels)
         put_back = keep_state(job, images.device)
         try:
-            self.run = record(self.run, images.device, put_back)
+            warm_up = WARM_UP if job.learner.shared is None else WARM_UP_SHARED
+            self.run = record(self.run, images.device, put_back, warm_up)
         finally:
             put_back()
 
@@ -136,7 +138,12 @@ class GraphStep(StaticStep):
 _pool = None  # graphs never run at once: they share one memory pool
 
 
-def record(function: Callable[[], None], device: torch.device, put_back: Callable[[], None] = lambda: None):
+def record(
+    function: Callable[[], None],
+    device: torch.device,
+    put_back: Callable[[], None] = lambda: None,
+    warm_up: int = WARM_UP,
+):
     """`function` as a CUDA graph: call the result to replay it. It is run a few times first, on a stream of its own;
     `put_back` undoes what that changed. Raises RuntimeError where it cannot be captured."""
     global _pool
@@ -144,12 +151,13 @@ def record(function: Callable[[], None], device: torch.device, put_back: Callabl
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
+        for _ in range(warm_up):
             function()
     torch.cuda.current_stream(device).wait_stream(stream)
     put_back()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool):
+    # threads of NCCL may ask for the state of events meanwhile: only this thread's calls are held to the capture's rules
+    with torch.cuda.graph(graph, pool=_pool, capture_error_mode="thread_local"):
         function()
     torch.cuda.synchronize(device)
     return graph.replay

@@ -74,7 +74,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from fastrobust import evaluation, results, run, trainer
+    from fastrobust import distributed
+
+    with distributed.joined(arguments.device) as (world, device), world.watched(Path(arguments.run)):
+        return evaluate_in(world, device, arguments)
+
+
+def evaluate_in(world, device, arguments: argparse.Namespace) -> int:
+    from fastrobust import evaluation, results, run
     from fastrobust.data import loaders
 
     path = Path(arguments.run)
@@ -93,9 +100,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
         raise ConfigError("--sanity needs a radius above 0: --epsilon 8/255")
     if arguments.attack and (arguments.steps or arguments.restarts):
         raise ConfigError("--steps and --restarts stand in the name of the attack: --attack pgd-50-10")
-    model = model.to(trainer.pick_device(arguments.device))
+    if arguments.sanity and world.size > 1:
+        raise ConfigError("--sanity runs in one process: leave torchrun away")
+    model = model.to(device)
     data = loaders.test_set(config, arguments.limit or settings.limit)
-    folder = keeping(path)
+    folder = world.first(lambda: keeping(path))
     about = (results.fingerprint(model), results.fingerprint_of_data(data), epsilon)
     earlier = results.stored(folder, *about) if folder else []
     records = evaluation.run_attacks(
@@ -108,6 +117,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         seed=config.seed if arguments.seed is None else arguments.seed,
         folder=folder,
         fresh=arguments.fresh,
+        world=world,
     )
     result = evaluation.report(attack, records)
     result["attacks"] = [

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrobust import __version__, attacks, autoattack, memory, results
 from fastrobust.data import sources
+from fastrobust.distributed import ALONE, World
 from fastrobust.errors import ConfigError
 from fastrobust.progress import Progress
 
@@ -29,12 +30,14 @@ def evaluate(
     restarts: int,
     batch_size: int,
     seed: int = 0,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32, each with its 95 % confidence
     interval. epsilon and alpha are in pixels of [0, 1]. The model may be on any device; its mode and gradients are left
     as they are."""
     name = f"pgd-{steps}-{restarts}"
-    return report(name, run_attacks(model, data, [name], epsilon=epsilon, alpha=alpha, batch_size=batch_size, seed=seed))
+    settings = {"epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
+    return report(name, run_attacks(model, data, [name], **settings, world=world))
 
 
 def report(name: str, records: list[results.Record]) -> dict[str, Any]:
@@ -83,11 +86,13 @@ def run_attacks(
     seed: int = 0,
     folder: Path | None = None,
     fresh: bool = False,
+    world: World = ALONE,
 ) -> list[results.Record]:
     """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
     it lies in the threat model and a plain forward pass in fp32 confirms it (`attacks.breaks`). With a folder, records
     are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
-    was, with the same verdicts as without the interruption; `fresh` starts anew."""
+    was, with the same verdicts as without the interruption; `fresh` starts anew. In a world of several processes each
+    attacks its share, with the starts that it would have in one, and all get the records of the whole."""
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
@@ -113,15 +118,44 @@ def run_attacks(
             robust.cpu().clone(),
             torch.zeros(len(labels), dtype=torch.bool),
         )
-        if folder is not None and not fresh and record.path(folder).exists():
-            record = results.read(record.path(folder))
+        record = world.first(lambda new=record: _kept(new, folder, fresh))
         if not record.facts["finished"]:
-            attack = build(model, images, settings)
-            with attacks.evaluating(model):
-                _run(attack, record, images, labels, folder)
+            part = record if world.size == 1 else _kept(_share(record, world), folder, fresh)
+            if not part.facts["finished"]:
+                attack = build(model, images, settings)
+                with attacks.evaluating(model):
+                    _run(attack, part, images, labels, folder)
+            if world.size > 1:
+                record = _put_together(record, world.gather(part))
+                world.first(lambda whole=record: None if folder is None else whole.save(folder))
+                if folder is not None:
+                    part.path(folder).unlink(missing_ok=True)
         robust &= ~record.broken.to(device)
         records.append(record)
     return records
+
+
+def _kept(record: results.Record, folder: Path | None, fresh: bool) -> results.Record:
+    """What is kept of this record already, or else the record itself."""
+    if folder is not None and not fresh and record.path(folder).exists():
+        return results.read(record.path(folder))
+    return record
+
+
+def _share(record: results.Record, world: World) -> results.Record:
+    """The record of this process's part of an attack, not begun: every size-th image."""
+    attacked = record.attacked & (torch.arange(len(record.attacked)) % world.size == world.rank)
+    return results.Record(
+        record.facts | {"after_one_restart": int(attacked.sum())}, record.clean, attacked, torch.zeros_like(record.broken)
+    )
+
+
+def _put_together(record: results.Record, parts: list[results.Record]) -> results.Record:
+    """The record of the whole, from those of all processes."""
+    sums = {name: sum(part.facts[name] for part in parts) for name in ("refused", "after_one_restart")}
+    facts = record.facts | sums | {"seconds": max(part.facts["seconds"] for part in parts), "finished": True}
+    broken = torch.stack([part.broken for part in parts]).any(0)
+    return results.Record(facts, record.clean, record.attacked, broken)
 
 
 def build(model: nn.Module, images: Tensor, settings: dict[str, Any]):
@@ -142,7 +176,7 @@ def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder:
     place, earlier, began = record.place, record.facts["seconds"], time.monotonic()
     if place is not None:
         place = attacks.Place(place.round, place.batches, place.alive.to(images.device))
-    each = len(labels) if name.startswith("pgd") else int(record.attacked.sum())  # examples in a round, at most
+    each = int(record.attacked.sum())  # examples in a round, at most
     saved, label = began, f"{name.upper()} at epsilon {describe(epsilon)}"
     before = 0 if place is None else each * place.round + _examples_done(attack, place)
     with Progress(label, attack.rounds * each, done=before) as bar:

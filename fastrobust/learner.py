@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,18 @@ class Learner:
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.optimizer = build_optimizer(model, optimizer, self.lr)
+        self.shared: nn.Module | None = None
+
+    def share_gradients(self) -> None:
+        """From here on weight gradients are averaged over all processes, while the backward pass of an update is still
+        going on. Attack passes use the bare model and exchange nothing."""
+        ddp = nn.parallel.DistributedDataParallel
+        no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.cuda.stream(stream):  # not the default stream: a CUDA graph may be captured later
+            self.shared = ddp(_Forward(self), gradient_as_bucket_view=True, **{no_buffers: False})  # torch 2.13 renamed it
+        if stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast:
@@ -80,14 +93,16 @@ class Learner:
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """One optimiser step on the loss at x; adds to the running sums."""
-        logits = self.forward(x.detach())
-        self._step(logits, y)
+        self._step(self._forward_of_update(x.detach()), y)
 
     def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor:
         """`update`, and the gradient with respect to x out of the same backward pass."""
         x = x.detach().requires_grad_()
-        self._step(self.forward(x), y)
+        self._step(self._forward_of_update(x), y)
         return x.grad
+
+    def _forward_of_update(self, x: Tensor) -> Tensor:
+        return self.forward(x) if self.shared is None else self.shared(x)
 
     def _step(self, logits: Tensor, y: Tensor) -> None:
         loss = F.cross_entropy(logits, y)
@@ -143,6 +158,17 @@ class Learner:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class _Forward(nn.Module):
+    """The forward pass of a learner, compiled or not, as the module that DistributedDataParallel wraps."""
+
+    def __init__(self, learner: Learner):
+        super().__init__()
+        self.model, self.run = learner.model, lambda x: learner.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
 
 
 def build_optimizer(model: nn.Module, config, lr: Tensor) -> torch.optim.Optimizer:

@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(arguments: argparse.Namespace) -> int:
     from fastrobust import config as config_module
-    from fastrobust import run, trainer
+    from fastrobust import distributed, run, trainer
     from fastrobust.errors import ConfigError
 
     config = config_module.load(arguments.config, arguments.overrides)
@@ -145,7 +145,7 @@ def start(arguments: argparse.Namespace) -> int:
         raise ConfigError(
             f"rates from {low:g} to {high:g} in {arguments.steps} steps: --low must be less, --steps 20 or more"
         )
-    job = trainer.Trainer(config, Path(config.output), trainer.pick_device(config.device))
+    job = trainer.Trainer(config, Path(config.output), distributed.pick_device(config.device))
     rates = geometric(low, high, arguments.steps)
     losses, found = run_test(job, rates)
     run.write_text(Path(arguments.output), page_of(config, rates, losses, found))

@@ -34,9 +34,9 @@ def largest_that_fits(step: Step, images: Tensor, labels: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor) -> Iterator[None]:
-    """Turns a lack of memory inside into a FastrobustError that says which value of `key` was tried with `step` and fits.
-    What the trials change is changed."""
+def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor, processes: int = 1) -> Iterator[None]:
+    """Turns a lack of memory inside into a FastrobustError that says which value of `key` was tried with `step` and fits;
+    `processes` share that value. What the trials change is changed."""
     try:
         yield
         return
@@ -44,6 +44,6 @@ def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of what failed
-    size = largest_that_fits(step, images, labels)
+    size = largest_that_fits(step, images, labels) * processes
     advice = f"{size} was tried and fits: set {key}={size}" if size else "not even 1 fits: use a smaller model or resolution"
     raise FastrobustError(f"{what}: out of memory on {images.device} with {len(images)} images at once; {advice}")

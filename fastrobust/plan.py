@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastrobust import attacks, engine, schedules, trainer
 from fastrobust.data.loaders import test_set
+from fastrobust.distributed import ALONE, World
 from fastrobust.evaluation import describe
 from fastrobust.progress import duration
 from fastrobust.schema import Config
@@ -18,12 +19,12 @@ from fastrobust.schema import Config
 WARM_UP, TIMED = 2, 4  # steps
 
 
-def show_plan(config: Config, device: torch.device) -> None:
+def show_plan(config: Config, device: torch.device, world: World = ALONE) -> None:
     """Print the resolved config, the phases and the estimated time. The data are read and a few steps are run, so what
     would go wrong in the first seconds of the run goes wrong here."""
     console = Console(highlight=False)
     console.print(config.to_yaml(), markup=False, soft_wrap=True)
-    job = trainer.Trainer(config, Path(config.output) / config.name, device)
+    job = trainer.Trainer(config, Path(config.output) / config.name, device, world=world)
     test = test_set(config, config.evaluation.limit)
     schedule = schedules.from_config(config.schedule, config.epochs)
     table = Table("phase", "epochs", "passes", "images", "batch", "steps", "seconds/step", "time")
@@ -31,7 +32,7 @@ def show_plan(config: Config, device: torch.device) -> None:
     for index, phase in enumerate(config.phases):
         job.position["phase"] = index
         job.enter_phase()
-        steps = trainer.steps_in(config, phase, len(job.loader))
+        steps = schedules.steps_in(config, phase, len(job.loader))
         seconds = seconds_per_step(job, phase)
         points = " → ".join(f"{schedule(begun + f * phase.epochs):.3g}" for f in (0, 0.2, 0.4, 0.6, 0.8, 1))
         rates.append(f"learning rate over phase {index}, at every fifth: {points}")
@@ -52,9 +53,10 @@ def show_plan(config: Config, device: torch.device) -> None:
         console.print(line, soft_wrap=True)
     settings = config.evaluation
     evaluation = len(settings.epsilon) * settings.restarts * len(test.labels) * seconds_per_attack_step(job, test)
-    evaluation *= settings.steps
+    evaluation *= settings.steps / world.size
+    where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
     radii = ", ".join(describe(e) for e in settings.epsilon)
-    console.print(f"training about {duration(total)} on {device}, as measured over a few steps")
+    console.print(f"training about {duration(total)} on {where}, as measured over a few steps")
     console.print(
         f"evaluation (PGD-{settings.steps}-{settings.restarts} at epsilon {radii}, {len(test.labels)} images) "
         f"at most {duration(evaluation)}: examples that break early are left alone",

@@ -46,12 +46,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(arguments: argparse.Namespace) -> int:
-    from fastrobust import run, trainer
+    from fastrobust import distributed, run
     from fastrobust.errors import ConfigError
 
     if arguments.images < 0:
         raise ConfigError(f"--images {arguments.images}: give a number of test images, or 0 for none")
-    device = trainer.pick_device(arguments.device)
+    device = distributed.pick_device(arguments.device)
     runs = [read_run(directory) for directory in arguments.runs]
     for one, name in zip(runs, distinct_names(arguments.runs), strict=True):
         one.name = name

@@ -1,10 +1,17 @@
-"""Learning rates as pure functions of training time. Time is counted in epochs, and may be fractional."""
+"""Learning rates as pure functions of training time, which is counted in epochs and may be fractional; and the tables of
+what they are at every weight update of a run."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastrobust.data.stream import end_of_pass
+from fastrobust.schema import Config
 
 
 def interpolate(points: Sequence[tuple[float, float]], epoch: float) -> float:
@@ -36,3 +43,31 @@ def from_config(schedule, epochs: float) -> Callable[[float], float]:
     if schedule.name == "multistep":
         return lambda epoch: multistep(epoch, epochs, schedule.lr, schedule.milestones, schedule.factor)
     return lambda epoch: interpolate(schedule.points, epoch)
+
+
+def update_epochs(config: Config, examples: int) -> list[float]:
+    """When every weight update of a run takes place, in epochs. An update stands for its middle in time, so that neither
+    the first nor the last of a schedule from 0 to 0 is wasted."""
+    times, begun = [], 0
+    for phase in config.phases:
+        updates = steps_in(config, phase, examples) * config.replays
+        times += [begun + (u + 0.5) / updates * phase.epochs for u in range(updates)]
+        begun += phase.epochs
+    return times
+
+
+def lr_table(config: Config, examples: int) -> Tensor:
+    """The learning rate of every weight update of a run."""
+    schedule = from_config(config.schedule, config.epochs)
+    return torch.tensor([schedule(epoch) for epoch in update_epochs(config, examples)])
+
+
+def epsilon_scale_table(config: Config, examples: int) -> Tensor:
+    """What epsilon and alpha are multiplied by at every weight update: 1, but for the epochs of `epsilon_warmup`."""
+    warmup = config.epsilon_warmup
+    return torch.tensor([min(1.0, epoch / warmup) if warmup else 1.0 for epoch in update_epochs(config, examples)])
+
+
+def steps_in(config: Config, phase, examples: int) -> int:
+    """The number of batches in a phase."""
+    return end_of_pass(config.passes(phase) - 1, examples, phase.batch_size)

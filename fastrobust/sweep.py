@@ -128,7 +128,7 @@ def as_text(value: Any) -> str:
 def train_point(config: Config) -> None:
     """Train and evaluate one run: from the start, from its checkpoint, or not at all if it is finished."""
     from fastrobust import config as config_module
-    from fastrobust import interrupt, run, train, trainer
+    from fastrobust import distributed, interrupt, run, train, trainer
     from fastrobust.errors import RunError
 
     directory = Path(config.output) / config.name
@@ -143,7 +143,7 @@ def train_point(config: Config) -> None:
         run.create(config)
     with run.held(directory), interrupt.resumable(directory):
         stored = run.load_checkpoint(directory) if begun else None
-        job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
+        job = trainer.Trainer(config, directory, distributed.pick_device(config.device))
         if stored is not None:
             job.restore(*stored)
         train.finish(job)

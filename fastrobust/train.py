@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -38,27 +39,50 @@ def start(arguments: argparse.Namespace) -> int:
     if not arguments.config:
         raise ConfigError("name a config file, such as configs/mnist_fgsm.yaml, or use --resume RUN")
     config = config_module.load(arguments.config, arguments.overrides)
-    from fastrobust import run, trainer
+    from fastrobust import distributed
 
-    device = trainer.pick_device(config.device)
-    if arguments.dry_run:
+    with distributed.joined(config.device) as (world, device):
+        return begin(config, world, device, arguments.dry_run)
+
+
+def begin(config, world, device, dry_run: bool) -> int:
+    """A new run; or the same one, where torchrun has started its processes anew."""
+    from fastrobust import distributed, run, trainer
+
+    directory = Path(config.output) / config.name
+    if device.type == "cpu" and config.precision != "fp32" and world.rank == 0:
+        slow = "most CPUs emulate it, many times slower than fp32: set precision=fp32"
+        print(f"warning: precision {config.precision} is meant for GPUs; {slow}", file=sys.stderr, flush=True)
+    if dry_run:
         from fastrobust.plan import show_plan
 
-        show_plan(config, device)
+        show_plan(config, device, world)
         return 0
-    if (Path(config.output) / config.name / run.CONFIG).exists():
-        run.create(config)  # says so, before any data is read
-    print(f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}", flush=True)
-    job = trainer.Trainer(config, Path(config.output) / config.name, device)
+    if world.first((directory / run.CONFIG).exists):
+        if distributed.restarted():
+            return go_on(directory, config, world, device)
+        world.first(lambda: run.create(config) and None)  # says so, before any data is read
+    together = f", {world.size} processes" if world.size > 1 else ""
+    print(
+        f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}", flush=True
+    )
+    job = trainer.Trainer(config, directory, device, world=world)
     if job.loader_name != "resident" or config.loader != "auto":
         print(f"loader: {job.loader_name}, {len(job.loader)} images", flush=True)
-    run.create(config)
-    with run.held(job.directory), interrupt.resumable(job.directory):
-        return finish(job)
+    with contextlib.ExitStack() as held:
+        world.first(lambda: run.create(config) and hold(held, directory))
+        with interrupt.resumable(directory), world.watched(directory):
+            return finish(job)
+
+
+def hold(held: contextlib.ExitStack, directory: Path) -> None:
+    from fastrobust import run
+
+    held.enter_context(run.held(directory))
 
 
 def resume(arguments: argparse.Namespace) -> int:
-    from fastrobust import run, trainer
+    from fastrobust import distributed, run
     from fastrobust.errors import RunError
 
     directory, config = run.open_run(arguments.resume)
@@ -82,26 +106,36 @@ def resume(arguments: argparse.Namespace) -> int:
             raise RunError(f"{directory / run.SUMMARY} is damaged: delete it, and --resume evaluates again") from None
         print(f"{directory} is finished")
         return 0
-    with run.held(directory), interrupt.resumable(directory):
-        stored = run.load_checkpoint(directory)
-        job = trainer.Trainer(config, directory, trainer.pick_device(config.device))
-        if stored is None:
-            print(f"{directory} has no checkpoint yet: starting from the beginning")
-        else:
-            job.restore(*stored)
-            print(f"{directory}: going on after {job.learner.updates.item()} updates")
-        return finish(job)
+    with distributed.joined(config.device) as (world, device):
+        return go_on(directory, config, world, device)
+
+
+def go_on(directory: Path, config, world, device) -> int:
+    """Train an unfinished run to its end, from its last checkpoint."""
+    from fastrobust import run, trainer
+
+    with contextlib.ExitStack() as held:
+        world.first(lambda: hold(held, directory))
+        with interrupt.resumable(directory), world.watched(directory):
+            stored = world.first(lambda: run.load_checkpoint(directory))
+            job = trainer.Trainer(config, directory, device, world=world)
+            if stored is None:
+                print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
+            else:
+                job.restore(*stored)
+                print(f"{directory}: going on after {job.learner.updates.item()} updates", flush=True)
+            return finish(job)
 
 
 def finish(job) -> int:
-    """Train to the end, then evaluate and write what came out."""
+    """Train to the end, then evaluate and write what came out. Several processes share both; the first writes."""
     from fastrobust import evaluation, run, trainer
     from fastrobust.data import loaders
 
-    config, directory = job.config, job.directory
+    config, directory, world = job.config, job.directory, job.world
     job.train()
     model = job.learner.model.eval()
-    run.save_weights(directory, model, config, job.loader.classes)
+    world.first(lambda: run.save_weights(directory, model, config, job.loader.classes))
     settings = config.evaluation
     test = loaders.test_set(config, settings.limit)
     began = time.monotonic()
@@ -115,13 +149,15 @@ def finish(job) -> int:
             restarts=settings.restarts,
             batch_size=settings.batch_size,
             seed=config.seed,
+            world=world,
         )
         for epsilon in settings.epsilon
     ]
     facts = {"history": job.history, "position": job.position}
     summary = trainer.summarize(config, directory, facts, evaluations)
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
-    run.write_json(directory / run.SUMMARY, summary)
+    summary["processes"] = world.size
+    world.first(lambda: run.write_json(directory / run.SUMMARY, summary))
     show_summary(summary, directory)
     return 0
 

@@ -11,30 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust import attacks, engine, guard, memory, methods, resuming, run, schedules
+from fastrobust import attacks, checkpoint, engine, guard, memory, methods, run, schedules
 from fastrobust.data import loaders, sources
 from fastrobust.data.augment import augment, center_crop, to_unit
 from fastrobust.data.resident import Resident
 from fastrobust.data.stream import end_of_pass
-from fastrobust.errors import ConfigError, FastrobustError, RunError, first_line
+from fastrobust.distributed import ALONE, World
+from fastrobust.errors import ConfigError, FastrobustError, first_line
 from fastrobust.interrupt import Interrupted, handled
 from fastrobust.learner import Learner
 from fastrobust.progress import Progress, duration
 from fastrobust.schema import Config
 
 CHECKPOINT_SECONDS = 600  # the most work, about, that a kill can cost: long epochs are saved in their middle too
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device: there is no device '{name}'; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device: {name} is not there; this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return device
+AGREE_EVERY = 16  # steps after which several processes agree whether to stop or save; each alone decides after every step
 
 
 def check_model(model: nn.Module, config: Config, channels: int) -> None:
@@ -50,46 +40,31 @@ def check_model(model: nn.Module, config: Config, channels: int) -> None:
             ) from None
 
 
-def update_epochs(config: Config, examples: int) -> list[float]:
-    """When every weight update of a run takes place, in epochs. An update stands for its middle in time, so that neither
-    the first nor the last of a schedule from 0 to 0 is wasted."""
-    times, begun = [], 0
-    for phase in config.phases:
-        updates = steps_in(config, phase, examples) * config.replays
-        times += [begun + (u + 0.5) / updates * phase.epochs for u in range(updates)]
-        begun += phase.epochs
-    return times
-
-
-def lr_table(config: Config, examples: int) -> Tensor:
-    """The learning rate of every weight update of a run."""
-    schedule = schedules.from_config(config.schedule, config.epochs)
-    return torch.tensor([schedule(epoch) for epoch in update_epochs(config, examples)])
-
-
-def epsilon_scale_table(config: Config, examples: int) -> Tensor:
-    """What epsilon and alpha are multiplied by at every weight update: 1, but for the epochs of `epsilon_warmup`."""
-    warmup = config.epsilon_warmup
-    return torch.tensor([min(1.0, epoch / warmup) if warmup else 1.0 for epoch in update_epochs(config, examples)])
-
-
-def steps_in(config: Config, phase, examples: int) -> int:
-    return end_of_pass(config.passes(phase) - 1, examples, phase.batch_size)
-
-
 class Trainer:
     """One run, on the data that its config names or on those given. `position` says where it stands; with the tensors of
-    the learner, the kept delta and the state of the random generators it is all that a checkpoint needs."""
+    the learner, the kept delta and the state of the random generators it is all that a checkpoint needs.
 
-    def __init__(self, config: Config, directory: Path, device: torch.device, data: sources.ImageSet | None = None):
-        self.config, self.directory, self.device = config, directory, device
+    In a `world` of several processes each has its share of every batch, and all have the same weights after every update.
+    BatchNorm sees each process's share; its running averages become their mean over the processes at the end of a pass."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        device: torch.device,
+        data: sources.ImageSet | None = None,
+        world: World = ALONE,
+    ):
+        self.config, self.directory, self.device, self.world = config, directory, device, world
+        self.shard = (world.rank, world.size)
         self.engine = engine.choose(config.engine, device)
         engine.set_deterministic(config.deterministic)
         if data is not None:
-            self.loader_name, self.loader = "resident", Resident(data, device)
+            self.loader_name, self.loader = "resident", Resident(data, device, *self.shard)
         else:
             self.loader_name = loaders.choose(config, device)
-            self.loader = loaders.for_phase(config, self.loader_name, 0, device)
+            with world.one_after_the_other(config.data.download):
+                self.loader = loaders.for_phase(config, self.loader_name, 0, device, *self.shard)
             loaders.check(config, self.loader_name, len(self.loader))
         self.loader_key, self.data_checksum = self._loader_key(0), self.loader.checksum
         torch.manual_seed(config.seed)
@@ -98,18 +73,22 @@ class Trainer:
         self.learner = Learner(
             model.train(),
             config.optimizer,
-            lr_table(config, len(self.loader)),
+            schedules.lr_table(config, len(self.loader)),
             precision=config.precision,
             attack_batchnorm=getattr(config.method, "attack_batchnorm", "train"),
         )
+        if world.joined:
+            self.learner.share_gradients()
+        self.seed_of_rank(0)
         self.method = methods.from_config(config.method, config.epsilon)
-        self.scales = epsilon_scale_table(config, len(self.loader)).to(device) if config.epsilon_warmup else None
+        self.scales = schedules.epsilon_scale_table(config, len(self.loader)).to(device) if config.epsilon_warmup else None
         self.keeps_delta = config.method.name == "free" or getattr(config.method, "init", None) == "previous"
         self.position = {"phase": 0, "pass": 0, "step": 0, "epoch_seconds": 0.0, "train_seconds": 0.0, "stopped": None}
         self.history: list[dict] = []
         self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
         self.good_epoch = 0
-        self.signum: int | None = None
+        self.asked: int | None = None  # the signal that this process got
+        self.signum: int | None = None  # the one that all processes stop for
         self.saved = time.monotonic()
         self.enter_phase()
 
@@ -121,9 +100,9 @@ class Trainer:
         phase = self.config.phases[index]
         if self._loader_key(index) != self.loader_key:
             self.loader.close()
-            self.loader = loaders.for_phase(self.config, self.loader_name, index, self.device)
+            self.loader = loaders.for_phase(self.config, self.loader_name, index, self.device, *self.shard)
             self.loader_key = self._loader_key(index)
-        shape = (phase.batch_size, self.loader.channels, phase.resolution, phase.resolution)
+        shape = (phase.batch_size // self.world.size, self.loader.channels, phase.resolution, phase.resolution)
         self.delta = torch.zeros(shape, device=self.device).contiguous(memory_format=torch.channels_last)
         self.step = None  # made by the engine from the first batch
 
@@ -131,6 +110,11 @@ class Trainer:
         """What makes one loader serve several phases: a resident one depends on the stored size alone."""
         phase = self.config.phases[index]
         return (phase.resize,) if self.loader_name == "resident" else (phase.resize, phase.resolution)
+
+    def seed_of_rank(self, updates: int) -> None:
+        """Random numbers of its own for every process but the first, whose go on from the making of the model."""
+        if self.world.rank:
+            torch.manual_seed((self.config.seed * 1_000_003 + self.world.rank) * 1_000_003 + updates)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a training step changes, the random generators aside."""
@@ -143,42 +127,13 @@ class Trainer:
         self.delta.copy_(state["delta"])
 
     def save(self) -> None:
-        state = self.state_dict()
-        tensors = {f"learner.{name}": t for name, t in state["tensors"].items()} | {"delta": state["delta"]}
-        tensors |= {f"good.{name}": t for name, t in self.good.items()} | {"rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        facts = {
-            "format": 2,
-            "config": self.config.to_dict(),
-            "position": self.position,
-            "history": self.history,
-            "scaler": state["scaler"],
-            "good_epoch": self.good_epoch,
-            "data": self.data_checksum,
-            "examples": len(self.loader),
-        }
-        run.save_checkpoint(self.directory, tensors, facts)
+        tensors, facts = checkpoint.pack(self)
+        self.world.first(lambda: run.save_checkpoint(self.directory, tensors, facts))
         self.saved = time.monotonic()
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go to where a checkpoint stands. Raises RunError if it belongs to another config or other data."""
-        resuming.check(self.directory, facts, self.config, self.loader)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-        try:
-            self.position, self.history, self.good_epoch = facts["position"], facts["history"], facts["good_epoch"]
-            self.enter_phase()
-            state = {"tensors": part("learner."), "scaler": facts["scaler"], "delta": tensors["delta"]}
-            self.load_state_dict(state)
-            torch.set_rng_state(tensors["rng.cpu"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise RunError(f"the checkpoint in {self.directory} does not fit its config: {error}") from None
-        self.good = {name: t.to(self.device) for name, t in part("good.").items()}
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        checkpoint.unpack(self, tensors, facts)
 
     # training
 
@@ -193,7 +148,7 @@ class Trainer:
 
     def _trial_step(self, images: Tensor, labels: Tensor) -> None:
         """A step to see whether it fits into memory, with batches that only get smaller. It spoils the training."""
-        self.step, self.delta = None, self.delta[: len(images)]
+        self.step, self.delta, self.learner.shared = None, self.delta[: len(images)], None
         self.train_step(images, labels)
         self.learner.read_sums()  # waits for the device
 
@@ -202,8 +157,8 @@ class Trainer:
         is no longer a number."""
         config, position = self.config, self.position
         n = len(self.loader)
-        total = sum(steps_in(config, phase, n) for phase in config.phases)
-        done = sum(steps_in(config, phase, n) for phase in config.phases[: position["phase"]]) + position["step"]
+        total = sum(schedules.steps_in(config, phase, n) for phase in config.phases)
+        done = sum(schedules.steps_in(config, phase, n) for phase in config.phases[: position["phase"]]) + position["step"]
         self._open_curves()
         try:
             with handled(self._note_signal), Progress("train", total, done) as bar:
@@ -216,10 +171,12 @@ class Trainer:
                         if position["phase"] < len(config.phases):
                             self.enter_phase()
                     self.save()
+                self._agree()
                 if self.signum is not None:
                     raise Interrupted(self.signum, self.directory)
         finally:
-            self.writer.close()
+            if self.writer is not None:
+                self.writer.close()
 
     def _train_pass(self, phase, bar: Progress) -> None:
         position = self.position
@@ -230,17 +187,17 @@ class Trainer:
         for images, labels in self.loader.batches(
             self.config.seed, position["phase"], phase.batch_size, position["step"], last
         ):
-            with memory.explained(self.directory, batch_key, self._trial_step, images, labels):
+            with memory.explained(self.directory, batch_key, self._trial_step, images, labels, self.world.size):
                 if self.step is None:
                     self.step = engine.prepare(self.engine, self.train_step, images, labels, self)
                 self.step(images, labels)
             position["step"] += 1
             bar.advance(1, self._detail() if bar.due() else None)
-            if position["step"] < last and (self.signum is not None or time.monotonic() - self.saved > CHECKPOINT_SECONDS):
+            if position["step"] < last and self._agree(position["step"]):
                 position["epoch_seconds"] = time.perf_counter() - began
                 self._save_within_epoch()
         self._check_numbers()
-        loss_sum, correct, seen = self.learner.read_sums()
+        loss_sum, correct, seen = self.world.total(*self.learner.read_sums())
         seconds = time.perf_counter() - began
         position["epoch_seconds"] = 0.0
         position["train_seconds"] += seconds
@@ -257,13 +214,14 @@ class Trainer:
         }
         self.history.append(record)
         self.learner.reset_sums()
+        self.world.average_([b for b in self.learner.model.buffers() if b.is_floating_point()])
         if self.config.method.name != "standard" and self.config.guard.action != "off":
             self._guard(center_crop(images, phase.resolution), labels, bar)
         self._draw(record)
-        self.writer.flush()
         self._epoch_line(record, bar)
-        run.write_metrics(self.directory, self.history)
+        self.world.first(lambda: run.write_metrics(self.directory, self.history))
         self.save()
+        self._agree()
         if self.signum is not None:
             raise Interrupted(self.signum, self.directory)
 
@@ -282,8 +240,8 @@ class Trainer:
             restarts=1,
             seed=record["epoch"],
         )
-        record["guard_clean_accuracy"] = verdicts.clean.float().mean().item()
-        record["guard_accuracy"] = verdicts.robust.float().mean().item()
+        clean, robust, count = self.world.total(int(verdicts.clean.sum()), int(verdicts.robust.sum()), len(labels))
+        record["guard_clean_accuracy"], record["guard_accuracy"] = clean / count, robust / count
         found = guard.verdict([r for r in self.history if r["phase"] == record["phase"]], settings.drop)
         model = self.learner.model.state_dict()
         if (found is None or found[0] == "suspect") and settings.action == "stop":
@@ -301,11 +259,15 @@ class Trainer:
 
     def _check_numbers(self) -> None:
         """Raises FastrobustError, which names the last good checkpoint, if the epoch has spoilt the numbers."""
-        trouble = guard.trouble(self.learner)
+        trouble = self._trouble()
         if trouble is not None:
             found = f"{self.directory / run.CHECKPOINT}, of epoch {self._epochs_done()}, is the last good checkpoint"
             kept = found if self.history else "there is no earlier checkpoint"
             raise FastrobustError(f"{self.directory}: epoch {self._epochs_done() + 1}: {trouble}; {kept}")
+
+    def _trouble(self) -> str | None:
+        """What `guard.trouble` finds in any process."""
+        return next((found for found in self.world.gather(guard.trouble(self.learner)) if found is not None), None)
 
     def _epochs_done(self) -> int:
         """Whole epochs behind us, counted as the paper does (a replay of `free` is an epoch)."""
@@ -318,15 +280,24 @@ class Trainer:
     # signals, lines and curves
 
     def _note_signal(self, signum: int, frame) -> None:
-        if self.signum is not None:  # asked twice: stop here and now
+        if self.asked is not None:  # asked twice: stop here and now
             signal.default_int_handler(signum, frame)
-        self.signum = signum
+        self.asked = signum
+
+    def _agree(self, step: int = 0) -> bool:
+        """Whether all processes should write a checkpoint now: one of them got a signal, which is noted, or the last one is
+        long ago. Several processes ask each other at some steps only; this does not wait for a GPU."""
+        if self.world.size > 1 and step % AGREE_EVERY:
+            return False
+        found = self.world.gather((self.asked, time.monotonic() - self.saved > CHECKPOINT_SECONDS))
+        self.signum = next((asked for asked, _ in found if asked is not None), None)
+        return self.signum is not None or any(late for _, late in found)
 
     def _save_within_epoch(self) -> None:
         """A checkpoint in the middle of an epoch, unless the numbers are spoilt; then stop if a signal asks for it."""
         if self.signum is None:
             self._check_numbers()
-        if guard.trouble(self.learner) is None:
+        if self._trouble() is None:
             self.save()
         if self.signum is not None:
             raise Interrupted(self.signum, self.directory)
@@ -349,11 +320,18 @@ class Trainer:
             bar.line(self.position["stopped"])
 
     def _draw(self, record: dict) -> None:
+        if self.writer is None:
+            return
         for name in record.keys() - {"epoch", "phase", "updates", "warning"}:
             self.writer.add_scalar(name, record[name], record["updates"])
+        self.writer.flush()
 
     def _open_curves(self) -> None:
-        """TensorBoard's events, written anew from the history: it orders files by the clock, which may have been changed."""
+        """TensorBoard's events, written anew from the history: it orders files by the clock, which may have been changed.
+        Process 0 alone has a writer."""
+        self.writer = None
+        if self.world.rank:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         with run.explained(f"TensorBoard events cannot be written to {self.directory}"):

@@ -133,6 +133,16 @@ def test_what_training_prints(quick, tmp_path, capsys):
     assert f'fastrobust.load("{directory}")' in out
 
 
+def test_a_dry_run_shows_the_plan_and_writes_nothing(quick, tmp_path, capsys):
+    assert train.main([str(quick()), "--dry-run", "precision=bf16"]) == 0
+    shown = capsys.readouterr()
+    assert "70 × 28²" in shown.out and "training about" in shown.out and "nothing was written" in shown.out
+    assert "precision bf16 is meant for GPUs" in shown.err
+    assert not (tmp_path / "runs").exists()
+    assert train.main([str(quick()), "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_finished_run_is_resumed_by_showing_its_summary(finished_run, capsys):
     def state():
         return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in finished_run.iterdir() if file.is_file()}

@@ -1,10 +1,13 @@
 """What only a GPU can check: graphs equal eager steps, survive phases and resuming, and half precisions train."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from test_engine import METHODS, eager, make_job, run_steps
 
-from fastrobust import attacks, engine, evaluation
+from fastrobust import attacks, engine, evaluation, run
 from fastrobust.data import sources
 
 pytestmark = [
@@ -111,6 +114,22 @@ def test_steps_do_not_wait_for_the_host():
             job.train_step(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_shares_gradients_over_nccl(tmp_path, config_file, few_bars):
+    """One process, as torchrun starts it: the reduction is captured with the step, and the weights are those of a process
+    without it (to what kernels chosen anew may differ)."""
+    phases = [{"epochs": 2, "batch_size": 16, "resolution": 28}]
+    changes = {"method": {"name": "fgsm", "init": "zero"}, "optimizer": {"name": "sgd"}, "device": "cuda", "phases": phases}
+    file = config_file(tmp_path, data__path=str(few_bars), evaluation={"steps": 2, "restarts": 1}, **changes)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    for command, name in (([sys.executable], "alone"), (launch, "joined")):
+        job = [*command, "-m", "fastrobust.train", str(file), f"name={name}", "engine=cuda_graph"]
+        done = subprocess.run(job, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "no CUDA graph could be captured" not in done.stderr
+    alone, joined = (run.read_weights(tmp_path / "runs" / n)[0].state_dict() for n in ("alone", "joined"))
+    assert all(torch.allclose(alone[k], joined[k], rtol=0, atol=1e-3) for k in alone)
 
 
 def test_evaluation_agrees_with_the_cpu():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastrobust import config, schedules
-from fastrobust.trainer import epsilon_scale_table, lr_table, steps_in
+from fastrobust.schedules import epsilon_scale_table, lr_table, steps_in
 
 IMAGENET = [(0, 0), (1, 0.4), (6, 0.04), (12, 0.004), (15, 0.0004)]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastrobust import attacks, guard, run, trainer
+from fastrobust import attacks, distributed, guard, run, trainer
 from fastrobust import config as config_module
 from fastrobust.errors import ConfigError, FastrobustError, RunError
 from fastrobust.trainer import Interrupted, Trainer
@@ -437,9 +437,9 @@ def test_a_batch_larger_than_the_data_is_refused(config_of, begin):
 
 
 def test_an_absent_gpu_is_refused():
-    assert trainer.pick_device("cpu") == CPU
+    assert distributed.pick_device("cpu") == CPU
     with pytest.raises(ConfigError, match="cuda:99 is not there"):
-        trainer.pick_device("cuda:99")
+        distributed.pick_device("cuda:99")
 
 
 # ---- seeds and precision

@@ -309,10 +309,10 @@ def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
 
 
 def test_no_time_gives_timeouts_not_wrong_verdicts():
-    model, x = tiny(0, scale=2.5), images(8, 5)
+    model, x = tiny(0, scale=6.0), images(24, 5)  # about half of them are beyond plain bounds and attacks
     labels = model(x.float() / 255).argmax(1)
-    long = Decider(model, SHAPE, 0.1).decide(list(range(8)), x, labels, 10.0)
-    short = Decider(model, SHAPE, 0.1).decide(list(range(8)), x, labels, 1e-9)
+    long = Decider(model, SHAPE, 0.1).decide(list(range(24)), x, labels, 10.0)
+    short = Decider(model, SHAPE, 0.1).decide(list(range(24)), x, labels, 1e-9)
     assert any(v.verdict == "timeout" for v in short)
     assert all(a.verdict == b.verdict or a.verdict == "timeout" for a, b in zip(short, long, strict=True))
 

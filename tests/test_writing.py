@@ -255,8 +255,8 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not output.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while not list(output.glob("*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.001)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
     assert {file.name for file in output.iterdir()} <= {"train_300.beton.partial", "train_original.beton.partial"}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastrobust import distributed
 from fastrobust.data import beton, formats, records, shards, sources
 from fastrobust.data.dataloader import Torch
 from fastrobust.data.loader import Loader
@@ -131,7 +132,7 @@ def decoding(
     config: Config, name: str, split: str, size: records.Size, resolution: int, device: torch.device, rank=0, world=1
 ) -> Loader:
     data = config.data
-    workers = data.workers or max(1, formats.cores() // world)
+    workers = data.workers or max(1, formats.cores() // distributed.on_this_machine(world))
     channels = CHANNELS[data.dataset]
     augment = data.augment if split == "train" else None
     facts = (channels, resolution, augment, device, workers, rank, world)
