@@ -27,7 +27,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import loader as loader_benchmark
 from benchmarks import measure
-from fastrobust import attacks, engine, trainer
+from fastrobust import attacks, distributed, engine, trainer
 from fastrobust import config as config_module
 from fastrobust.cli import main_with_errors
 from fastrobust.data import formats, loaders, records, sources, writing
@@ -285,7 +285,7 @@ def main() -> int:
 
 def run(options: Namespace) -> int:
     config = config_module.load(options.config, options.overrides)
-    device = trainer.pick_device(options.device)
+    device = distributed.pick_device(options.device)
     small = options.quick and device.type != "cuda"
     options.steps = options.steps or (1 if small else 10 if options.quick else 20)
     options.repetitions = options.repetitions or (2 if options.quick else 5)

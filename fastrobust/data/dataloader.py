@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,6 +36,7 @@ class Torch(Loader):
     def decoded(self, jobs) -> Iterator[prefetch.Batch]:
         workers = min(self.workers, len(jobs)) if self.workers > 1 else 0
         options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
+        options |= {"worker_init_fn": DieWith(os.getpid())} if workers else {}
         pin, generator = self.device.type == "cuda", torch.Generator()  # its own: the default one is the training step's
         batches = DataLoader(_Batches(self, jobs), batch_size=None, pin_memory=pin, generator=generator, **options)
         yield from prefetch.on_device(self._explained(batches), self.device)
@@ -83,6 +88,22 @@ class Torch(Loader):
         except Exception as error:  # a damaged image can raise anything
             file = self.data.files[int(self.data.file[i])]
             raise DataError(f"image {i} in {file} is damaged ({first_line(error)}): write the file again") from None
+
+
+class DieWith:
+    """Called in a worker: it dies with its parent. torch's workers notice up to 5 s after their batch is done that they are
+    alone, and until then they hold what they inherited, the lock on the run too: `--resume` would be refused."""
+
+    SET_PDEATHSIG = 1  # of Linux's prctl
+
+    def __init__(self, parent: int):
+        self.parent = parent
+
+    def __call__(self, worker: int) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # another system: they notice in the end
+            ctypes.CDLL(None).prctl(self.SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.parent:  # it died before it could be asked for
+            os._exit(1)
 
 
 class _Batches(Dataset):
