@@ -4,6 +4,7 @@ passes and seeds, for one and two processes; and what happens to damaged files a
 import fcntl
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -350,6 +351,21 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(made, name):
         assert x.is_cuda and y.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and y.tolist() == v.tolist()
         difference = (x.cpu().int() - u.int()).abs().float().mean()
         assert difference <= (3 if name == "dali" else 0)
+
+
+def test_a_worker_that_dies_during_a_step_is_an_error_at_the_next_batch(made):
+    """Not in the middle of whatever the step is doing."""
+    loader = made("torch from the source")
+    batches = loader.batches(0, 0, 4, 0, 200)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # the step: what SIGCHLD brings, it brings here
+    with pytest.raises(DataError, match="a worker of the torch loader died"):
+        for _ in batches:
+            pass
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's prctl")

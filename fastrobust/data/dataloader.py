@@ -7,6 +7,7 @@ import ctypes
 import io
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,13 +44,15 @@ class Torch(Loader):
 
     def _explained(self, batches: DataLoader) -> Iterator[prefetch.Batch]:
         """The batches; what a worker died of becomes a DataError."""
-        iterator = iter(batches)
+        with quiet_deaths():
+            iterator = iter(batches)
         while True:
             try:
                 result = next(iterator)
             except StopIteration:
                 return
             except RuntimeError as error:
+                del iterator
                 raise DataError(f"a worker of the torch loader died ({first_line(error)}): is memory short?") from None
             if isinstance(result, DataError):
                 del iterator  # ends its workers; the error's traceback would keep them
@@ -88,6 +91,16 @@ class Torch(Loader):
         except Exception as error:  # a damaged image can raise anything
             file = self.data.files[int(self.data.file[i])]
             raise DataError(f"image {i} in {file} is damaged ({first_line(error)}): write the file again") from None
+
+
+@contextlib.contextmanager
+def quiet_deaths() -> Iterator[None]:
+    """Inside, torch may set its handler of SIGCHLD, which raises wherever the process is when a worker dies, in a training
+    step as in another DataLoader's work; afterwards it is gone. Waiting for a batch notices the death too, within 5 s."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 class DieWith:
