@@ -1,6 +1,7 @@
 """The ImageNet benchmark on a small network and tiny generated images: its figures belong together."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def test_operations_of_a_step_are_five_forward_passes():
     counted = imagenet.flops(job, x, y)
     assert counted["forward"] == pytest.approx(2 * 4.09e9, rel=2e-3)
     assert counted["step"] / counted["forward"] == pytest.approx(5, abs=0.05)
+    text = (imagenet.ROOT / "docs/scaling.md").read_text()
+    assert f"{counted['forward'] / 1e9:.3f} GFLOP" in text and f"{counted['step'] / 1e9:.2f} GFLOP" in text
 
 
 def test_hours_are_images_by_passes_over_rates():
@@ -96,3 +99,18 @@ def test_hours_are_images_by_passes_over_rates():
 
     phases = [phase(6, synthetic=100, ffcv_alone=900, ffcv=50, dali=1), phase(3, synthetic=10, ffcv_alone=900, ffcv=10)]
     assert imagenet.project(phases, 3600) == {"synthetic": 6 / 100 + 3 / 10, "ffcv": 6 / 50 + 3 / 10}
+
+
+def test_the_table_of_assumed_rates_in_the_documentation():
+    """R / S images a second, and the hours of 6, 6 and 3 epochs."""
+    text = (imagenet.ROOT / "docs/scaling.md").read_text()
+    step = [
+        float(cell) for cell in re.search(r"FGSM, S \| ([\d.]+) GFLOP \| ([\d.]+) GFLOP \| ([\d.]+) GFLOP", text).groups()
+    ]
+    rows = re.findall(r"^\| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) h \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for assumed, *rates, hours in rows:
+        exact = [float(assumed) * 1e3 / s for s in step]
+        assert [float(r.replace(",", "")) for r in rates] == pytest.approx(exact, rel=5e-3)
+        phases = [{"passes": n, "images_per_second": {"x": {"median": r}}} for n, r in zip((6, 6, 3), exact, strict=True)]
+        assert float(hours) == pytest.approx(imagenet.project(phases, imagenet.IMAGES)["x"], rel=2e-2)
