@@ -51,6 +51,16 @@ def corners(decider: Decider, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return tuple(decider.network.normalize(side).flatten() for side in sides)
 
 
+def scaled(around, points: torch.Tensor) -> torch.Tensor:
+    """Images (flat, normalised) as inputs of a reduced network."""
+    inputs = ((points - around.centre) / around.radius)[:, around.kept]
+    kept = torch.zeros(len(around.centre), dtype=torch.bool).index_fill_(0, around.kept, True)
+    back = around.images(inputs)
+    assert torch.allclose(back[:, kept], points[:, kept], rtol=0, atol=1e-12)
+    assert (back[:, ~kept] == around.centre[~kept]).all()
+    return inputs
+
+
 def inside(network, points: torch.Tensor) -> list[torch.Tensor]:
     """The inputs of every ReLU, slowly: N x values each."""
     found = []
@@ -133,6 +143,7 @@ def test_bounds_contain_sampled_points_and_are_never_looser_than_intervals(steps
 
 def rows_at(around, points: torch.Tensor) -> list[torch.Tensor]:
     """The inputs of the reduced network's ReLUs at points, layer after layer."""
+    points = scaled(around, points)
     known = torch.cat([points, torch.ones(len(points), 1, dtype=torch.float64)], 1)
     found = []
     for layer in around.layers:
@@ -151,7 +162,9 @@ def test_the_reduced_network_is_the_network_inside_its_box(seed):
     low, high = corners(decider, x)
     points = low + (high - low) * torch.rand(200, len(low), dtype=torch.float64)
     z = rows_at(bounder.reduced, points)
-    known = torch.cat([points, torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1)
+    known = torch.cat(
+        [scaled(bounder.reduced, points), torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1
+    )
     logits = decider.network(points.reshape(-1, *SHAPE))
     margins = logits[:, 1:2] - logits[:, [0, 2]]
     assert torch.allclose(known @ questions.T, margins, rtol=0, atol=1e-10)
@@ -221,7 +234,7 @@ def program(around, row: torch.Tensor, pattern=None) -> float:
         rows = [np.where(on[:, None], -z, z), np.where(on[:, None], r - z, r), np.where(on[:, None], z - r, -r)]
         limits = [np.where(on, one, -one), np.where(on, one, 0), np.where(on, -one, 0)]
         spans = [(None, None)] * count
-    box = list(zip(around.box[0].tolist(), around.box[1].tolist(), strict=True))
+    box = [(-1, 1)] * inputs
     cost = np.delete(row.numpy(), inputs)
     found = linprog(cost, np.vstack(rows), np.concatenate(limits), bounds=box + spans, method="highs")
     return found.fun + row[inputs].item() if found.status == 0 else np.inf
@@ -259,14 +272,14 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         truth = "verified" if least > branch.TOLERANCE else "broken"
 
         def wrong(points, other=other):
-            logits = decider.network(points.reshape(-1, *SHAPE))
+            logits = decider.network(bounder.reduced.images(points).reshape(-1, *SHAPE))
             return logits[:, label] <= logits[:, other] + branch.TOLERANCE
 
-        kind, point, _ = branch.decide(bounder, question, time.monotonic() + 30, wrong)
-        if kind == "timeout":  # every sign is fixed, and what is left is a linear program: the last step's business
-            assert truth == "broken"
+        left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, wrong)
+        if left:  # every sign is fixed, and what is left is a linear program: the last step's business
+            assert truth == "broken" and left == [0] and point is None
         else:
-            assert {"verified": "verified", "falsified": "broken"}[kind] == truth
+            assert ("verified" if point is None else "broken") == truth
             assert point is None or wrong(point[None]).all()
         kind, point = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
         assert {"verified": "verified", "point": "broken"}[kind] == truth
