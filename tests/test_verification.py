@@ -252,6 +252,67 @@ def test_optimised_slopes_reach_the_linear_program_and_never_pass_it(seed):
         assert exact - after < 0.02 * max(1.0, exact - before.item())
 
 
+def partly_fixed(bounder, question: torch.Tensor, point: torch.Tensor, seed: int) -> bounds.Domains:
+    """A domain in which a third of the signs are fixed as they are at a point (1 x D), slopes and multipliers at random."""
+    generator = torch.Generator().manual_seed(seed)
+    domains = bounder.root(question[None])
+    signs = torch.cat(rows_at(bounder.reduced, bounder.reduced.images(point)), 1).sign().to(torch.int8)
+    domains.signs = signs * (torch.rand(signs.shape, generator=generator) < 1 / 3)
+    domains.low = torch.rand(signs.shape, generator=generator)
+    domains.push = torch.rand(signs.shape, generator=generator) * 0.1
+    return domains
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_relaxation_is_least_gives_its_value_and_its_slopes(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 0)
+    domains = partly_fixed(bounder, questions[0], torch.rand(1, bounder.reduced.inputs, dtype=torch.float64) * 2 - 1, seed)
+    double = lambda low: bounder.lines(domains.signs, domains.span, low, torch.float64)
+    low, push = domains.low.double(), domains.push.double()
+    value, coefficients, x = bounder.below(questions[:1], double(low), push)
+    known, z = bounder.point(double(low), coefficients, x)
+    assert value.item() == pytest.approx((known @ questions[0] - (push * domains.signs * z).sum(1)).item(), abs=1e-9)
+    by_low = coefficients.clamp(min=0) * z * (domains.signs == 0)
+    by_push = -domains.signs * z
+    change = lambda low, push: (bounder.below(questions[:1], double(low), push)[0] - value).item()
+    for j in range(len(bounder.reduced.lower)):
+        step = torch.zeros_like(low)
+        step[0, j] = 1e-7
+        assert change(low + step, push) == pytest.approx(by_low[0, j].item() * 1e-7, abs=1e-11)
+        assert change(low, push + step) == pytest.approx(by_push[0, j].item() * 1e-7, abs=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_renewed_in_a_domain_hold_wherever_its_row_is_small_there(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(seed % 3), 0)
+    around = bounder.reduced
+    points = torch.rand(20_000, around.inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    points[::2] = points[::2].sign()
+    z = rows_at(around, around.images(points))
+    ones = torch.ones(len(points), 1, dtype=torch.float64)
+    margins = torch.cat([points, ones, *(t.clamp(min=0) for t in z)], 1) @ questions[0]
+    least = margins.argmin()
+    tolerance = margins.sort().values[200].item()
+    for domains in (bounder.root(questions[:1]), partly_fixed(bounder, questions[0], points[least : least + 1], seed)):
+        renewed = bounder.rebound(domains, tolerance, 20)
+        here = ((torch.cat(z, 1) * domains.signs >= 0).all(1)) & (margins <= tolerance)
+        assert here.any() and renewed.bound.item() < torch.inf
+        mine = z[-1][here]
+        assert (mine >= renewed.span[0, 0]).all() and (mine <= renewed.span[0, 1]).all()
+        fixed = renewed.signs[:, bounder.last]
+        assert (mine * fixed >= 0).all() and (fixed * domains.signs[:, bounder.last] >= 0).all()
+        assert (renewed.span[0, 0] >= domains.span[0, 0]).all() and (renewed.span[0, 1] <= domains.span[0, 1]).all()
+
+
+def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds():
+    decider = Decider(tiny(0), SHAPE, 0.1)
+    least, bounder, questions = decider.margins(images(1)[0].float() / 255, torch.tensor(0), 20)
+    renewed = bounder.rebound(bounder.root(questions), least.min().item() - 5, 100)
+    assert (renewed.bound == torch.inf).any()
+
+
 # verdicts
 
 
