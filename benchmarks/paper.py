@@ -129,9 +129,9 @@ def _small() -> dict[str, list[Row]]:
     free = "method={name: free, replays: 4}"
     both = "evaluation.epsilon=[0.25, 0.1]"
     names = {  # label: (name, order, overrides, epochs of Figure 2; the last is Table 1's)
-        "FGSM": ("random", 0, (both,), (5, 20)),
-        "Free": ("free", 4, (free,), (8, 32)),
-        "PGD": ("pgd", 5, (*pgd, both), (5, 10)),
+        "FGSM": ("random", 0, (both,), (5, 10, 20)),
+        "Free": ("free", 4, (free,), (8, 16, 32)),
+        "PGD": ("pgd", 5, (*pgd, both), (5, 7, 10)),
     }
 
     def of(label: str, figure: str, paper: dict, epochs: int = -1) -> Row:
@@ -163,7 +163,7 @@ def _small() -> dict[str, list[Row]]:
             of("FGSM", "FGSM", TABLE3["FGSM"]),
         ],
         "figure1": [],
-        "figure2": [of(label, label, {}, i) for label in names for i in (0, 1)],
+        "figure2": [of(label, label, {}, i) for label in names for i in (0, 1, 2)],
     }
 
 
