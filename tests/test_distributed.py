@@ -156,6 +156,15 @@ def test_every_process_draws_random_numbers_of_its_own(quick, tmp_path):
     assert torch.rand(2).tolist() == first[0], "process 0 draws what a single one would"
 
 
+def test_the_largest_seed_is_one_for_every_process(quick, tmp_path):
+    config = config_module.load(quick(method={"name": "fgsm"}), [f"seed={2**31 - 1}"])
+    drawn = []
+    for rank in range(2):
+        Trainer(config, tmp_path, CPU, world=distributed.World(rank, 2))
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] != drawn[1]
+
+
 # ---- evaluation
 
 
