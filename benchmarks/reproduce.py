@@ -15,82 +15,75 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import paper
+from benchmarks.tables import ROOT, build, file_of, read_result, write_page
 from fastrobust import config as config_module
-from fastrobust import run, schedules, sweep
-from fastrobust.charts import Line, chart, escape, page, table
+from fastrobust import run, sweep
 from fastrobust.cli import main_with_errors
+from fastrobust.data import sources
 from fastrobust.errors import ConfigError, DataError, FastrobustError
 from fastrobust.evaluate import count
-from fastrobust.evaluation import describe
-from fastrobust.progress import duration
 from fastrobust.stored import read_run
 from fastrobust.trainer import Interrupted
 
-ROOT = Path(__file__).parent.parent
-RUNS = Path("runs/reproduce")
-
-
-@dataclass(frozen=True)
-class Result:
-    """A file of the results: a run's summary and metrics, the name of its row, and the config it was trained with."""
-
-    row: str
-    config: dict
-    summary: dict
-    history: list[dict]
-
-    def robust(self, epsilon: float | None = None) -> float | None:
-        """Robust accuracy at a radius, or at the first that was evaluated."""
-        found = [e for e in self.summary["evaluations"] if epsilon is None or abs(e["epsilon"] - epsilon) < 1e-9]
-        return found[0]["robust_accuracy"] if found else None
+VERIFIED = "epsilon-0.1"  # of a run's `verification/`: the radius of Table 2
 
 
 def config_of(row: paper.Row, seed: int, scale: str, device: str, data: str | None):
-    overrides = [*row.overrides, f"seed={seed}", f"name={row.name}_seed{seed}", f"output={RUNS / scale}"]
+    overrides = [*row.overrides, f"seed={seed}", f"name={row.name}_seed{seed}", f"output={paper.RUNS / scale}"]
     overrides += [f"device={device}"] + ([f"data.path={json.dumps(data)}"] if data else [])
     return config_module.load(ROOT / "configs" / row.config, overrides)
-
-
-def file_of(row: paper.Row, seed: int, folder: Path) -> Path:
-    return folder / f"{row.name}_seed{seed}.json"
 
 
 def train(row: paper.Row, seed: int, folder: Path, scale: str, device: str, data: str | None) -> None:
     """Train, evaluate, and write the result. Raises FastrobustError."""
     config = config_of(row, seed, scale, device, data)
-    sweep.train_point(config)
     directory = Path(config.output) / config.name
+    only_read = (directory / run.SUMMARY).exists()
+    sweep.train_point(config)
     one = read_run(directory)
-    file = file_of(row, seed, folder)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    summary = one.summary.model_dump()
+    if not only_read:
+        summary["hardware"] = both(summary["hardware"], run.environment(config.device)["hardware"])
     found = {
         "row": row.name,
         "date": time.strftime("%Y-%m-%d", time.gmtime((directory / run.SUMMARY).stat().st_mtime)),
+        "data": source_of(config),
         "config": one.config.to_dict(),
-        "summary": one.summary.model_dump(),
+        "summary": summary,
         "history": [record.model_dump(exclude_none=True) for record in one.history],
     }
-    run.write_json(file, found)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.write_json(file_of(row, seed, folder), found)
 
 
-def read_result(file: Path) -> Result:
-    try:
-        found = json.loads(file.read_text())
-        return Result(found["row"], found["config"], found["summary"], found["history"])
-    except (ValueError, KeyError, TypeError):
-        raise FastrobustError(f"{file} is damaged: delete it, and the run is read or trained again") from None
+def both(begun: dict, ended: dict) -> dict:
+    """The hardware of a run that may have been begun on another machine: its seconds are then of neither."""
+    if begun["device"] == ended["device"]:
+        return begun
+    return begun | {"device": f"{begun['device']}, then {ended['device']}", "cpu": None}
 
 
-def results_of(row: paper.Row, folder: Path) -> list[Result]:
-    return [read_result(file) for file in sorted(folder.glob(f"{row.name}_seed*.json"))]
+def source_of(config) -> str:
+    """The data set and the name of the folder or file that was read: CIFAR-10 as JPEG is not CIFAR-10."""
+    place = config.data.prepared or sources.locate(config.data.dataset, config.data.path)
+    return f"{config.data.dataset} ({Path(place).resolve().name})"
+
+
+def add_verdicts(rows: list[paper.Row], folder: Path, scale: str) -> None:
+    """Put what `fastrobust.verify` found about a run at work into its result. Its timeouts may have been retried since."""
+    for row in rows:
+        for file in sorted(folder.glob(f"{row.name}_seed*.json")):
+            verdicts = paper.RUNS / scale / file.stem / "verification" / VERIFIED / "summary.json"
+            if verdicts.exists():
+                read_result(file)  # says what is damaged
+                with run.explained(f"{verdicts} cannot be read"):
+                    run.write_json(file, json.loads(file.read_text()) | {"verified": json.loads(verdicts.read_text())})
 
 
 class OutOfTime(FastrobustError):
@@ -148,181 +141,6 @@ def train_all(rows: list[paper.Row], folder: Path, arguments: argparse.Namespace
     return open_rows
 
 
-# tables: each is (title, headings, rows of cells)
-
-
-def cell(values: list[float | None], digits: int = 2) -> str:
-    """The mean in per cent, and the range where there are several."""
-    values = [100 * v for v in values if v is not None]
-    if not values:
-        return "not measured"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-
-
-def told(values: dict, *keys: str) -> list[str]:
-    """The paper's figures for these keys, as they are printed there."""
-    found = [values.get(key, "") for key in keys]
-    return [f"{value:.2f}" if isinstance(value, float) else str(value) for value in found]
-
-
-def facts(results: list[Result]) -> list[str]:
-    """n, seeds, attack, training time, hardware."""
-    if not results:
-        return ["", "", "", "", ""]
-    s = [r.summary for r in results]
-    first = s[0]["evaluations"][0]
-    devices = sorted({f"{x['hardware']['device']}, {x['hardware']['threads']} threads" for x in s})
-    stopped = sum(x["stopped"] is not None for x in s)
-    seconds = duration(statistics.fmean(x["train_seconds"] for x in s)) + (
-        f", {stopped} stopped by the guard" if stopped else ""
-    )
-    return [f"{first['examples']:,}", str(len(s)), first["attack"].replace("-", "\u2011"), seconds, "; ".join(devices)]
-
-
-FACTS = ["n", "seeds", "attack", "training", "hardware"]
-
-
-def accuracy_table(
-    title: str, rows: list[paper.Row], folder: Path, radii: list[float | None]
-) -> tuple[str, list[str], list[list[str]]]:
-    """Clean and robust accuracy, ours beside the paper's. A radius of None is the first that was evaluated."""
-    keys = ["clean", *(f"robust{i or ''}" for i in range(len(radii)))]
-    names = ["clean", *("PGD" if e is None else f"PGD {describe(e)}" for e in radii)]
-    theirs = [
-        "clean",
-        *("PGD" if e is None else f"PGD {describe(p)}" for e, p in zip(radii, paper.RADII["full"], strict=False)),
-    ]
-    cells = []
-    for row in rows:
-        results = results_of(row, folder)
-        ours = [cell([r.summary["clean_accuracy"] for r in results]), *(cell([r.robust(e) for r in results]) for e in radii)]
-        mixed = [part for pair in zip(told(row.paper, *keys), ours, strict=True) for part in pair]
-        cells.append([row.label, *mixed, *facts(results)])
-    heads = [part for a, b in zip(theirs, names, strict=True) for part in (f"paper: {a}", f"ours: {b}")]
-    return title, ["", *heads, *FACTS], cells
-
-
-def table3(rows: list[paper.Row], folder: Path, scale: str) -> tuple[str, list[str], list[list[str]]]:
-    goal = paper.GOAL[scale]
-    cells = []
-    for row in rows:
-        results = results_of(row, folder)
-        per_epoch = [r.summary["train_seconds"] / r.summary["epochs"] for r in results]
-        minutes = [r.summary["train_seconds"] / 60 for r in results]
-        ours = [f"{statistics.fmean(per_epoch):.2f}", f"{statistics.fmean(minutes):.2f}"] if results else ["", ""]
-        reached = sum(r.robust() >= goal for r in results)
-        times = [*told(row.paper, "seconds_per_epoch"), ours[0], *told(row.paper, "minutes"), ours[1]]
-        accuracy = [cell([r.robust() for r in results]), f"{reached} of {len(results)}"]
-        n, seeds, *_, hardware = facts(results)
-        cells.append([row.label, *told(row.paper, "epochs"), epochs_of(row), *times, *accuracy, n, seeds, hardware])
-    head = ["", "paper: epochs", "ours: epochs", "paper: s/epoch", "ours: s/epoch", "paper: minutes", "ours: minutes"]
-    return (
-        f"Time to {goal:.0%} robust accuracy",
-        [*head, "ours: PGD", f"reached {goal:.0%}", "n", "seeds", "hardware"],
-        cells,
-    )
-
-
-def epochs_of(row: paper.Row) -> str:
-    return "" if row.config is None else str(config_module.load(ROOT / "configs" / row.config, list(row.overrides)).epochs)
-
-
-def figure1() -> str:
-    """The schedules are functions: nothing is trained."""
-    drawn = []
-    for title, (schedule, epochs) in paper.SCHEDULES.items():
-        rate = schedules.from_config(schedule, epochs)
-        points = [(epochs * i / 600, rate(epochs * i / 600)) for i in range(601)]
-        drawn.append(chart(f"{title}: learning rate", [Line(title, points, dots=False)], x="epoch"))
-    return "".join(drawn)
-
-
-def figure2(folder: Path, scale: str) -> tuple[str, tuple[str, list[str], list[list[str]]]]:
-    """(two charts, the table behind them)"""
-    goal, rows = paper.GOAL[scale], paper.ROWS[scale]["figure2"]
-    groups: dict[str, list[tuple[int, list[Result]]]] = {}
-    for row in rows:
-        groups.setdefault(row.label, []).append((int(epochs_of(row)), results_of(row, folder)))
-    cells, lines = [], {"Robust accuracy": [], "Clean accuracy": []}
-    for colour, (label, found) in enumerate(groups.items()):
-        done = sorted((epochs, results) for epochs, results in found if results)
-        for title, get in (("Robust accuracy", Result.robust), ("Clean accuracy", lambda r: r.summary["clean_accuracy"])):
-            values = [(epochs, [get(r) for r in results]) for epochs, results in done]
-            band = [(epochs, min(v), max(v)) for epochs, v in values if len(v) > 1]
-            lines[title].append(Line(label, [(epochs, statistics.fmean(v)) for epochs, v in values], colour, band))
-        first = next((e for e, results in done if statistics.fmean(r.robust() for r in results) >= goal), None)
-        tried = ", ".join(f"{e}: {cell([r.robust() for r in results], 1)}" for e, results in done)
-        seeds = str(max((len(results) for _, results in done), default=0))
-        cells.append([label, str(paper.FIRST_TO_45[label]), str(first or "not reached"), tried or "not measured", seeds])
-    drawn = "".join(chart(title, of, x="epochs", percent=True, y_range=(0.0, 1.0)) for title, of in lines.items())
-    head = ["", "paper: epochs to 45%", f"ours: epochs to {goal:.0%}", "epochs tried: robust accuracy", "seeds"]
-    return drawn, (TITLES[scale]["figure2"], head, cells)
-
-
-def table5(rows: list[paper.Row], folder: Path) -> tuple[str, list[str], list[list[str]]]:
-    """Minutes an epoch of each phase, from the runs of Table 4."""
-    cells = []
-    for row in rows:
-        results = results_of(row, folder)
-        for phase, (epochs, minutes) in enumerate(row.paper["phases"]):
-            seconds = [r["seconds"] for one in results for r in one.history if r.get("phase") == phase]
-            ours = f"{statistics.fmean(seconds) / 60:.2f}" if seconds else "not measured"
-            cells.append([f"{row.label}, phase {phase + 1}", str(epochs), f"{minutes:.2f}", ours, *facts(results)[1::3]])
-    return "ImageNet: minutes an epoch (paper: four 2080 Ti)", ["", "epochs", "paper", "ours", "seeds", "hardware"], cells
-
-
-TITLES = {
-    "full": {
-        "table1": "Table 1: CIFAR-10 at epsilon 8/255",
-        "table2": "Table 2: MNIST, trained at epsilon 0.3",
-        "table3": "Table 3: time to 45% robust accuracy on CIFAR-10 (paper: one 2080 Ti)",
-        "table4": "Table 4: ImageNet",
-        "figure2": "Figure 2: CIFAR-10, accuracy against the number of epochs",
-    },
-    "small": {
-        "table1": "Table 1 in miniature: Fashion-MNIST at epsilon 0.25 (paper: CIFAR-10)",
-        "table2": "Table 2 in miniature: Fashion-MNIST, trained at epsilon 0.25 (paper: MNIST)",
-        "table3": "Table 3 in miniature: time to 50% robust accuracy (paper: 45% on CIFAR-10)",
-        "figure2": "Figure 2 in miniature: accuracy against the number of epochs (paper: CIFAR-10)",
-    },
-}
-
-
-def build(names: list[str], folder: Path, scale: str) -> list[tuple[str, str, tuple | None]]:
-    """(name, charts as HTML, table or None) of everything asked for, out of the result files."""
-    found = []
-    for name in names:
-        rows = paper.ROWS[scale].get(name, [])
-        if name == "figure1":
-            found.append((name, figure1(), None))
-        elif name == "figure2":
-            found.append((name, *figure2(folder, scale)))
-        elif name == "table3":
-            found.append((name, "", table3(rows, folder, scale)))
-        elif name == "table5":
-            found.append((name, "", table5(rows, folder)))
-        else:
-            radii = paper.RADII[scale] if name == "table2" else [None]
-            found.append((name, "", accuracy_table(TITLES[scale][name], rows, folder, radii)))
-    return found
-
-
-def write_page(file: Path, found: list, scale: str, open_rows: list[str]) -> None:
-    title = "The paper's tables and figures" + (" in miniature" if scale == "small" else "")
-    parts = [f"<h1>{title}</h1>"]
-    if scale == "small":
-        parts.append(f'<p class="warn">{escape(paper.MINIATURE)}</p>')
-    for _, drawn, content in found:
-        parts.append(f"<h2>{escape(content[0]) if content else 'Figure 1: learning-rate schedules'}</h2>")
-        parts.append(f'<div class="grid">{drawn}</div>' if drawn else "")
-        if content:
-            parts.append(table([[escape(c) for c in row] for row in content[2]], list(map(escape, content[1]))))
-    parts += [f'<p class="note">open: {escape(line)}</p>' for line in open_rows]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    run.write_text(file, page(title, "\n".join(parts)))
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -334,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="auto")
     p.add_argument("--data", help="where the data set lies (default: the usual places)")
     p.add_argument(
-        "--results", metavar="FOLDER", default=str(RUNS / "results"), help="of the result files (default: %(default)s)"
+        "--results", metavar="FOLDER", default=str(paper.RUNS / "results"), help="of the result files (default: %(default)s)"
     )
     p.add_argument("--show", action="store_true", help="train nothing: print what the result files hold")
     return p
@@ -361,16 +179,19 @@ def start(arguments: argparse.Namespace) -> int:
     open_rows = []
     if not arguments.show:
         open_rows = train_all(rows, folder, arguments)
+        add_verdicts(rows, folder, scale)
     found = build(names, folder, scale)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 250)
     if scale == "small":
         console.print(paper.MINIATURE, soft_wrap=True)
     for _, _, content in found:
         if content:
-            shown = Table(*content[1], title=content[0], title_justify="left")
-            for row in content[2]:
+            shown = Table(*content.head, title=content.title, title_justify="left")
+            for row in content.rows:
                 shown.add_row(*row)
             console.print(shown)
+            for note in content.notes:
+                console.print(note, soft_wrap=True, markup=False)
     file = folder.parent / f"{scale}.html"
     write_page(file, found, scale, open_rows)
     print(f"{file}: the same, with the figures")

@@ -43,6 +43,8 @@ table { border-collapse: collapse; font-size: 0.92rem; } th, td { text-align: le
   border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
 th { font-weight: 600; } tbody th { font-weight: 400; color: var(--muted); } td { font-variant-numeric: tabular-nums; }
 td small { color: var(--muted); white-space: nowrap; }
+tbody th { min-width: 5.5rem; } .card tbody th { min-width: 0; }
+.sticky { position: sticky; top: 0; z-index: 1; background: var(--bg); padding: 0.35rem 0; }
 .bar { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; background: var(--line); }
 .meter { position: relative; height: 0.55rem; min-width: 3.2rem; background: var(--line); border-radius: 3px;
   margin: 0.45rem 0 0; }
@@ -91,10 +93,10 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return f'<div class="scroll"><table>{thead}<tbody>\n{body}</tbody></table></div>'
 
 
-def legend(entries: Sequence[tuple[str, int]]) -> str:
-    """`entries` are (label, colour)."""
+def legend(entries: Sequence[tuple[str, int]], sticky: bool = False) -> str:
+    """`entries` are (label, colour). A sticky one stays in sight while its page is scrolled."""
     marks = "".join(f'<span><i class="b{c % COLOURS}"></i>{escape(label)}</span>' for label, c in entries)
-    return f'<div class="legend">{marks}</div>'
+    return f'<div class="legend{" sticky" if sticky else ""}">{marks}</div>'
 
 
 def picture(pixels: np.ndarray, alt: str) -> str:
@@ -150,11 +152,12 @@ def chart(
     log_y: bool = False,
     y_range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
+    levels: Sequence[tuple[float, str]] = (),
     note: str = "",
     keys: bool = True,
 ) -> str:
     """A line chart as an HTML figure. `x` names the horizontal axis; the title says what is drawn. `marks` are labelled
-    vertical lines; `keys` shows a legend where there are several lines."""
+    vertical lines, `levels` horizontal ones; `keys` shows a legend where there are several lines."""
 
     def drawable(px: float, py: float) -> bool:
         return math.isfinite(px) and math.isfinite(py) and (px > 0 or not log_x) and (py > 0 or not log_y)
@@ -186,6 +189,11 @@ def chart(
         parts.append(f'<text x="{tx:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
+    for level, text in levels:
+        ly = at(level, y0, y1, log_y, HEIGHT - BOTTOM, TOP)
+        line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{ly:.1f}" y2="{ly:.1f}"'
+        parts.append(f'<line {line} stroke="var(--muted)" stroke-dasharray="4 3"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{ly - 4:.1f}" text-anchor="end">{escape(text)}</text>')
     for row, (where, text) in enumerate(marks):
         mx = at(where, x0, x1, log_x, LEFT, WIDTH - RIGHT)
         side = ("end", -4) if mx > WIDTH / 2 else ("start", 4)

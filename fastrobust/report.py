@@ -122,7 +122,7 @@ def share(accuracy: float, n: int) -> str:
 def headline(runs: list[Run], title: str) -> str:
     parts = [f"<h1>{escape(title)}</h1>"]
     if len(runs) > 1:
-        parts.append(legend([(one.name, i) for i, one in enumerate(runs)]))
+        parts.append(legend([(one.name, i) for i, one in enumerate(runs)], sticky=True))
     for one in runs:
         if one.summary is None:
             parts.append(f'<p class="warn"><b>{escape(one.name)}</b> is not finished: what it has so far is shown.</p>')
@@ -160,10 +160,15 @@ def summary_table(runs: list[Run]) -> str:
         if speeds:
             put("images per second", i, f"{statistics.median(speeds):,.0f} <small>(median of the epochs)</small>")
         hardware = one.environment.hardware
-        put("hardware", i, escape(f"{hardware.get('device', 'not recorded')}, {hardware.get('threads', '?')} threads"))
+        threads = hardware.get("threads", "?")
+        device = f"{hardware.get('device', 'not recorded')}, {threads} thread{'' if threads == 1 else 's'}"
+        put("hardware", i, escape(device))
         put("seed", i, str(config.seed))
     head = ["", *(escape(one.name) for one in runs)] if len(runs) > 1 else ()
-    note = "Robust: classified correctly at every point of every restart. In brackets: 95 % Wilson interval in per cent."
+    note = (
+        "PGD-50-10 is 50 steps from each of 10 random starts; robust: classified correctly at every point of all of "
+        "them. In brackets: 95 % Wilson interval in per cent, n test images."
+    )
     body = table([[escape(name), *cells] for name, cells in rows.items()], head)
     return f'<h2>Summary</h2>{body}<p class="note">{note}</p>'
 
@@ -180,6 +185,8 @@ def method_text(config) -> str:
         "standard": lambda: "",
     }[method.name]()
     radius = "" if method.name == "standard" else f", epsilon {describe(config.epsilon)}"
+    if radius and config.epsilon_warmup:
+        radius += f", reached from 0 in {config.epsilon_warmup:g} epochs"
     return method.name + details + radius
 
 
@@ -196,7 +203,13 @@ def curves(runs: list[Run]) -> str:
             if key == "images_per_second":  # from 0: speed varies a little, and should look so
                 y_range = (0.0, 1.05 * max(y for line in lines for _, y in line.points))
             found.append(chart(title, lines, x="epoch", percent=accuracy, y_range=y_range, keys=False))
-    return f'<h2>Training</h2><div class="grid">{"".join(found)}</div>' if found else ""
+    guards = sorted({(g.steps, one.config.phases[-1].batch_size) for one in runs if (g := one.config.guard).action != "off"})
+    asked = " or ".join(f"PGD-{steps} on one training minibatch ({size} images)" for steps, size in guards)
+    note = (
+        f"The guard attacks after each epoch: {asked}. Its figures are rough; what they show is a collapse." if asked else ""
+    )
+    told = f'<p class="note">{note}</p>' if note else ""
+    return f'<h2>Training</h2>{told}<div class="grid">{"".join(found)}</div>' if found else ""
 
 
 def robustness(runs: list[Run]) -> str:
@@ -292,14 +305,16 @@ def picture_card(one: Run, chosen: list, titled: bool) -> str:
             css = ' class="wrong"' if wrong else ""
             return f"<div>{picture(shown, f'{what} of {truth}')}<div{css}>{escape(text)}</div></div>"
 
-        before = f"{one.classes[p.predicted]} {p.sure:.0%}"
-        after = f"{one.classes[p.adversarial]} {p.adversarial_sure:.0%}"
+        def told(predicted: int, sure: float, label: int = p.label, truth: str = truth) -> str:
+            return f"{one.classes[predicted]} {sure:.0%}" + ("" if predicted == label else f" (is {truth})")
+
+        before, after = told(p.predicted, p.sure), told(p.adversarial, p.adversarial_sure)
         cells.append(cell(x, "test image", before, p.predicted != p.label))
         cells.append(cell(0.5 + p.delta / (2 * epsilon), "perturbation"))
         cells.append(cell(x + p.delta, "adversarial image", after, p.adversarial != p.label))
         cells.append(cell(0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), "gradient"))
     title = f"<h3>{escape(one.name)}</h3>" if titled else ""
-    note = f"epsilon {describe(epsilon)}; below the images: prediction and its probability, red where wrong"
+    note = f"epsilon {describe(epsilon)}; below the images: prediction and its probability; red where wrong, and what it is"
     return f'<div class="card">{title}<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div></div>'
 
 
