@@ -5,7 +5,6 @@ Accuracies are means over seeds, whatever the hardware; times are never mixed: e
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from benchmarks import paper
 from fastrobust import config as config_module
 from fastrobust import run, schedules
-from fastrobust.charts import Line, chart, escape, page, table
+from fastrobust.charts import Line, chart, escape, page, ranged, table
 from fastrobust.errors import FastrobustError
 from fastrobust.progress import duration
 
@@ -97,8 +96,9 @@ def trimmed(table: Table) -> Table:
     for name in [h for h in head if h in FACTS]:
         i = head.index(name)
         values = {row[i] for row in rows} - {""}
-        if len(rows) > 1 and len(values) == 1 and name != "training":
-            said.append(f"{name}: {values.pop()}")
+        shared = len(rows) > 1 and len(values) == 1 and name != "training"
+        if shared or not values:
+            said += [f"{name}: {value}" for value in values]
             head.pop(i)
             for row in rows:
                 row.pop(i)
@@ -205,7 +205,7 @@ def table3(scale: str, rows: list[paper.Row], folder: Path) -> Table:
             if row.config is None:
                 per_epoch = minutes = "not trained here"
             times = [*told(row.paper, "seconds_per_epoch"), per_epoch, *told(row.paper, "minutes"), minutes]
-            accuracy = [cell([r.robust() for r in results]), reached(results, goal)]
+            accuracy = [cell([r.robust() for r in results]) if row.config else "", reached(results, goal)]
             attack, seeds, _, data, hardware = facts(results)
             cells.append([row.label, *told(row.paper, "epochs"), epochs_of(row), *times, *accuracy, attack, seeds, data])
             cells[-1].append(hardware)
@@ -316,7 +316,8 @@ def figure2(scale: str, rows: list[paper.Row], folder: Path) -> tuple[str, Table
         chart(title, of, x="epochs", percent=True, y_range=(0.0, 1.0), levels=dashed if title.startswith("R") else ())
         for title, of in lines.items()
     )
-    return drawn, Table(TITLES[scale]["figure2"], head, cells, (BAND,))
+    measured = any(line.points for line in lines["Robust accuracy"])
+    return drawn if measured else "", Table(TITLES[scale]["figure2"], head, cells, (BAND,))
 
 
 BAND = "Points: the mean over seeds. Bands and brackets: from the lowest to the highest seed."
@@ -368,13 +369,7 @@ def write_page(file: Path, found: list[tuple[str, str, Table | None]], scale: st
         parts.append(f"<h2>{escape(heading)}</h2>")
         parts.append(f'<div class="grid">{drawn}</div>' if drawn else "")
         if content:
-            cells = [
-                [re.sub(r" (\([^()]* to [^()]*\))$", r" <small>\1</small>", escape(c)) for c in row[1:]]
-                for row in content.rows
-            ]
-            names = [escape(row[0]) for row in content.rows]
-            rows = [[name, *rest] for name, rest in zip(names, cells, strict=True)]
-            parts.append(table(rows, list(map(escape, content.head))))
+            parts.append(table([list(map(ranged, row)) for row in content.rows], list(map(escape, content.head))))
             parts += [f'<p class="note">{escape(note)}</p>' for note in content.notes]
     parts += [f'<p class="note">open: {escape(line)}</p>' for line in open_rows]
     file.parent.mkdir(parents=True, exist_ok=True)

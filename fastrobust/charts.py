@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -83,6 +84,11 @@ def page(title: str, body: str) -> str:
 
 def escape(value: object) -> str:
     return html.escape(str(value))
+
+
+def ranged(value: str) -> str:
+    """Text as HTML; the range at its end, `50.1 (49.0 to 51.0)`, small and in one piece."""
+    return re.sub(r" (\([^()]* to [^()]*\))$", r" <small>\1</small>", escape(value))
 
 
 def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

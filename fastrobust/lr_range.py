@@ -174,7 +174,7 @@ def page_of(config, rates: list[float], losses: list[float], found: Found) -> st
         Line("each minibatch", raw, 7, dots=False, faint=True),
         Line("smoothed", list(zip(rates, found.smooth, strict=False)), 0, dots=False),
     ]
-    marks = [(found.best, f"{found.best:.3g}")] + ([(found.diverged, "diverged")] if found.diverged else [])
+    marks = [(found.best, f"recommended {found.best:.3g}")] + ([(found.diverged, "diverged")] if found.diverged else [])
     drawn = chart("Training loss", lines, x="learning rate", log_x=True, marks=marks)
     told = f"Recommended learning rate: <b>{found.best:.3g}</b>, where the smoothed loss was lowest. "
     told += f"It had given back half of its gain at {found.diverged:.3g}." if found.diverged else "It did not diverge."

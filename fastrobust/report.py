@@ -166,8 +166,8 @@ def summary_table(runs: list[Run]) -> str:
         put("seed", i, str(config.seed))
     head = ["", *(escape(one.name) for one in runs)] if len(runs) > 1 else ()
     note = (
-        "PGD-50-10 is 50 steps from each of 10 random starts; robust: classified correctly at every point of all of "
-        "them. In brackets: 95 % Wilson interval in per cent, n test images."
+        "PGD-STEPS-STARTS: so many steps from each of so many random starts. Robust: classified correctly at every "
+        "point of all of them. In brackets: 95 % Wilson interval in per cent, n test images."
     )
     body = table([[escape(name), *cells] for name, cells in rows.items()], head)
     return f'<h2>Summary</h2>{body}<p class="note">{note}</p>'
@@ -314,7 +314,9 @@ def picture_card(one: Run, chosen: list, titled: bool) -> str:
         cells.append(cell(x + p.delta, "adversarial image", after, p.adversarial != p.label))
         cells.append(cell(0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), "gradient"))
     title = f"<h3>{escape(one.name)}</h3>" if titled else ""
-    note = f"epsilon {describe(epsilon)}; below the images: prediction and its probability; red where wrong, and what it is"
+    note = (
+        f"epsilon {describe(epsilon)}; below the images: prediction, its probability; red where wrong, with the true class"
+    )
     return f'<div class="card">{title}<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div></div>'
 
 

@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from fastrobust.charts import Line, chart, escape, page, table
+from fastrobust.charts import Line, chart, escape, page, ranged, table
 from fastrobust.cli import main_with_errors
 from fastrobust.schema import Config, Section
 from fastrobust.stored import Run, read_run
@@ -291,7 +291,7 @@ def figures(results: dict[tuple, list[Run]]) -> list[str]:
         groups: dict[str, list[tuple[float, list[Run]]]] = {}
         try:
             for labels, runs in results.items():
-                others = ", ".join(label for k, (_, label) in enumerate(labels) if k != i) or "all"
+                others = ", ".join(f"{a.split('.')[-1]} {label}" for k, (a, label) in enumerate(labels) if k != i) or "all"
                 if runs:
                     groups.setdefault(others, []).append((float(parse_number(labels[i][1])), runs))
         except (ValueError, TypeError):
@@ -342,7 +342,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> dict[tuple, list[Run
     done = sum(map(len, results.values()))
     hardware = {str(r.environment.hardware.get("device", "?")) for runs in results.values() for r in runs}
     body += f"<p>{done} of {len(everything)} runs are finished. Bands and brackets: the range over seeds.</p>"
-    body += table([[escape(cell) for cell in row] for row in rows], list(map(escape, head)))
+    body += table([list(map(ranged, row)) for row in rows], list(map(escape, head)))
     body += f'<p class="note">hardware: {escape(", ".join(sorted(hardware)) or "none yet")}</p>'
     run.write_text(sweep.directory / "results.html", page(f"Sweep {sweep.name}", body))
     return results

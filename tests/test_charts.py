@@ -86,3 +86,17 @@ def test_a_picture_is_the_pixels():
         data = re.search(r"base64,([^\"]+)", charts.picture(pixels, "p")).group(1)
         found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
         assert (found.reshape(pixels.shape) == pixels).all()
+
+
+def test_a_level_lies_where_the_tick_of_its_value_does():
+    svg = charts.chart(
+        "t", [Line("a", [(0, 0.0), (1, 1.0)])], x="x", percent=True, y_range=(0.0, 1.0), levels=[(0.6, "goal")]
+    )
+    place = next(place for place, value in axis(svg, "end") if value == 60)
+    level = re.search(r'y1="([\d.]+)" y2="\1"[^>]*stroke-dasharray', svg)
+    assert float(level.group(1)) == pytest.approx(place, abs=0.2) and ">goal</text>" in svg
+
+
+def test_only_ranges_are_set_small():
+    assert charts.ranged("50.10 (49.00 to 51.00)") == "50.10 <small>(49.00 to 51.00)</small>"
+    assert charts.ranged("Free (m = 4) <b>") == "Free (m = 4) &lt;b&gt;"
