@@ -28,7 +28,7 @@ test: $(VENV)/.test data compiler loaders browser
 gpu-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu_report
 
-# Kill runs, fill disks, damage files: the full counts, about half an hour. `make test` does a few of each. As root it mounts
+# Kill runs, fill disks, damage files: the full counts, about 20 minutes. `make test` does a few of each. As root it mounts
 # small file systems in memory; without, those parts skip.
 endure: $(VENV)/.test
 	$(BIN)/python -m endure --json benchmarks/results/endure.json

@@ -33,6 +33,7 @@ def parts() -> list[tuple[str, list[str]]]:
         ("tests.txt", ["-m", "pytest", "-m", "gpu"]),
         benchmark("step", "--quick", result="step_quick"),
         benchmark("epoch"),
+        benchmark("imagenet", "--repetitions", "3", "--steps", "10"),
         benchmark("epoch", "--batch-size", "512", result="epoch_512"),
         benchmark("profile"),
     ]

@@ -36,8 +36,8 @@ PHASES = [(160, 128), (352, 224), ("original", 288)]  # stored size, crop
 AUGMENT = Augment(crop="random_resized", flip=True)
 
 
-def samples(folder: Path, limit: int) -> tuple[Path, str]:
-    """(an image folder, what is in it)."""
+def sample_images(limit: int) -> tuple[list[bytes], str]:
+    """(up to `limit` image files, what they are)."""
     archive = Path(os.environ.get("FASTROBUST_DATA") or "absent", "imagenet-samples", "imagenet_samples.tar")
     images: list[bytes] = []
     if archive.exists():
@@ -48,13 +48,19 @@ def samples(folder: Path, limit: int) -> tuple[Path, str]:
         buffer = io.BytesIO()
         Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         images.append(buffer.getvalue())
+    return images, "ImageNet samples" if archive.exists() else "generated images of 500 x 375"
+
+
+def samples(folder: Path, limit: int) -> tuple[Path, str]:
+    """(an image folder, what is in it)."""
+    images, what = sample_images(limit)
     for i, image in enumerate(images):
         for split in ("train", "val"):
             file = folder / split / f"{i % 10}" / f"{i:05}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             if split == "train" or i < 10:
                 file.write_bytes(image)
-    return folder, "ImageNet samples" if archive.exists() else "generated images of 500 x 375"
+    return folder, what
 
 
 def write(source: Path, folder: Path, limit: int | None) -> None:

@@ -32,10 +32,17 @@ def synchronize(device: torch.device) -> None:
 
 
 def interleaved(
-    rows: dict[str, Callable[[], Any]], device: torch.device, *, repetitions: int, inner: int = 1, warm_up: int = 1
+    rows: dict[str, Callable[[], Any]],
+    device: torch.device,
+    *,
+    repetitions: int,
+    inner: int = 1,
+    warm_up: int = 1,
+    lead: int = 0,
 ) -> dict[str, list[float]]:
     """Seconds per call of every row: each repetition times all rows in turn (`inner` calls each), so that a machine that
-    slows down slows all of them down. Warm-up calls are not timed."""
+    slows down slows all of them down. Warm-up calls are not timed, nor are the first `lead` of a row's turn (they use up
+    what was made ready while other rows had theirs)."""
     times: dict[str, list[float]] = {name: [] for name in rows}
     for name, call in rows.items():
         for _ in range(warm_up):
@@ -44,6 +51,8 @@ def interleaved(
         print(f"warmed up: {name}", file=sys.stderr, flush=True)
     for _ in range(repetitions):
         for name, call in rows.items():
+            for _ in range(lead):
+                call()
             synchronize(device)
             began = time.perf_counter()
             for _ in range(inner):

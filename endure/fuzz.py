@@ -13,6 +13,7 @@ import re
 import signal
 import struct
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ from PIL import Image
 
 from endure import child, tiny
 from fastrobust import config, run
-from fastrobust.data import formats, sources
+from fastrobust.data import beton, formats, loaders, records, sources, writing
+from fastrobust.data.dataloader import Torch
 from fastrobust.errors import FastrobustError
 
 MEMORY = 3 << 30  # bytes that a process may take beyond what it has
@@ -247,6 +249,68 @@ def weights(folder: Path) -> list[Target]:
     return [Target(file, file.read_bytes(), read, True, mutate_bytes)]
 
 
+def reading(kind: str, found: records.Records) -> Callable[[], Any]:
+    """What the loader makes of prepared images, in order, as 32 x 32 pixels: FFCV's native decoder, DALI's, or Pillow."""
+    facts = (3, 32, None, torch.device("cpu"), 1)
+    if kind == "ffcv":
+        from fastrobust.data.ffcv import Ffcv
+
+        loader = Ffcv(found, *facts)
+    elif kind == "dali":
+        from fastrobust.data.dali import Dali
+
+        loader = Dali(found, *facts)
+    else:
+        loader = Torch(found, "original", *facts)
+    try:
+        return arrays(loader.in_order())
+    finally:
+        loader.close()
+
+
+def loaders_here() -> list[str]:
+    there = {"ffcv": loaders.installed("ffcv"), "dali": loaders.installed("nvidia.dali"), "torch": True}
+    return [name for name, installed in there.items() if installed]
+
+
+def prepared(folder: Path) -> list[Target]:
+    """FFCV files and WebDataset shards, their indices and manifests."""
+    beton.PAGE = 1 << 15  # else nearly all of a file is empty
+    targets = []
+    for kind, name in (("ffcv", "ffcv"), ("webdataset", "torch")):
+        if name not in loaders_here():
+            continue
+        place, source = folder / kind, tiny.write_images(folder / "source", train=10, test=10, size=48)
+        options = ["--source", source, "--output", place, "--storage", "mixed", "--workers", 1, "--splits", "train"]
+        writing.main(kind, list(map(str, ["image_folder", *options])))
+        read = lambda kind=kind, name=name, place=place: reading(name, records.read(kind, place, "train", "original"))
+        for file in sorted(place.iterdir()):
+            targets.append(Target(file, file.read_bytes(), read, True, mutate_bytes))
+    return targets
+
+
+def decoders(folder: Path) -> list[Target]:
+    """JPEGs in prepared files by someone who put the right checksums on them: what the loaders' decoders make of them. Half
+    of those that changed in length have another size in the index than in the picture."""
+    (folder / "x").mkdir()
+    targets = []
+    for name in loaders_here():
+        for options in ({}, {"progressive": True, "subsampling": 0}):
+            file = folder / "x" / f"{name}{len(options)}.data"
+            content = encoded(0, "JPEG", quality=75, **options)
+
+            def read(name=name, file=file, content=content):
+                data = file.read_bytes()
+                height, width = (48, 48) if (len(data) - len(content)) % 2 == 0 else (len(data) % 97 + 1, 31)
+                row = np.array([(0, 0, len(data), height, width, 0, 0, zlib.crc32(data))], records.ROW)
+                columns = {column: row[column] for column in records.ROW.names}
+                columns["raw"] = columns["raw"].astype(bool)
+                return reading(name, records.Records((file,), **columns, classes=("a",), manifest={"files": []}))
+
+            targets.append(Target(file, content, read, False, mutate_bytes))
+    return targets
+
+
 TARGETS = {
     "configs": configs,
     "idx": idx,
@@ -256,6 +320,8 @@ TARGETS = {
     "checkpoints": checkpoints,
     "sealed_checkpoints": sealed_checkpoints,
     "weights": weights,
+    "prepared": prepared,
+    "decoders": decoders,
 }
 
 

@@ -1,7 +1,7 @@
 """Processes that are killed at any moment and started again: what they come to must be what they come to undisturbed.
 
-A `Job` is anything that can be killed and run again. Training is one. Another (a writer of data files, training in several
-processes) needs the same five things and a line in `endure.parts.PARTS`.
+A `Job` is anything that can be killed and run again: training, writing data files. Another needs the same things and a line
+in `endure.parts.PARTS`. Training in several processes, where one of them is killed, is in `endure.ranks`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 
 from endure import child, tiny
 from fastrobust import run
+from fastrobust.cli import main_with_errors
+from fastrobust.data import records
+from fastrobust.data import writing as data_writing
+from fastrobust.errors import DataError
 from fastrobust.interrupt import RESUME_ME
 from fastrobust.progress import Progress
 
@@ -25,13 +29,15 @@ class Job(NamedTuple):
     """Each function takes the folder that the job works in.
 
     command: (function, argument, …) that begins the job there or goes on with it, whichever is due.
-    done: whether it is finished. result: what it came to, to be compared. stage: in words, where it stands now.
+    done: whether it is finished. result: what it came to, to be compared. stage: in words, where it stands now. sound: what
+    is wrong with what is there while it is not finished.
     """
 
     command: Callable[[Path], tuple]
     done: Callable[[Path], bool]
     result: Callable[[Path], Any]
     stage: Callable[[Path], str]
+    sound: Callable[[Path], str | None] = lambda folder: None
 
 
 def training(config: Path) -> Job:
@@ -59,8 +65,9 @@ def training(config: Path) -> Job:
             return "after the end"
         if run.WEIGHTS in there:
             return "during evaluation"
-        lines = (directory(folder) / run.METRICS).read_text().splitlines()
-        return f"in phase {2 if len(lines) >= 2 else 1}"
+        metrics = directory(folder) / run.METRICS  # not there in the first epoch
+        epochs = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return f"in phase {2 if epochs >= 2 else 1}"
 
     return Job(
         command,
@@ -76,17 +83,62 @@ def train(*argv: str) -> int:
     return train.main(list(argv))
 
 
+def writing(kind: str, source: Path) -> Job:
+    """Writing a folder of images as `kind` of files, in two sizes and two splits, to `out` in the job's folder."""
+    wanted = [("train", 20), ("train", "original"), ("test", "original")]
+
+    def command(folder: Path) -> tuple:
+        options = ["--source", source, "--output", folder / "out", "--sizes", "20", "original", "--storage", "mixed"]
+        return write, kind, *map(str, ["image_folder", *options, "--workers", 2])
+
+    def stage(folder: Path) -> str:
+        there = {file.name for file in (folder / "out").iterdir()} if (folder / "out").exists() else set()
+        if not there:
+            return "before the first file was there"
+        if any(name.startswith(".") for name in there):
+            return "while a manifest was written"
+        if any(name.endswith(".index.npy.partial") for name in there):
+            return "while an index was written"
+        if any(name.endswith(".partial") for name in there):
+            return "while images were written"
+        manifests = sum(name.endswith(".json") for name in there)
+        return "between two files" if manifests < len(wanted) else "after the end"
+
+    def sound(folder: Path) -> str | None:
+        """Whatever has a manifest must be whole."""
+        out = folder / "out"
+        for split, size in wanted:
+            if records.manifest_path(out, split, size).exists():
+                try:
+                    records.verify(out, records.read(kind, out, split, size).manifest)
+                except DataError as error:
+                    return f"a killed write looks whole: {error}"
+        return None
+
+    return Job(
+        command,
+        lambda folder: all(records.manifest_path(folder / "out", *which).exists() for which in wanted),
+        lambda folder: {file.name: file.read_bytes() for file in (folder / "out").iterdir()},
+        stage,
+        sound,
+    )
+
+
+def write(kind: str, *argv: str) -> int:
+    return main_with_errors(lambda: data_writing.main(kind, list(argv)))
+
+
 def call(job: Job, folder: Path, **options) -> child.Ended:
     return child.run(*job.command(folder), **{"log": folder.parent / f"{folder.name}.log"} | options)
 
 
 def undisturbed(job: Job, folder: Path) -> tuple[Any, float]:
-    """(result, seconds) of the job when nothing happens to it."""
+    """(result, seconds of work) of the job when nothing happens to it."""
     folder.mkdir(parents=True)
     child.run(int, log=folder / "log")  # from here on nothing waits for imports
     ended = call(job, folder)
     assert ended.status == 0, ended
-    return job.result(folder), ended.seconds
+    return job.result(folder), ended.work
 
 
 def finish(job: Job, folder: Path, expected: Any) -> str | None:
@@ -96,7 +148,7 @@ def finish(job: Job, folder: Path, expected: Any) -> str | None:
         return f"{folder.name}: going on ended with {child.ended_by(ended.status)}: {ended.output[-400:]}"
     if job.result(folder) != expected:
         return f"{folder.name}: another result than that of the undisturbed job"
-    left = [str(file) for file in folder.rglob(".*")]
+    left = [str(file) for pattern in (".*", "*.partial") for file in folder.rglob(pattern)]
     return f"{folder.name}: left behind {left}" if left else None
 
 
@@ -123,6 +175,9 @@ def kill_at_random(job: Job, folder: Path, count: int, seed: int = 0, signum: in
             slowest = max(slowest, ended.seconds)
             if ended.status not in (-signum, RESUME_ME):
                 wrong.append(f"{place.name}: {child.ended_by(ended.status)}: {ended.output[-400:]}")
+            problem = job.sound(place)
+            if problem is not None:
+                wrong.append(f"{place.name}: {problem}")
             if tear is not None:
                 torn += tear(place, rng)
             if rng.random() < 0.5:
@@ -152,9 +207,9 @@ def tear_checkpoint(folder: Path, rng: random.Random) -> bool:
     return True
 
 
-def die_in_write(at: int, argv: list[str]) -> int:
-    """Train, but kill this process at the `at`-th operation on a file that is being written: in the middle of a write,
-    before it is flushed, before it is renamed."""
+def die_in_write(at: int, counted: Path, function: Callable[..., int], *arguments) -> int:
+    """Call a function, but kill this process at the `at`-th operation on a file that is being written: in the middle of a
+    write, before it is flushed, before it is renamed. If it lives, the number of operations is written to `counted`."""
     import os
 
     operations = 0
@@ -199,30 +254,29 @@ def die_in_write(at: int, argv: list[str]) -> int:
     open_handle = os.fdopen
     os.fdopen = lambda *arguments, **options: Torn(open_handle(*arguments, **options))
     os.fsync, os.replace = watched(os.fsync), watched(os.replace)
-    status = train(*argv)
-    Path(argv[-1].removeprefix("output=")).joinpath("operations").write_text(str(operations))
+    status = function(*arguments)
+    counted.write_text(str(operations))
     return status
 
 
-def kill_in_writes(config: Path, folder: Path, count: int) -> dict:
-    """A run is killed at one operation on a file, gone on with and compared; `count` times, evenly spaced over the hundreds
-    of operations that a run makes."""
-    job = training(config)
+def kill_in_writes(job: Job, folder: Path, count: int) -> dict:
+    """A job is killed at one operation on a file, gone on with and compared; `count` times, evenly spaced over the
+    operations that it makes (hundreds in training)."""
     expected, _ = undisturbed(job, folder / "undisturbed")
     counted = folder / "counted"
     counted.mkdir()
-    child.run(die_in_write, 0, [str(config), f"output={counted}"], log=folder / "counted.log")
-    operations = int((counted / "operations").read_text())
+    child.run(die_in_write, 0, folder / "operations", *job.command(counted), log=folder / "counted.log")
+    operations = int((folder / "operations").read_text())
     stages, wrong = Counter(), []
     for i in range(count):
         at = 1 + (2 * i + 1) * operations // (2 * count)
         place = folder / f"write{at}"
         place.mkdir()
-        ended = child.run(die_in_write, at, [str(config), f"output={place}"], log=folder / "killed.log")
+        ended = child.run(die_in_write, at, folder / "lived", *job.command(place), log=folder / "killed.log")
         if ended.status != -signal.SIGKILL:
             wrong.append(f"operation {at}: {child.ended_by(ended.status)}: {ended.output[-400:]}")
         stages[job.stage(place)] += 1
-        problem = finish(job, place, expected)
+        problem = job.sound(place) or finish(job, place, expected)
         if problem is not None:
             wrong.append(problem)
         shutil.rmtree(place)

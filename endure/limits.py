@@ -1,4 +1,5 @@
-"""A disk that is full or read-only, memory that runs out, clocks that are set, and 200 epochs that must not grow."""
+"""A disk that is full or read-only, memory that runs out, clocks that are set, 200 epochs that must not grow, and runs that
+must come out the same again."""
 
 from __future__ import annotations
 
@@ -129,6 +130,32 @@ def clock(config: Path, folder: Path, count: int) -> dict:
     return {"runs": count, "wrong": wrong}
 
 
+# ---- determinism
+
+
+def with_all_cores(argv: list[str]) -> int:
+    import torch
+
+    torch.set_num_threads(os.cpu_count())
+    return kills.train(*argv)
+
+
+def repeated(folder: Path, data: Path, count: int) -> dict:
+    """A run with `deterministic: true`, on all cores, and `count` times again: the same bits."""
+    options = {"deterministic": True, "model": {"name": "preact_resnet18_w16"}, "method": {"name": "fgsm", "init": "random"}}
+    options |= {"evaluation": {"steps": 2, "restarts": 1}, "phases": [{"epochs": 1, "batch_size": 8, "resolution": 28}]}
+    config = tiny.write_config(folder, data, **options)
+    results, wrong = [], []
+    for i in range(count + 1):
+        ended = child.run(with_all_cores, [str(config), f"output={folder / str(i)}"], log=folder / "log")
+        if ended.status != 0:
+            return {"wrong": [f"run {i}: {child.ended_by(ended.status)}: {ended.output[-500:]}"]}
+        results.append(tiny.result(folder / str(i) / "tiny"))
+        if results[i] != results[0]:
+            wrong.append(f"run {i} came to another result than the first")
+    return {"runs": count + 1, "threads": os.cpu_count(), "wrong": wrong}
+
+
 # ---- memory
 
 
@@ -176,11 +203,12 @@ def hungry(extra: int, argv: list[str]) -> int:
     import torch
 
     torch.set_num_threads(1)  # every thread reserves address space of its own
+    child.return_freed_blocks()
     child.limit_memory(extra)
     return kills.train(*argv)
 
 
-def out_of_memory(folder: Path, megabytes: int = 500) -> dict:
+def out_of_memory(folder: Path, megabytes: int = 200) -> dict:
     """A batch that does not fit into the memory of this process, by a limit that the system keeps. The batch size that the
     message names must fit under the same limit."""
     data = tiny.write_images(folder / "data", train=64, test=10, size=64)

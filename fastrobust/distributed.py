@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastrobust.errors import ConfigError, FastrobustError, first_line
-from fastrobust.interrupt import RESUME_ME
+from fastrobust.interrupt import RESUME_ME, Stop
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # for one process to wait for another: an evaluation's shares may be that uneven
@@ -55,7 +55,7 @@ class World:
         if self.rank == 0:
             try:
                 outcome[0] = action()
-            except FastrobustError as error:
+            except (FastrobustError, Stop) as error:
                 raised, outcome[1] = error, getattr(error, "status", 2)
         torch.distributed.broadcast_object_list(outcome, src=0)
         if raised is not None:

@@ -1,5 +1,7 @@
 """The errors that fastrobust raises on purpose."""
 
+import re
+
 
 class FastrobustError(Exception):
     """A problem the user can mend; its message says what was wrong, where, and what to do.
@@ -14,10 +16,11 @@ def first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an error of its own for a GPU; its CPU allocator, and oneDNN in its kernels, say it in words."""
-    words = ("can't allocate memory", "could not create a primitive")
+    """torch has an error of its own for a GPU; its CPU allocator says it in words. oneDNN says that it could not create a
+    primitive where there is no memory for the code of a kernel; a primitive *descriptor* is what does not exist."""
+    words = r"can't allocate memory|could not create a primitive\b(?! descriptor)"
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(text in str(error) for text in words)
+    return known or re.search(words, str(error)) is not None
 
 
 class ConfigError(FastrobustError):

@@ -23,6 +23,13 @@ class Interrupted(FastrobustError):
         self.status = 128 + signum if signum == signal.SIGINT else RESUME_ME
 
 
+class Stop(BaseException):
+    """A signal, on its way out of `resumable`. No Exception: readers take any of those for damage to their file."""
+
+    def __init__(self, signum: int):
+        self.signum, self.status = signum, RESUME_ME
+
+
 @contextlib.contextmanager
 def handled(handler: Callable) -> Iterator[None]:
     """Inside, the handler gets the signals that ask to stop, but for those that are ignored (`nohup` ignores SIGHUP)."""
@@ -40,7 +47,10 @@ def resumable(run: Path) -> Iterator[None]:
     """Inside, a signal raises Interrupted at once: for the parts of a run that keep nothing that must be saved first."""
 
     def stop(signum: int, frame) -> None:
-        raise Interrupted(signum, run)
+        raise Stop(signum)
 
-    with handled(stop):
-        yield
+    try:
+        with handled(stop):
+            yield
+    except Stop as stopped:
+        raise Interrupted(stopped.signum, run) from None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastrobust.errors import FastrobustError, is_out_of_memory
+from fastrobust.errors import FastrobustError, first_line, is_out_of_memory
 
 Step = Callable[[Tensor, Tensor], None]
 
@@ -44,6 +44,10 @@ def explained(what: object, key: str, step: Step, images: Tensor, labels: Tensor
         if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of what failed
+        reason = first_line(error)
     size = largest_that_fits(step, images, labels) * processes
-    advice = f"{size} was tried and fits: set {key}={size}" if size else "not even 1 fits: use a smaller model or resolution"
+    if size:
+        advice = f"{size} was tried and fits: set {key}={size}"
+    else:
+        advice = f"not even 1 fits ({reason}): use a smaller model or resolution"
     raise FastrobustError(f"{what}: out of memory on {images.device} with {len(images)} images at once; {advice}")

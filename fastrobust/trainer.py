@@ -114,7 +114,7 @@ class Trainer:
     def seed_of_rank(self, updates: int) -> None:
         """Random numbers of its own for every process but the first, whose go on from the making of the model."""
         if self.world.rank:
-            torch.manual_seed((self.config.seed * 1_000_003 + self.world.rank) * 1_000_003 + updates)
+            torch.manual_seed(((self.config.seed * 1_000_003 + self.world.rank) * 1_000_003 + updates) % 2**63)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a training step changes, the random generators aside."""

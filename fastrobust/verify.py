@@ -127,6 +127,7 @@ def start_worker(weights: str, shape: tuple[int, ...], epsilon: float) -> None:
     global _decider
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and far below what bounds are widened by
     _decider = Decider(run.load(weights), shape, epsilon)
 
 

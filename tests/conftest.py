@@ -16,9 +16,11 @@ torch.set_num_threads(1)  # the models here are too small to gain from more
 
 
 @pytest.fixture(scope="session", autouse=True)
-def keyboard_interrupts():
-    """A shell that starts pytest in the background has it ignore Ctrl-C, and its children too; some tests send one."""
+def signals_as_usual():
+    """A shell that starts pytest in the background has it ignore Ctrl-C, nohup has it ignore SIGHUP, and its children too;
+    some tests send one."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def bar_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,11 +6,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import torch
 import yaml
 
 from endure import child
+from endure.ranks import together
 from fastrobust import config as config_module
 from fastrobust import distributed, evaluate, results, run, train
 from fastrobust.data.augment import to_unit
@@ -27,29 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SGD = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cyclic", "max_lr": 0.02}}
 ZERO = {"name": "fgsm", "init": "zero"}
-
-
-def as_rank(rank: int, size: int, port: int, function, *arguments) -> int:
-    """What torchrun does to a process."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    return function(*arguments)
-
-
-def together(folder: Path, function, *arguments, size: int = 2, limit: float = 120, **to_last) -> list[child.Ended]:
-    """A function called in `size` processes at once. `to_last`: when the last one gets which signal (see child.run)."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with ThreadPoolExecutor(size) as threads:
-        started = [
-            threads.submit(
-                child.run, as_rank, rank, size, port, function, *arguments,
-                log=folder / f"rank{rank}.log", limit=limit, **(to_last if rank == size - 1 else {}),
-            )
-            for rank in range(size)
-        ]  # fmt: skip
-        return [process.result() for process in started]
 
 
 def main(*argv: str) -> int:
@@ -178,6 +154,15 @@ def test_every_process_draws_random_numbers_of_its_own(quick, tmp_path):
     assert first == again and len({tuple(numbers) for numbers in first}) == 4
     Trainer(config_module.load(file, []), tmp_path, CPU)
     assert torch.rand(2).tolist() == first[0], "process 0 draws what a single one would"
+
+
+def test_the_largest_seed_is_one_for_every_process(quick, tmp_path):
+    config = config_module.load(quick(method={"name": "fgsm"}), [f"seed={2**31 - 1}"])
+    drawn = []
+    for rank in range(2):
+        Trainer(config, tmp_path, CPU, world=distributed.World(rank, 2))
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] != drawn[1]
 
 
 # ---- evaluation

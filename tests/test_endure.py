@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,7 @@ from endure import __main__, child, fuzz, kills, parts
 
 
 @pytest.mark.parametrize("name", parts.PARTS)
-def test_quick_form_of(name, tmp_path, request):
-    if name == "out_of_memory":  # torch's own libraries sometimes crash (SIGSEGV) under a limit of address space
-        request.applymarker(
-            pytest.mark.xfail(reason="known to fail now and then; tests/test_memory.py is steady", strict=False)
-        )
+def test_quick_form_of(name, tmp_path):
     figures = parts.PARTS[name].run(tmp_path, parts.PARTS[name].quick)
     if "skipped" in figures:
         pytest.skip(figures["skipped"])
@@ -31,13 +28,32 @@ def counting(folder: str) -> int:
     return 0
 
 
-def test_a_job_with_another_result_is_a_fault(tmp_path):
-    job = kills.Job(
-        lambda folder: (counting, str(folder)),
+def working(folder: str) -> int:
+    until = time.process_time() + 0.3
+    while time.process_time() < until:
+        pass
+    return counting(folder)
+
+
+def job_of(function) -> kills.Job:
+    return kills.Job(
+        lambda folder: (function, str(folder)),
         lambda folder: (folder / "state").exists(),
         lambda folder: (folder / "state").read_text(),
         lambda folder: "somewhere",
     )
+
+
+def test_a_killed_job_that_looks_whole_is_a_fault(tmp_path):
+    job = job_of(working)
+    found = kills.kill_at_random(job, tmp_path / "a", 2)
+    assert found["kills"] == 2 and found["stages"] == {"somewhere": 2} and found["wrong"] == []
+    found = kills.kill_at_random(job._replace(sound=lambda folder: "half of it looks whole"), tmp_path / "b", 1)
+    assert [text.partition(": ")[2] for text in found["wrong"]] == ["half of it looks whole"]
+
+
+def test_a_job_with_another_result_is_a_fault(tmp_path):
+    job = job_of(counting)
     folder = tmp_path / "job"
     folder.mkdir()
     assert kills.finish(job, folder, "[0, 1, 2]") is None

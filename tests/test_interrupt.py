@@ -7,8 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
-from fastrobust import interrupt
+from fastrobust import interrupt, run
 from fastrobust.cli import main_with_errors
 
 RUN = Path("runs/a")
@@ -51,3 +52,14 @@ def test_the_inner_handler_has_the_signal_and_the_outer_one_has_it_back():
             os.kill(os.getpid(), signal.SIGTERM)
         assert seen == [signal.SIGTERM]
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_damage_to_it(tmp_path, monkeypatch):
+    """Readers take whatever a damaged file raises for damage: a signal must pass through them."""
+    run.save_checkpoint(tmp_path, {"a": torch.ones(1)}, {})
+    run.save_checkpoint(tmp_path, {"a": torch.zeros(1)}, {})
+    load, before = torch.load, sorted(tmp_path.iterdir())
+    monkeypatch.setattr(torch, "load", lambda *a, **k: os.kill(os.getpid(), signal.SIGTERM) or load(*a, **k))
+    with pytest.raises(interrupt.Interrupted, match="stopped by SIGTERM"), interrupt.resumable(tmp_path):
+        run.load_checkpoint(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before, "nothing was set aside"

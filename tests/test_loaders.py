@@ -1,12 +1,18 @@
 """Tests of the loaders ffcv, dali and torch against Pillow and against each other: the same images, labels and boxes, over
 passes and seeds, for one and two processes; and what happens to damaged files and dead workers."""
 
+import fcntl
 import itertools
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +27,7 @@ from fastrobust.errors import ConfigError, DataError, FastrobustError
 from fastrobust.schema import Augment
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["ffcv", "dali", "torch", "torch from the source"]
 RANDOM = Augment(crop="random_resized", flip=True)
 
@@ -208,7 +215,7 @@ def copied(written, tmp_path, folder):
 
 
 @pytest.mark.parametrize("name", ["ffcv", "dali", "torch"])
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "overwritten, with its checksum"])
 def test_damage_while_training_is_an_error_at_once(made, written, tmp_path, name, damage):
     """A file that shrinks, or whose bytes go bad, after it was opened."""
     need(name)
@@ -223,11 +230,19 @@ def test_damage_while_training_is_an_error_at_once(made, written, tmp_path, name
     with open(found.files[0], "r+b") as file:
         if damage == "cut short":
             file.truncate(middle + 20)
+        elif damage == "one bit":  # the decoders would not notice
+            file.seek(middle + int(found.length[18]) - 20)
+            byte = file.read(1)[0]
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
         else:
             file.seek(middle)
-            file.write(b"\0" * int(found.length[18]))
+            zeros = bytes(int(found.length[18]))
+            file.write(zeros)
+            found.crc[18] = zlib.crc32(zeros)
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"cut short|is damaged"):
+    said = {"cut short": "cut short", "one bit": "its checksum differs"}.get(damage, "is damaged")
+    with pytest.raises(DataError, match=said):
         collect(loader, 0, 0, 8, 0, 6)
     assert time.monotonic() - began < 20
 
@@ -345,3 +360,56 @@ def test_batches_on_a_gpu_are_those_of_the_cpu(made, name):
         assert x.is_cuda and y.is_cuda and x.is_contiguous(memory_format=torch.channels_last) and y.tolist() == v.tolist()
         difference = (x.cpu().int() - u.int()).abs().float().mean()
         assert difference <= (3 if name == "dali" else 0)
+
+
+def test_a_worker_that_dies_during_a_step_is_an_error_at_the_next_batch(made):
+    """Not in the middle of whatever the step is doing."""
+    loader = made("torch from the source")
+    batches = loader.batches(0, 0, 4, 0, 200)
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # the step: what SIGCHLD brings, it brings here
+    with pytest.raises(DataError, match="a worker of the torch loader died"):
+        for _ in batches:
+            pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's prctl")
+def test_workers_die_with_the_process_that_they_work_for(tmp_path):
+    """A worker in the middle of a long batch holds the locks that it inherited. Killed, its parent takes it along."""
+    script = tmp_path / "parent.py"
+    script.write_text("""
+import fcntl, os, sys, time
+import numpy as np, torch
+from fastrobust.data.dataloader import Torch
+from fastrobust.data.sources import Pictures
+
+lock = open("lock", "w")
+fcntl.flock(lock, fcntl.LOCK_EX)
+
+def image(i):
+    open(f"busy{i}", "w").close()
+    time.sleep(600)
+
+data = Pictures(image, str, str, np.zeros(8, np.int64), ("a",), "x")
+next(Torch(data, 8, 3, 8, None, torch.device("cpu"), 2).batches(0, 0, 1, 0, 8))
+""")
+    parent = subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("busy*"))) < 2 and parent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(list(tmp_path.glob("busy*"))) == 2
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    with open(tmp_path / "lock") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "a worker still holds the lock"
+                time.sleep(0.05)

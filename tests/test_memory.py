@@ -36,7 +36,23 @@ def test_the_words_of_the_cpu_allocator_are_known():
         torch.empty(2**50)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN: no memory for a kernel's code
+    unsupported = "could not create a primitive descriptor for the matmul primitive. Run workload with environment variable"
+    assert not is_out_of_memory(RuntimeError(unsupported))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_reason_is_given_where_nothing_fits():
+    """So that what is no lack of memory after all can be seen."""
+
+    def fails(*batch):
+        raise RuntimeError("could not create a primitive")
+
+    with (
+        pytest.raises(FastrobustError, match=r"not even 1 fits \(could not create a primitive\): use a smaller model"),
+        memory.explained("a run", "batch_size", fails, IMAGES, LABELS),
+    ):
+        fails()
 
 
 def test_the_tensors_of_what_failed_are_gone_when_smaller_batches_are_tried():

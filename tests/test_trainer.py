@@ -748,7 +748,7 @@ def test_out_of_memory_names_a_batch_size_that_was_tried(config_of, begin, metho
 def test_out_of_memory_for_every_batch_size(config_of, begin):
     job = begin(config_of())
     job.train_step = hungry = Hungry(job, 0)
-    with pytest.raises(FastrobustError, match=r"not even 1 fits: use a smaller model"):
+    with pytest.raises(FastrobustError, match=r"not even 1 fits .*: use a smaller model"):
         job.train()
     assert hungry.tried == [20, 10, 5, 2, 1]
 

@@ -51,6 +51,16 @@ def corners(decider: Decider, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return tuple(decider.network.normalize(side).flatten() for side in sides)
 
 
+def scaled(around, points: torch.Tensor) -> torch.Tensor:
+    """Images (flat, normalised) as inputs of a reduced network."""
+    inputs = ((points - around.centre) / around.radius)[:, around.kept]
+    kept = torch.zeros(len(around.centre), dtype=torch.bool).index_fill_(0, around.kept, True)
+    back = around.images(inputs)
+    assert torch.allclose(back[:, kept], points[:, kept], rtol=0, atol=1e-12)
+    assert (back[:, ~kept] == around.centre[~kept]).all()
+    return inputs
+
+
 def inside(network, points: torch.Tensor) -> list[torch.Tensor]:
     """The inputs of every ReLU, slowly: N x values each."""
     found = []
@@ -133,6 +143,7 @@ def test_bounds_contain_sampled_points_and_are_never_looser_than_intervals(steps
 
 def rows_at(around, points: torch.Tensor) -> list[torch.Tensor]:
     """The inputs of the reduced network's ReLUs at points, layer after layer."""
+    points = scaled(around, points)
     known = torch.cat([points, torch.ones(len(points), 1, dtype=torch.float64)], 1)
     found = []
     for layer in around.layers:
@@ -151,7 +162,9 @@ def test_the_reduced_network_is_the_network_inside_its_box(seed):
     low, high = corners(decider, x)
     points = low + (high - low) * torch.rand(200, len(low), dtype=torch.float64)
     z = rows_at(bounder.reduced, points)
-    known = torch.cat([points, torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1)
+    known = torch.cat(
+        [scaled(bounder.reduced, points), torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1
+    )
     logits = decider.network(points.reshape(-1, *SHAPE))
     margins = logits[:, 1:2] - logits[:, [0, 2]]
     assert torch.allclose(known @ questions.T, margins, rtol=0, atol=1e-10)
@@ -221,7 +234,7 @@ def program(around, row: torch.Tensor, pattern=None) -> float:
         rows = [np.where(on[:, None], -z, z), np.where(on[:, None], r - z, r), np.where(on[:, None], z - r, -r)]
         limits = [np.where(on, one, -one), np.where(on, one, 0), np.where(on, -one, 0)]
         spans = [(None, None)] * count
-    box = list(zip(around.box[0].tolist(), around.box[1].tolist(), strict=True))
+    box = [(-1, 1)] * inputs
     cost = np.delete(row.numpy(), inputs)
     found = linprog(cost, np.vstack(rows), np.concatenate(limits), bounds=box + spans, method="highs")
     return found.fun + row[inputs].item() if found.status == 0 else np.inf
@@ -237,6 +250,67 @@ def test_optimised_slopes_reach_the_linear_program_and_never_pass_it(seed):
         exact = program(bounder.reduced, question)
         assert before <= after <= exact + 1e-9
         assert exact - after < 0.02 * max(1.0, exact - before.item())
+
+
+def partly_fixed(bounder, question: torch.Tensor, point: torch.Tensor, seed: int) -> bounds.Domains:
+    """A domain in which a third of the signs are fixed as they are at a point (1 x D), slopes and multipliers at random."""
+    generator = torch.Generator().manual_seed(seed)
+    domains = bounder.root(question[None])
+    signs = torch.cat(rows_at(bounder.reduced, bounder.reduced.images(point)), 1).sign().to(torch.int8)
+    domains.signs = signs * (torch.rand(signs.shape, generator=generator) < 1 / 3)
+    domains.low = torch.rand(signs.shape, generator=generator)
+    domains.push = torch.rand(signs.shape, generator=generator) * 0.1
+    return domains
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_relaxation_is_least_gives_its_value_and_its_slopes(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 0)
+    domains = partly_fixed(bounder, questions[0], torch.rand(1, bounder.reduced.inputs, dtype=torch.float64) * 2 - 1, seed)
+    double = lambda low: bounder.lines(domains.signs, domains.span, low, torch.float64)
+    low, push = domains.low.double(), domains.push.double()
+    value, coefficients, x = bounder.below(questions[:1], double(low), push)
+    known, z = bounder.point(double(low), coefficients, x)
+    assert value.item() == pytest.approx((known @ questions[0] - (push * domains.signs * z).sum(1)).item(), abs=1e-9)
+    by_low = coefficients.clamp(min=0) * z * (domains.signs == 0)
+    by_push = -domains.signs * z
+    change = lambda low, push: (bounder.below(questions[:1], double(low), push)[0] - value).item()
+    for j in range(len(bounder.reduced.lower)):
+        step = torch.zeros_like(low)
+        step[0, j] = 1e-7
+        assert change(low + step, push) == pytest.approx(by_low[0, j].item() * 1e-7, abs=1e-11)
+        assert change(low, push + step) == pytest.approx(by_push[0, j].item() * 1e-7, abs=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_renewed_in_a_domain_hold_wherever_its_row_is_small_there(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(seed % 3), 0)
+    around = bounder.reduced
+    points = torch.rand(20_000, around.inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    points[::2] = points[::2].sign()
+    z = rows_at(around, around.images(points))
+    ones = torch.ones(len(points), 1, dtype=torch.float64)
+    margins = torch.cat([points, ones, *(t.clamp(min=0) for t in z)], 1) @ questions[0]
+    least = margins.argmin()
+    tolerance = margins.sort().values[200].item()
+    for domains in (bounder.root(questions[:1]), partly_fixed(bounder, questions[0], points[least : least + 1], seed)):
+        renewed = bounder.rebound(domains, tolerance, 20)
+        here = ((torch.cat(z, 1) * domains.signs >= 0).all(1)) & (margins <= tolerance)
+        assert here.any() and renewed.bound.item() < torch.inf
+        mine = z[-1][here]
+        assert (mine >= renewed.span[0, 0]).all() and (mine <= renewed.span[0, 1]).all()
+        fixed = renewed.signs[:, bounder.last]
+        assert (mine * fixed >= 0).all() and (fixed * domains.signs[:, bounder.last] >= 0).all()
+        assert (renewed.span[0, 0] >= domains.span[0, 0]).all() and (renewed.span[0, 1] <= domains.span[0, 1]).all()
+
+
+def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds():
+    decider = Decider(tiny(0), SHAPE, 0.1)
+    least, bounder, questions = decider.margins(images(1)[0].float() / 255, torch.tensor(0), 20)
+    renewed = bounder.rebound(bounder.root(questions), least.min().item() - 5, 100)
+    assert (renewed.bound == torch.inf).any()
 
 
 # verdicts
@@ -259,14 +333,14 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         truth = "verified" if least > branch.TOLERANCE else "broken"
 
         def wrong(points, other=other):
-            logits = decider.network(points.reshape(-1, *SHAPE))
+            logits = decider.network(bounder.reduced.images(points).reshape(-1, *SHAPE))
             return logits[:, label] <= logits[:, other] + branch.TOLERANCE
 
-        kind, point, _ = branch.decide(bounder, question, time.monotonic() + 30, wrong)
-        if kind == "timeout":  # every sign is fixed, and what is left is a linear program: the last step's business
-            assert truth == "broken"
+        left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, wrong)
+        if left:  # every sign is fixed, and what is left is a linear program: the last step's business
+            assert truth == "broken" and left == [0] and point is None
         else:
-            assert {"verified": "verified", "falsified": "broken"}[kind] == truth
+            assert ("verified" if point is None else "broken") == truth
             assert point is None or wrong(point[None]).all()
         kind, point = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
         assert {"verified": "verified", "point": "broken"}[kind] == truth

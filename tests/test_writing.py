@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,13 @@ import pytest
 from conftest import photo
 from PIL import Image, ImageOps
 
+from endure.limits import small_disk
 from fastrobust.data import beton, records, shards, sources, writing
 from fastrobust.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = {"ffcv": beton.read, "webdataset": shards.read}
+KINDS_FILES = {"ffcv": "train_original.beton", "webdataset": "train_original-000.tar"}
 both = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -179,6 +182,21 @@ def test_ffcvs_writer_writes_the_same_tables(tmp_path, monkeypatch):
     assert a[end:] == b[header_b["allocations"] :]
 
 
+def test_the_index_says_what_ffcvs_tables_say(photos, tmp_path):
+    write("ffcv", photos, tmp_path, "--splits", "train", "--storage", "mixed")
+    found = beton.read(tmp_path, "train", "original")
+    content = found.files[0].read_bytes()
+    header = np.frombuffer(content, beton.HEADER, 1)[0]
+    samples = np.frombuffer(content, beton.SAMPLE, 37, beton.HEADER.itemsize + 2 * beton.FIELD.itemsize)
+    allocations = np.frombuffer(content, beton.ALLOCATION, 37, header["allocations"])
+    image = samples["image"]
+    pairs = {"offset": image["pointer"], "height": image["height"], "width": image["width"], "label": samples["label"]}
+    for name, column in (pairs | {"length": allocations["size"], "raw": image["mode"] == beton.RAW}).items():
+        assert getattr(found, name).tolist() == column.tolist(), name
+    parts = [content[start:][:length] for start, length in zip(found.offset, found.length, strict=True)]
+    assert found.crc.tolist() == [zlib.crc32(part) for part in parts]
+
+
 # ---- what goes wrong
 
 
@@ -269,6 +287,79 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path):
 
 
 @both
+def test_a_damaged_file_is_written_again(kind, photos, tmp_path, capsys):
+    write(kind, photos, tmp_path, "--splits", "train")
+    whole = files(tmp_path)
+    file = KINDS[kind](tmp_path, "train", "original").files[0]
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + b"x")
+    write(kind, photos, tmp_path, "--splits", "train")
+    assert f"{file} is damaged (its checksum differs from the manifest)" in capsys.readouterr().out
+    assert files(tmp_path) == whole
+
+
+class Malice:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def with_index(folder: Path, content: bytes) -> None:
+    """Put another index into prepared files, with all the checksums that belong to it."""
+    index, manifest = folder / "train_original.index.npy", folder / "train_original.json"
+    index.write_bytes(content)
+    facts = json.loads(manifest.read_text())
+    facts["files"][-1] = records.file_facts(index)
+    manifest.write_text(json.dumps(records.seal(facts)))
+
+
+@both
+def test_an_index_that_means_harm_is_refused(kind, photos, tmp_path):
+    """Pickled code is not run, and no native code is led out of the file or of a picture."""
+    write(kind, photos, tmp_path, "--splits", "train", "--storage", "raw")
+    rows = np.load(tmp_path / "train_original.index.npy")
+
+    def content(array, **options):
+        buffer = io.BytesIO()
+        np.save(buffer, array, **options)
+        return buffer.getvalue()
+
+    with_index(tmp_path, content(rows))
+    assert len(KINDS[kind](tmp_path, "train", "original")) == 37
+    marker = tmp_path / "marker"
+    harmful = content(np.array([Malice(marker)] * 37, object), allow_pickle=True)
+    np.load(io.BytesIO(harmful), allow_pickle=True)
+    assert marker.exists()  # it would do harm
+    marker.unlink()
+    with_index(tmp_path, harmful)
+    with pytest.raises(DataError, match=r"index\.npy is damaged"):
+        KINDS[kind](tmp_path, "train", "original")
+    assert not marker.exists()
+    size = (tmp_path / KINDS_FILES[kind]).stat().st_size
+    for name, value in (
+        ("offset", size), ("offset", -1), ("offset", 2**63 - 1), ("length", 2**62), ("length", 10), ("file", 1),
+        ("file", -1), ("height", 0), ("height", 2**31), ("width", 1000), ("label", 3), ("label", -1),
+    ):  # fmt: skip
+        changed = rows.copy()
+        changed[name][7] = value
+        with_index(tmp_path, content(changed))
+        with pytest.raises(DataError, match=r"index\.npy is damaged"):
+            KINDS[kind](tmp_path, "train", "original")
+
+
+@both
+def test_a_full_disk_is_named_and_nothing_is_left(kind, photos, tmp_path):
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        if disk is None:
+            pytest.skip("no file system may be mounted here")
+        with pytest.raises(DataError, match=r"disk/out cannot be written to: No space left on device"):
+            write(kind, photos, disk / "out", "--storage", "raw")
+        assert list((disk / "out").iterdir()) == []
+
+
+@both
 def test_a_dry_run_writes_nothing(kind, photos, tmp_path, capsys):
     write(kind, photos, tmp_path / "out", "--sizes", "48", "original", "--dry-run")
     shown = capsys.readouterr().out
@@ -298,7 +389,7 @@ def test_damaged_files_are_refused(kind, photos, tmp_path):
     with pytest.raises(DataError, match=r"write them with data_prep/write_"):
         other(tmp_path, "train", "original")
     text = manifest.read_text()
-    for spoilt in ("", "{}", "[]", text[:40], text.replace('"format": 1', '"format": 9')):
+    for spoilt in ("", "{}", "[]", text[:40], text.replace('"format": 2', '"format": 9'), text.replace('"a"', '"z"')):
         manifest.write_text(spoilt)
         with pytest.raises(DataError, match=r"train_original.json is damaged"):
             KINDS[kind](tmp_path, "train", "original")

@@ -6,11 +6,12 @@ ever when a worker dies. This writer takes encoded images one after the other, s
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fastrobust.data.records import Records, read_manifest
+from fastrobust.data import records
 from fastrobust.errors import DataError
 
 VERSION = 2
@@ -38,7 +39,8 @@ class BetonWriter:
         self.position = -(-start // PAGE) * PAGE
         self.file.seek(self.position)
 
-    def add(self, label: int, height: int, width: int, raw: bool, data: bytes) -> None:
+    def add(self, label: int, height: int, width: int, raw: bool, data: bytes) -> tuple[int, int, bytes]:
+        """(the number of the file, the offset and the bytes there) of an image stored as bare pixels or JPEG."""
         if len(data) > PAGE:
             raise DataError(f"it takes {len(data)} bytes, more than FFCV's page of {PAGE}: set --cap, or --storage jpeg")
         if self.position % PAGE + len(data) > PAGE:
@@ -47,8 +49,9 @@ class BetonWriter:
         self.samples[self.done] = ((RAW if raw else JPEG, width, height, self.position), label)
         self.sizes[self.done] = len(data)
         self.file.write(data)
-        self.position += len(data)
+        offset, self.position = self.position, self.position + len(data)
         self.done += 1
+        return 0, offset, data
 
     def close(self) -> list[Path]:
         samples = self.samples[: self.done]
@@ -68,33 +71,6 @@ class BetonWriter:
 
     def abandon(self) -> None:
         self.file.close()
-        self.path.unlink(missing_ok=True)
 
 
-def read(folder: Path, split: str, size) -> Records:
-    """What a manifest and its .beton file say about a split. Raises DataError."""
-    manifest = read_manifest(folder, split, size)
-    path = folder / manifest["files"][0]["name"]
-    if manifest["kind"] != "ffcv":
-        raise DataError(f"{folder} holds {manifest['kind']} files, not FFCV's: write them with data_prep/write_ffcv.py")
-    try:
-        with open(path, "rb") as file:
-            header = np.fromfile(file, HEADER, 1)[0]
-            fields = np.fromfile(file, FIELD, 2)
-            samples = np.fromfile(file, SAMPLE, header["samples"])
-            file.seek(header["allocations"])
-            allocations = np.fromfile(file, ALLOCATION, header["samples"])
-        pointers = samples["image"]["pointer"]
-        if header["version"] != VERSION or fields["type"].tolist() != [RGB_IMAGE, INT]:
-            raise ValueError("not written by fastrobust")
-        if not len(samples) == len(allocations) == manifest["count"] or (allocations["pointer"] != pointers).any():
-            raise ValueError("its tables contradict each other")
-    except (OSError, ValueError, IndexError, MemoryError) as error:
-        raise DataError(f"{path} is damaged ({error}): write it again") from None
-    image = samples["image"]
-    columns = (pointers, allocations["size"], image["height"], image["width"], samples["label"])
-    offset, length, height, width, label = (np.ascontiguousarray(column, np.int64) for column in columns)
-    file = np.zeros(len(label), np.int64)
-    return Records(
-        (path,), file, offset, length, height, width, image["mode"] == RAW, label, tuple(manifest["classes"]), manifest
-    )
+read = partial(records.read, "ffcv")

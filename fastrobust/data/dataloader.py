@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,19 +37,22 @@ class Torch(Loader):
     def decoded(self, jobs) -> Iterator[prefetch.Batch]:
         workers = min(self.workers, len(jobs)) if self.workers > 1 else 0
         options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
+        options |= {"worker_init_fn": DieWith(os.getpid())} if workers else {}
         pin, generator = self.device.type == "cuda", torch.Generator()  # its own: the default one is the training step's
         batches = DataLoader(_Batches(self, jobs), batch_size=None, pin_memory=pin, generator=generator, **options)
         yield from prefetch.on_device(self._explained(batches), self.device)
 
     def _explained(self, batches: DataLoader) -> Iterator[prefetch.Batch]:
         """The batches; what a worker died of becomes a DataError."""
-        iterator = iter(batches)
+        with quiet_deaths():
+            iterator = iter(batches)
         while True:
             try:
                 result = next(iterator)
             except StopIteration:
                 return
             except RuntimeError as error:
+                del iterator
                 raise DataError(f"a worker of the torch loader died ({first_line(error)}): is memory short?") from None
             if isinstance(result, DataError):
                 del iterator  # ends its workers; the error's traceback would keep them
@@ -83,6 +91,32 @@ class Torch(Loader):
         except Exception as error:  # a damaged image can raise anything
             file = self.data.files[int(self.data.file[i])]
             raise DataError(f"image {i} in {file} is damaged ({first_line(error)}): write the file again") from None
+
+
+@contextlib.contextmanager
+def quiet_deaths() -> Iterator[None]:
+    """Inside, torch may set its handler of SIGCHLD, which raises wherever the process is when a worker dies, in a training
+    step as in another DataLoader's work; afterwards it is gone. Waiting for a batch notices the death too, within 5 s."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+
+
+class DieWith:
+    """Called in a worker: it dies with its parent. torch's workers notice up to 5 s after their batch is done that they are
+    alone, and until then they hold what they inherited, the lock on the run too: `--resume` would be refused."""
+
+    SET_PDEATHSIG = 1  # of Linux's prctl
+
+    def __init__(self, parent: int):
+        self.parent = parent
+
+    def __call__(self, worker: int) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # another system: they notice in the end
+            ctypes.CDLL(None).prctl(self.SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self.parent:  # it died before it could be asked for
+            os._exit(1)
 
 
 class _Batches(Dataset):

@@ -127,9 +127,9 @@ def folder_members(folder: Path) -> list[Member]:
     return [Member(file.relative_to(folder).as_posix(), str(file), file.read_bytes) for file in files]
 
 
-def tar_members(path: Path) -> list[Member]:
-    """The files in a tar archive. A compressed archive is kept in memory; a plain one is read when needed."""
-    members = []
+def tar_members(path: Path, nested: bool = False) -> list[Member]:
+    """The files in a tar archive. With `nested`, the tars in it are folders, and the files are those in them. A compressed
+    archive is kept in memory; a plain one is read when needed."""
     with opened(path) as file:
         held = None
         if not isinstance(file, io.BufferedReader):
@@ -139,21 +139,34 @@ def tar_members(path: Path) -> list[Member]:
                 check_memory(held.tell(), f"{path}, uncompressed,")
             held.seek(0)
         source = held or file
-        with tarfile.open(fileobj=source, mode="r:") as archive:
-            for info in archive:
-                name = info.name.removeprefix("./")
-                where = f"{name} in {path}"
-                if info.isreg():
-                    read = partial(_read_at, held or path, info.offset_data, info.size)
-                    members.append(Member(name, where, read))
-                elif (info.islnk() or info.issym()) and is_image(name):
-                    raise DataError(f"{where} is a link: make the archive with `tar -h --hard-dereference`")
-            end = archive.offset
-        source.seek(end)
-        rest = source.read(1 << 20)
-        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):  # tarfile is silent about a damaged header
-            raise ValueError(f"no end-of-archive mark at byte {end}")
-    return members
+        found = _tar_entries(source, str(path))
+        if nested:
+            tars = [entry for entry in found if entry[0].endswith(".tar")]
+            inner = [(t, _tar_entries(source, f"{t[0]} in {path}", *t[1:])) for t in tars]
+            found = [(f"{t[0][:-4]}/{name}", *where) for t, entries in inner for name, *where in entries]
+    return [Member(name, f"{name} in {path}", partial(_read_at, held or path, *where)) for name, *where in found]
+
+
+def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None = None) -> list[tuple[str, int, int]]:
+    """(name, offset, size) of the files in the tar at `start`, which takes `size` bytes, or the rest of the source."""
+    entries = []
+    limit = math.inf if size is None else start + size
+    source.seek(start)
+    with tarfile.open(fileobj=source, mode="r:") as archive:
+        for info in archive:
+            name = info.name.removeprefix("./")
+            if info.isreg():
+                entries.append((name, info.offset_data, info.size))
+                if info.offset_data + info.size > limit:
+                    raise ValueError(f"{name} in {what} goes on after the end of that archive")
+            elif (info.islnk() or info.issym()) and is_image(name):
+                raise DataError(f"{name} in {what} is a link: make the archive with `tar -h --hard-dereference`")
+        end = archive.offset
+    source.seek(end)
+    rest = source.read(int(max(0, min(1 << 20, limit - end))))
+    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):  # tarfile is silent about a damaged header
+        raise ValueError(f"{what}: no end-of-archive mark at byte {end}")
+    return entries
 
 
 def _read_at(source: io.BytesIO | Path, offset: int, size: int) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastrobust.data import formats
+from fastrobust.data import formats, ilsvrc
 from fastrobust.errors import DataError
 
 
@@ -161,17 +161,19 @@ def list_images(dataset: str, split: str, path: str | Path | None = None, limit:
 
 
 class Pictures(NamedTuple):
-    """A split image by image: image(i) decodes number i (RGB), or raises DataError; where(i) names it."""
+    """A split image by image: image(i) decodes number i (RGB), or raises DataError; where(i) says which it is, and name(i)
+    is its file's name."""
 
     image: Callable[[int], Image.Image]
     where: Callable[[int], str]
+    name: Callable[[int], str]
     labels: np.ndarray
     classes: tuple[str, ...]
     source: str
 
     def checksum(self) -> str:
         """SHA-256 of the labels and of the names of classes and files; the images are not read."""
-        names = [self.where(i).rpartition("/")[2] for i in range(len(self.labels))]
+        names = [self.name(i) for i in range(len(self.labels))]
         return hashlib.sha256("\0".join([*self.classes, *names]).encode() + self.labels.tobytes()).hexdigest()
 
 
@@ -179,16 +181,19 @@ def pictures(dataset: str, split: str, path: str | Path | None = None, limit: in
     """One split of any data set, to be read one by one. Raises DataError."""
     if _facts(dataset).size is None:
         members, *facts = list_images(dataset, split, path, limit)
-        return Pictures(lambda i: formats.open_upright(members[i]), lambda i: members[i].where, *facts)
+        image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
+        return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *facts)
     data = load(dataset, split, path, limit=limit)
     pixels = data.images.permute(0, 2, 3, 1).numpy()
     pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
     image, where = (lambda i: Image.fromarray(pixels[i]).convert("RGB")), (lambda i: f"image {i} of {data.source}")
-    return Pictures(image, where, data.labels.numpy(), data.classes, data.source)
+    return Pictures(image, where, lambda i: str(i), data.labels.numpy(), data.classes, data.source)
 
 
 def _members(place: Path) -> tuple[list[formats.Member], str]:
     """All files of a folder or of its archives, and what to call their source."""
+    if official := ilsvrc.folder_of(place):
+        return list(ilsvrc.members(official)), str(official)
     archives = _archives(place)
     listings = [formats.tar_members(archive) for archive in archives] or [formats.folder_members(place)]
     return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place)

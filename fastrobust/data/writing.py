@@ -6,15 +6,18 @@ The command lines are data_prep/write_ffcv.py and data_prep/write_dali.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
 from PIL import Image
 
@@ -91,11 +94,12 @@ def write_split(
         return
     folder.mkdir(parents=True, exist_ok=True)
     for size in missing:
-        for left in sorted(folder.glob(f"{split}_{size}*.partial")):
+        for left in leftovers(folder, split, size):
             print(f"{left} was left by an interrupted write: starting over", flush=True)
             left.unlink()
     writers, skipped, total = [], [], len(source.labels)
     stems = [folder / f"{split}_{size}" for size in missing]
+    indices = [np.zeros(total, records.ROW) for _ in missing]
     try:
         for stem in stems:
             name = stem.with_name(f"{stem.name}.beton.partial") if kind == "ffcv" else stem
@@ -115,26 +119,48 @@ def write_split(
                     skipped.append(str(pictures))
                     bar.line(f"skipped: {pictures}")
                 else:
-                    for writer, picture in zip(writers, pictures, strict=True):
+                    label = int(source.labels[i])
+                    for writer, picture, index in zip(writers, pictures, indices, strict=True):
                         try:
-                            writer.add(int(source.labels[i]), *picture)
+                            file, offset, data = writer.add(label, *picture)
+                            shape = picture.height, picture.width, picture.raw
+                            row = (file, offset, len(data), *shape, label, zlib.crc32(data))
+                            index[i - len(skipped)] = row
                         except DataError as error:
                             raise DataError(f"{source.where(i)}: {error}") from None
                 bar.advance(1, "" if bar.due() else None)
         count = total - len(skipped)
         if not count:
             raise DataError(f"{source.source}: not one image of {split} is usable")
-        for size, writer in zip(missing, writers, strict=True):
-            files = [finish(path) for path in writer.close()]
+        for size, stem, writer, index in zip(missing, stems, writers, indices, strict=True):
+            paths = [*writer.close(), stem.with_name(f"{stem.name}.index.npy.partial")]
+            with open(paths[-1], "wb") as file:
+                np.save(file, index[:count])
+            files = [finish(path) for path in paths]
             manifest = facts | {"size": size, "count": count, "skipped": skipped}
             manifest |= {"files": files, "fastrobust": __version__, "pillow": PIL.__version__}
-            run.write_json(manifest_path(folder, split, size), manifest)
+            run.write_json(manifest_path(folder, split, size), records.seal(manifest))
             length = sum(file["bytes"] for file in files)
             print(f"{manifest_path(folder, split, size)}: {count} images, {length / 1e6:,.1f} MB", flush=True)
-    except BaseException:
+    except BaseException as error:
         for writer in writers:
-            writer.abandon()
+            with contextlib.suppress(OSError):  # a full disk is still full
+                writer.abandon()
+        for size in missing:
+            for left in leftovers(folder, split, size):
+                left.unlink()
+        if isinstance(error, OSError):  # what goes wrong with the source is a DataError
+            raise DataError(f"{folder} cannot be written to: {error.strerror or error}") from None
         raise
+
+
+def leftovers(folder: Path, split: str, size: Size) -> list[Path]:
+    """What is there of a split in a size that has no manifest: a killed process left it."""
+    if manifest_path(folder, split, size).exists():
+        return []
+    name = f"{split}_{size}"
+    patterns = [f"{name}[-.]*.partial", f"{name}.beton", f"{name}-*.tar", f"{name}.index.npy", f".{name}.json.*"]
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def finish(path: Path) -> dict[str, Any]:
@@ -153,6 +179,7 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
         return False
     try:
         manifest = read_manifest(folder, split, size)
+        records.verify(folder, manifest)
     except DataError as error:
         print(f"{error}: starting over", flush=True)
         path.unlink()

@@ -15,6 +15,11 @@ from torch import Tensor
 
 from fastrobust.verification.reduced import ROUNDING, Matrices, Reduced
 
+HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a bound far below ROUNDING
+
+
+ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
+
 
 def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The ReLU over [lower, upper] lies under slope * z + offset and over low * z: (slope, offset, low). For an unstable
@@ -26,15 +31,20 @@ def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass
 class Domains:
-    """N domains. rows: the question of each, float64 N x (D + 1 + U). signs: int8 N x U, +1 fixed active, -1 fixed inactive,
-    0 free. low, push: slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower
-    bounds found, float64 N."""
+    """N domains. rows: the question of each, float64 N x (D + 1 + U); target: its number, int64 N. signs: int8 N x U, +1
+    fixed active, -1 fixed inactive, 0 free. span: bounds on the inputs of the last layer's ReLUs that hold in the domain
+    wherever its row does not exceed the tolerance, float64 N x 2 x (size of that layer). low, push: slopes of the lower
+    lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64 N. depth: int64 N.
+    """
 
     rows: Tensor
+    target: Tensor
     signs: Tensor
+    span: Tensor
     low: Tensor
     push: Tensor
     bound: Tensor
+    depth: Tensor
 
     def __len__(self) -> int:
         return len(self.bound)
@@ -47,75 +57,169 @@ def join(*parts: Domains) -> Domains:
     return Domains(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Domains)))
 
 
+@dataclass
+class Lines:
+    """A ReLU over z lies under slope * z + offset and over low * z; N x U each. signs: as in Domains."""
+
+    slope: Tensor
+    offset: Tensor
+    low: Tensor
+    signs: Tensor
+
+
+class Adam:
+    """Ascent on one tensor in place (Kingma & Ba, 2015). Rows are independent of each other, as nothing is averaged."""
+
+    def __init__(self, parameter: Tensor):
+        self.parameter, self.mean, self.square, self.step = (
+            parameter,
+            torch.zeros_like(parameter),
+            torch.zeros_like(parameter),
+            0,
+        )
+
+    def climb(self, slope: Tensor, rate: float) -> None:
+        self.step += 1
+        self.mean.lerp_(slope, 0.1)
+        self.square.mul_(0.999).addcmul_(slope, slope, value=0.001)
+        size = self.square.sqrt().mul_((1 - 0.999**self.step) ** -0.5).add_(1e-8)
+        self.parameter.addcdiv_(self.mean, size, value=rate / (1 - 0.9**self.step))
+
+
 class Bounder:
     """Lower bounds of rows over the box of a reduced network."""
 
     def __init__(self, reduced: Reduced):
         self.reduced = reduced
+        self.last = reduced.layers[-1] if reduced.layers else slice(0, 0)
         self.tensors = {
-            dtype: tuple(t.to(dtype) for t in (reduced.weights, reduced.lower, reduced.upper, *reduced.box))
+            dtype: tuple(t.to(dtype) for t in (reduced.weights, reduced.lower, reduced.upper))
             for dtype in (torch.float32, torch.float64)
         }
 
-    def below(self, rows: Tensor, signs: Tensor, low: Tensor, push: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def lines(self, signs: Tensor, span: Tensor, low: Tensor, dtype: torch.dtype) -> Lines:
+        _, lower, upper = self.tensors[dtype]
+        count = len(signs)
+        before = slice(0, self.last.start)
+        low_z = torch.cat([lower[before].expand(count, -1), span[:, 0].to(dtype)], 1).masked_fill_(signs > 0, 0)
+        high_z = torch.cat([upper[before].expand(count, -1), span[:, 1].to(dtype)], 1).masked_fill_(signs < 0, 0)
+        slope, offset, fixed = relu_lines(low_z, high_z)
+        return Lines(slope, offset, torch.where(signs == 0, low.to(dtype), fixed), signs)
+
+    def below(self, rows: Tensor, lines: Lines, push: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(lower bounds, N; coefficients of the ReLUs' outputs, N x U; coefficients of the inputs, N x D), in the precision
-        of `rows`, differentiable in low and push."""
-        weights, lower, upper, x_low, x_high = self.tensors[rows.dtype]
-        lower = torch.where(signs > 0, 0, lower)
-        upper = torch.where(signs < 0, 0, upper)
-        slope, offset, line = relu_lines(lower, upper)
-        line = torch.where(signs == 0, low.to(rows.dtype), line)
-        pushes = -signs * push.to(rows.dtype)
+        of `rows`."""
+        weights, size = self.tensors[rows.dtype][0], lines.signs.shape[1]
         r = self.reduced.inputs + 1  # where the ReLUs begin
-        total, coefficients = 0, []
+        coefficients = rows[:, r:].clone()
+        passed = torch.empty_like(coefficients)  # what goes back through the inputs of the ReLUs
+        pushed = lines.signs * push.to(rows.dtype)
         for layer in reversed(self.reduced.layers):
-            mine = rows[:, r + layer.start : r + layer.stop]
-            coefficients.append(mine)
-            positive, negative = mine.clamp(min=0), mine.clamp(max=0)
-            total = total + (negative * offset[:, layer]).sum(1)
-            mine = positive * line[:, layer] + negative * slope[:, layer] + pushes[:, layer]
-            rows = rows + mine @ weights[layer]
-        x = rows[:, : r - 1]
-        total = total + rows[:, r - 1] + x.clamp(min=0) @ x_low + x.clamp(max=0) @ x_high
-        return total, torch.cat([*coefficients[::-1], rows[:, :0]], 1), x
+            mine = coefficients[:, layer]
+            if layer.stop < size:
+                mine += passed[:, layer.stop :] @ weights[layer.stop :, r + layer.start : r + layer.stop]
+            passed[:, layer] = mine * torch.where(mine > 0, lines.low[:, layer], lines.slope[:, layer]) - pushed[:, layer]
+        ends = torch.addmm(rows[:, :r], passed, weights[:, :r])
+        total = (coefficients.clamp(max=0) * lines.offset).sum(1) + ends[:, r - 1] - ends[:, : r - 1].abs().sum(1)
+        return total, coefficients, ends[:, : r - 1]
+
+    def point(self, lines: Lines, coefficients: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the relaxation behind such a bound is least: ([x, 1, r], N x (D + 1 + U); inputs of the ReLUs, N x U)."""
+        weights = self.tensors[x.dtype][0]
+        r = self.reduced.inputs + 1
+        known = x.new_empty(len(x), weights.shape[1])
+        known[:, : r - 1], known[:, r - 1] = -x.sign(), 1
+        z = torch.empty_like(coefficients)
+        for layer in self.reduced.layers:
+            mine = known[:, : r + layer.start] @ weights[layer, : r + layer.start].T
+            z[:, layer] = mine
+            above = torch.addcmul(lines.offset[:, layer], lines.slope[:, layer], mine)
+            known[:, r + layer.start : r + layer.stop] = torch.where(
+                coefficients[:, layer] > 0, lines.low[:, layer] * mine, above
+            )
+        return known, z
 
     def root(self, rows: Tensor) -> Domains:
         """One domain per row (N x (D + 1 + U)), nothing fixed."""
-        _, lower, upper, *_ = self.tensors[torch.float32]
-        low = relu_lines(lower, upper)[2].expand(len(rows), -1).contiguous()
+        _, lower, upper = self.tensors[torch.float32]
+        count = len(rows)
+        low = relu_lines(lower, upper)[2].expand(count, -1).contiguous()
         signs = torch.zeros_like(low, dtype=torch.int8)
-        return Domains(rows, signs, low, torch.zeros_like(low), torch.full((len(rows),), -torch.inf, dtype=torch.float64))
+        span = torch.stack([self.reduced.lower[self.last], self.reduced.upper[self.last]]).expand(count, -1, -1).contiguous()
+        bound = torch.full((count,), -torch.inf, dtype=torch.float64)
+        return Domains(
+            rows, torch.arange(count), signs, span, low, torch.zeros_like(low), bound, torch.zeros(count, dtype=torch.int64)
+        )
 
     def tighten(self, domains: Domains, steps: int, rate: float = 0.1, enough: float = torch.inf) -> Domains:
         """Optimise slopes and multipliers with Adam; what reaches `enough` needs no more. The better of the new bound, in
         double precision, and the old one is kept."""
-        rows, signs = domains.rows.float(), domains.signs
-        if steps == 0:
-            with torch.no_grad():
-                bound, *_ = self.below(domains.rows, signs, domains.low, domains.push)
-            return replace(domains, bound=torch.maximum(bound, domains.bound))
-        low, push = domains.low.clone().requires_grad_(), domains.push.clone().requires_grad_()
-        optimizer = torch.optim.Adam([{"params": [low]}, {"params": [push]}], lr=rate)
-        best, best_low, best_push = torch.full((len(domains),), -torch.inf), domains.low, domains.push
-        for step in range(steps + 1):
-            value, *_ = self.below(rows, signs, low, push)
-            better = value.detach() > best
-            best = torch.where(better, value.detach(), best)
-            best_low = torch.where(better[:, None], low.detach(), best_low)
-            best_push = torch.where(better[:, None], push.detach(), best_push)
-            if step == steps or (best > enough).all():
-                break
-            optimizer.zero_grad()
-            (-value.clamp(max=enough + 1).sum()).backward()
-            optimizer.step()
-            with torch.no_grad():
-                low.clamp_(0, 1)
-                push.clamp_(min=0)
-            for group in optimizer.param_groups:
-                group["lr"] *= 0.97
-        with torch.no_grad():
-            proved, *_ = self.below(domains.rows, signs, best_low, best_push)
-        return Domains(domains.rows, signs, best_low, best_push, torch.maximum(proved, domains.bound))
+        bound, low, push, _ = self.optimise(domains, None, steps, rate, enough)
+        return replace(domains, low=low, push=push, bound=torch.maximum(bound, domains.bound))
+
+    def optimise(
+        self, domains: Domains, given: Tensor | None, steps: int, rate: float, enough: float = torch.inf
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(bounds in double precision, slopes, multipliers, multipliers of what is given: N x 1). given: rows that are at
+        most 0 wherever the bound has to hold."""
+        rows, free = domains.rows.float(), domains.signs == 0
+        lines = self.lines(domains.signs, domains.span, domains.low, torch.float32)
+        parameters = [lines.low, domains.push.clone(), torch.zeros(len(rows), 1)]
+        best = [p.clone() for p in parameters]
+        if steps > 0:
+            extra = None if given is None else given.float()
+            least = torch.full((len(rows),), -torch.inf)
+            adam = [Adam(p) for p in (parameters if extra is not None else parameters[:2])]
+            for step in range(steps + 1):
+                asked = rows if extra is None else torch.addcmul(rows, parameters[2], extra)
+                value, coefficients, x = self.below(asked, lines, parameters[1])
+                better = value > least
+                least = torch.where(better, value, least)
+                if better.all():
+                    for old, new in zip(best, parameters, strict=True):
+                        old.copy_(new)
+                else:
+                    best = [torch.where(better[:, None], new, old) for old, new in zip(best, parameters, strict=True)]
+                if step == steps or (least > enough).all():
+                    break
+                known, z = self.point(lines, coefficients, x)
+                slopes = [coefficients.clamp_(min=0).mul_(z).mul_(free), z.mul_(-lines.signs)]
+                if extra is not None:
+                    slopes.append((known * extra).sum(1, keepdim=True))
+                for moving, slope, most in zip(adam, slopes, (1, torch.inf, HEAVIEST), strict=False):
+                    moving.climb(slope, rate * 0.97**step)
+                    moving.parameter.clamp_(0, most)
+                lines.low[...] = torch.where(free, lines.low, best[0])
+        asked = domains.rows if given is None else domains.rows + best[2].double() * given
+        lines = self.lines(domains.signs, domains.span, best[0], torch.float64)
+        return (self.below(asked, lines, best[1])[0], *best)
+
+    def rebound(self, domains: Domains, tolerance: float, steps: int, rate: float = 0.1) -> Domains:
+        """Bounds on the inputs of the last layer's ReLUs, for each domain where its row is at most `tolerance`: nothing else
+        matters for the question whether there is such a place (Kotha et al., 2023). A domain without one gets the bound
+        infinity."""
+        size = self.last.stop - self.last.start
+        parts = torch.arange(len(domains)).split(max(1, ROWS // max(1, 2 * size)))
+        return join(*(self._rebound(domains.take(part), tolerance, steps, rate) for part in parts))
+
+    def _rebound(self, domains: Domains, tolerance: float, steps: int, rate: float) -> Domains:
+        owner, place = (domains.signs[:, self.last] == 0).nonzero(as_tuple=True)
+        z = self.reduced.weights[self.last][place]
+        given = domains.rows.clone()
+        given[:, self.reduced.inputs] -= tolerance
+        given = given[owner].repeat(2, 1)
+        found, *_, weight = self.optimise(
+            replace(domains.take(owner.repeat(2)), rows=torch.cat([z, -z])), given, steps, rate
+        )
+        found -= ROUNDING * (1 + weight[:, 0].double())
+        span, signs = domains.span.clone(), domains.signs.clone()
+        span[owner, 0, place] = torch.maximum(span[owner, 0, place], found[: len(owner)])
+        span[owner, 1, place] = torch.minimum(span[owner, 1, place], -found[len(owner) :])
+        free = signs[:, self.last] == 0
+        signs[:, self.last][free & (span[:, 0] >= 0)] = 1
+        signs[:, self.last][free & (span[:, 1] <= 0)] = -1
+        empty = (free & (span[:, 0] > span[:, 1])).any(1)
+        return replace(domains, span=span, signs=signs, bound=torch.where(empty, torch.inf, domains.bound))
 
 
 def surround(matrices: Matrices, box: tuple[Tensor, Tensor], steps: int = 0) -> Reduced:

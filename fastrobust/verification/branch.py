@@ -9,34 +9,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastrobust.verification.bounds import Bounder, Domains, join, relu_lines
+from fastrobust.verification.bounds import Bounder, Domains, Lines, join
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
 
 
-@torch.no_grad()
 def split(bounder: Bounder, domains: Domains, candidates: int) -> tuple[Tensor, Tensor]:
     """(for every domain the ReLU to fix next, or -1 where none is free; the corners of the box where the relaxations are
     least, N x D). The ReLUs whose triangles cost a bound most are candidates; both children of each are tried with
     the slopes of their parent (filtered smart branching, De Palma et al., 2021)."""
     rows, everyone = domains.rows.float(), torch.arange(len(domains))
-    _, coefficients, x = bounder.below(rows, domains.signs, domains.low, domains.push)
-    corners = torch.where(x > 0, *bounder.reduced.box)
-    _, lower, upper, *_ = bounder.tensors[torch.float32]
-    _, offset, _ = relu_lines(lower, upper)
-    cost = torch.where(domains.signs == 0, -coefficients.clamp(max=0) * offset, -1)
+    lines = bounder.lines(domains.signs, domains.span, domains.low, torch.float32)
+    value, coefficients, x = bounder.below(rows, lines, domains.push)
+    cost = torch.where(domains.signs == 0, -coefficients.clamp(max=0) * lines.offset, -1)
     gains, picks = [], []
     for layer in bounder.reduced.layers:
         cost_here, index = cost[:, layer].topk(min(candidates, layer.stop - layer.start), dim=1)
         for j in range(index.shape[1]):
             pick = index[:, j] + layer.start
-            least = torch.full((len(domains),), torch.inf)
-            for sign in (1, -1):
-                signs = domains.signs.clone()
-                signs[everyone, pick] = sign
-                least = torch.minimum(least, bounder.below(rows, signs, domains.low, domains.push)[0])
-            gains.append(torch.where(cost_here[:, j] >= 0, least + 1e-4 * cost_here[:, j], -torch.inf))
+            fixed = Lines(lines.slope.clone(), lines.offset.clone(), lines.low.clone(), domains.signs)
+            fixed.offset[everyone, pick] = 0
+            rises = []
+            for slope in (1, 0):
+                fixed.slope[everyone, pick] = fixed.low[everyone, pick] = slope
+                # no child is worse than its parent, and more than enough is no better than enough
+                rise = bounder.below(rows, fixed, domains.push)[0] - value
+                rises.append(torch.minimum(rise, -value + TOLERANCE).clamp(min=0))
+            gain = torch.minimum(*rises) + 0.2 * torch.maximum(*rises) + 0.01 * cost_here[:, j]
+            gains.append(torch.where(cost_here[:, j] >= 0, gain, -torch.inf))
             picks.append(pick)
+    corners = -x.sign().double()
     if not gains:
         return torch.full((len(domains),), -1), corners
     best = torch.stack(gains, 1).max(1)
@@ -49,12 +51,13 @@ def children(domains: Domains, pick: Tensor) -> Domains:
     count, everyone = len(domains), torch.arange(len(domains))
     pair.signs[everyone, pick] = 1
     pair.signs[everyone + count, pick] = -1
+    pair.depth += 1
     return pair
 
 
 def decide(
     bounder: Bounder,
-    row: Tensor,
+    rows: Tensor,
     deadline: float,
     broken: Callable[[Tensor], Tensor],
     *,
@@ -62,27 +65,40 @@ def decide(
     first_steps: int = 40,
     steps: int = 10,
     candidates: int = 3,
+    anew: tuple[int, ...] = (0, 2, 4, 6),
     limit: int = 500_000,
-) -> tuple[str, Tensor | None, int]:
-    """Is row . [x, 1, r] > TOLERANCE everywhere? ("verified" | "falsified" | "timeout", an adversarial input if found,
-    domains visited). `broken` says of inputs (N x D, normalised pixels) whether they are adversarial; the deadline is one of
-    time.monotonic()."""
-    open_ = bounder.tighten(bounder.root(row[None]), first_steps, enough=2 * TOLERANCE)
-    visited = 1
+) -> tuple[list[int], Tensor | None, int]:
+    """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
+    adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
+    deadline is one of time.monotonic(). The last layer is bounded anew at the levels
+    `anew` of the trees."""
+    open_ = bounder.tighten(bounder.root(rows), first_steps, enough=2 * TOLERANCE)
+    visited, stuck = len(open_), set()
     while True:
         open_ = open_.take((open_.bound <= TOLERANCE).nonzero()[:, 0])
-        if not len(open_):
-            return "verified", None, visited
-        if time.monotonic() > deadline or visited > limit:
-            return "timeout", None, visited
+        if not len(open_) or time.monotonic() > deadline or visited > limit:
+            return sorted(stuck | set(open_.target.tolist())), None, visited
         order = open_.bound.argsort()
         worst, open_ = open_.take(order[:batch]), open_.take(order[batch:])
+        renew = torch.isin(worst.depth, torch.tensor(anew))
+        if renew.any():
+            deep = bounder.rebound(worst.take(renew), TOLERANCE, steps)
+            deep = bounder.tighten(deep, steps, rate=0.05, enough=2 * TOLERANCE)
+            worst = join(worst.take(~renew), deep)
+            worst = worst.take(worst.bound <= TOLERANCE)
+            if not len(worst):
+                continue
         pick, corners = split(bounder, worst, candidates)
         hit = broken(corners)
         if hit.any():
-            return "falsified", corners[hit][0], visited
-        if (pick < 0).any():  # every sign is fixed, and the bound still fails
-            return "timeout", None, visited
+            return [], corners[hit][0], visited
+        if (pick < 0).any():  # every sign is fixed, and the bound still fails: not a question of signs any more
+            stuck |= set(worst.target[pick < 0].tolist())
+            going = torch.tensor([target not in stuck for target in worst.target.tolist()])
+            worst, pick = worst.take(going), pick[going]
+            open_ = open_.take(torch.tensor([target not in stuck for target in open_.target.tolist()], dtype=torch.bool))
+            if not len(worst):
+                continue
         fresh = bounder.tighten(children(worst, pick), steps, rate=0.05, enough=2 * TOLERANCE)
         visited += len(fresh)
         open_ = join(open_, fresh)

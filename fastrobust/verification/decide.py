@@ -147,7 +147,7 @@ class Decider:
             return verdict("falsified", "attack", witness=points[broken][0])
 
         def points_of(corners: Tensor) -> Tensor:
-            pixels = corners.reshape(-1, *self.shape) * self.network.std + self.network.mean
+            pixels = bounder.reduced.images(corners).reshape(-1, *self.shape) * self.network.std + self.network.mean
             inner = x.to(DTYPE) + (pixels - x.to(DTYPE)).clamp(-self.epsilon * INSIDE, self.epsilon * INSIDE)
             return inner.clamp(0, 1).float()
 
@@ -155,19 +155,17 @@ class Decider:
             points = points_of(corners)
             return self.confirmed(x, label.expand(len(points)), points)
 
-        domains, by = 0, "optimised bounds"
-        for target in todo[first[todo].argsort()].tolist():  # the hardest first
-            now = time.monotonic()
-            kind, corner, visited = branch.decide(bounder, questions[target], now + 0.75 * (deadline - now), adversarial)
-            domains, by = domains + visited, "branch and bound"
-            if kind == "timeout":
-                by = "mixed-integer program"
-                left = deadline - time.monotonic()
-                kind, corner = milp.decide(bounder.reduced, questions[target], branch.TOLERANCE, left)
-                if kind == "point":  # counts only if a forward pass agrees
-                    kind = "falsified" if adversarial(corner[None]).item() else "timeout"
-            if kind == "falsified":
-                return verdict("falsified", by, domains, points_of(corner[None])[0])
-            if kind == "timeout":
-                return verdict("timeout", by, domains)
-        return verdict("verified", by, domains)
+        now = time.monotonic()
+        branching = now + 0.9 * (deadline - now)
+        left, corner, domains = branch.decide(bounder, questions[todo], branching, adversarial)
+        if corner is not None:
+            return verdict("falsified", "branch and bound", domains, points_of(corner[None])[0])
+        for target in todo[left].tolist():
+            if time.monotonic() > deadline:
+                return verdict("timeout", "branch and bound", domains)
+            kind, corner = milp.decide(bounder.reduced, questions[target], branch.TOLERANCE, deadline - time.monotonic())
+            if kind == "point" and adversarial(corner[None]).item():  # counts only if a forward pass agrees
+                return verdict("falsified", "mixed-integer program", domains, points_of(corner[None])[0])
+            if kind != "verified":
+                return verdict("timeout", "mixed-integer program", domains)
+        return verdict("verified", "mixed-integer program" if left else "branch and bound", domains)

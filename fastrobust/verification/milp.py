@@ -27,7 +27,7 @@ def decide(reduced: Reduced, row: Tensor, tolerance: float, seconds: float) -> t
     )  # (coefficients of [x, r], constants)
     (weights, shift), (row, constant) = part(reduced.weights), part(row)
     low, high = reduced.lower.numpy(), reduced.upper.numpy()
-    x_low, x_high = (side.numpy() for side in reduced.box)
+    ones = np.ones(inputs)
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
     nothing = sparse.csr_array((count, inputs))
     diagonal = lambda values: sparse.dia_array((values[None], [0]), shape=(count, count))
@@ -44,8 +44,8 @@ def decide(reduced: Reduced, row: Tensor, tolerance: float, seconds: float) -> t
     lp = highspy.HighsLp()
     lp.num_row_, lp.num_col_ = matrix.shape
     lp.col_cost_, lp.offset_ = objective, float(constant)
-    lp.col_lower_ = np.concatenate([x_low, np.zeros(count), low, np.zeros(count)])
-    lp.col_upper_ = np.concatenate([x_high, high, high, np.ones(count)])
+    lp.col_lower_ = np.concatenate([-ones, np.zeros(count), low, np.zeros(count)])
+    lp.col_upper_ = np.concatenate([ones, high, high, np.ones(count)])
     lp.row_lower_ = np.concatenate([*(b[1] for b in blocks), [-np.inf]])
     lp.row_upper_ = np.concatenate([*(b[2] for b in blocks), [tolerance - constant]])
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise

@@ -1,9 +1,9 @@
 """The network around one image, with only the ReLUs that may change sign in its box: all else is affine there.
 
-With x the D inputs and r the outputs of those ReLUs (U of them, layer after layer), the inputs of the ReLUs are
-z = weights @ [x, 1, r], where a ReLU sees only those of the layers before its own. A question about the box is a row of
-D + 1 + U numbers: is row . [x, 1, r] > 0 everywhere? For a network trained against an adversary U is a few hundred
-where the network has thousands, and everything after this point costs accordingly less.
+With x the D inputs that matter, each scaled to [-1, 1], and r the outputs of those ReLUs (U of them, layer after layer),
+the inputs of the ReLUs are z = weights @ [x, 1, r], where a ReLU sees only those of the layers before its own. A question
+about the box is a row of D + 1 + U numbers: is row . [x, 1, r] > 0 everywhere? For a network trained against an adversary
+U is a few hundred where the network has thousands, and everything after this point costs accordingly less.
 """
 
 from __future__ import annotations
@@ -44,26 +44,37 @@ class Matrices:
 @dataclass(frozen=True)
 class Reduced:
     """weights: float64 U x (D + 1 + U). lower, upper: bounds on z, U. layers: slices of 0..U, one per ReLU layer so far.
-    box: lower and upper ends of the inputs, D each. outputs: of the last layer so far, all n, as n x (D + 1 + U)."""
+    centre, radius: of the box, one for each value of the image; kept: which of these anything still depends on, D.
+    outputs: of the last layer so far, all n, as n x (D + 1 + U)."""
 
     weights: Tensor
     lower: Tensor
     upper: Tensor
     layers: tuple[slice, ...]
-    box: tuple[Tensor, Tensor]
+    centre: Tensor
+    radius: Tensor
+    kept: Tensor
     outputs: sparse.csr_array
 
     @staticmethod
     def start(box: tuple[Tensor, Tensor]) -> Reduced:
-        inputs = len(box[0])
-        empty = torch.zeros(0, dtype=DTYPE)
-        return Reduced(
-            empty.reshape(0, inputs + 1), empty, empty, (), box, sparse.eye_array(inputs, inputs + 1, format="csr")
+        """The box itself, from its lower and its upper ends."""
+        centre, radius = (box[1] + box[0]) / 2, (box[1] - box[0]) / 2
+        empty, count = torch.zeros(0, dtype=DTYPE), len(centre)
+        outputs = sparse.hstack(
+            [sparse.diags_array(radius.numpy()), sparse.csr_array(centre.numpy()[:, None])], format="csr"
         )
+        return Reduced(empty.reshape(0, count + 1), empty, empty, (), centre, radius, torch.arange(count), outputs)
 
     @property
     def inputs(self) -> int:
-        return len(self.box[0])
+        return len(self.kept)
+
+    def images(self, x: Tensor) -> Tensor:
+        """The values of the image (N x all) at inputs (N x D)."""
+        full = self.centre.repeat(len(x), 1)
+        full[:, self.kept] += self.radius[self.kept] * x
+        return full
 
     def after(self, weight, shift: np.ndarray) -> sparse.csr_array:
         """weight @ outputs + shift as rows over [x, 1, r]."""
@@ -78,12 +89,18 @@ class Reduced:
         active = sparse.dia_array(((lower >= 0).astype(float)[None], [0]), shape=(len(lower), len(lower))) @ z
         active.resize((len(lower), width))
         place = (unstable, z.shape[1] + np.arange(fresh))
+        outputs = (active + sparse.csr_array((np.ones(fresh), place), shape=(len(lower), width))).tocsr()
         join = lambda old, new: torch.cat([old, torch.from_numpy(new)])
+        weights = torch.nn.functional.pad(join(self.weights, z[unstable].toarray()), (0, fresh))
+        used = (weights != 0).any(0).numpy() | (abs(outputs).sum(0) > 0)
+        used[self.inputs :] = True
         return Reduced(
-            torch.nn.functional.pad(join(self.weights, z[unstable].toarray()), (0, fresh)),
+            weights[:, torch.from_numpy(used)].contiguous(),
             join(self.lower, lower[unstable]),
             join(self.upper, upper[unstable]),
             (*self.layers, slice(begun, begun + fresh)),
-            self.box,
-            (active + sparse.csr_array((np.ones(fresh), place), shape=(len(lower), width))).tocsr(),
+            self.centre,
+            self.radius,
+            self.kept[torch.from_numpy(used[: self.inputs])],
+            outputs[:, np.flatnonzero(used)],
         )
