@@ -29,9 +29,10 @@ def pack(job) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
             tensors[f"learner.sums.{name}"].fill_(total)
         own = _generators(job) | {f"learner.model.{name}": t.cpu() for name, t in job.learner.model.named_buffers()}
-        own["delta"] = job.delta.cpu()
+        if job.keeps_delta:
+            own["delta"] = job.delta.cpu()
         every = world.gather(own)
-        tensors["delta"] = torch.cat([part.pop("delta") for part in every])
+        tensors["delta"] = torch.cat([part.pop("delta", job.delta.cpu()) for part in every])
         tensors |= {f"rank{r}.{name}": t for r, part in enumerate(every) if r for name, t in part.items()}
     return tensors, {
         "format": 2,

@@ -15,7 +15,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +25,14 @@ from fastrobust.interrupt import RESUME_ME, Stop
 
 Value = TypeVar("Value")
 PATIENCE = timedelta(minutes=30)  # for one process to wait for another: an evaluation's shares may be that uneven
+
+
+class Lost(FastrobustError):
+    """Another process has ended. `status` is the exit status that says that the run can be resumed."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(f"another process was lost ({first_line(error)[:200]}); a run goes on with --resume")
+        self.status = RESUME_ME
 
 
 class AlreadySaid(FastrobustError):
@@ -48,7 +55,7 @@ class World:
     def first(self, action: Callable[[], Value]) -> Value:
         """What `action` returns in process 0, which alone runs it, in every process. Its FastrobustError is raised there,
         and AlreadySaid in the others."""
-        if not self.joined:
+        if self.size == 1:
             return action()
         outcome: list[Any] = [None, None]
         raised = None
@@ -66,7 +73,7 @@ class World:
 
     def gather(self, value: Value) -> list[Value]:
         """The value of every process, by rank, in every process."""
-        if not self.joined:
+        if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(values, value)
@@ -92,18 +99,6 @@ class World:
         yield
         if needed and not self.local:
             self.gather(None)
-
-    @contextlib.contextmanager
-    def watched(self, run: Path) -> Iterator[None]:
-        """Turns the loss of another process, which shows as an error of communication, into one line."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not self.joined or not is_lost(error):
-                raise
-            lost = FastrobustError(f"another process was lost ({first_line(error)[:200]}); go on with --resume {run}")
-            lost.status = RESUME_ME
-            raise lost from None
 
 
 ALONE = World()
@@ -137,7 +132,8 @@ def restarted() -> bool:
 @contextlib.contextmanager
 def joined(name: str) -> Iterator[tuple[World, torch.device]]:
     """Inside, this process is part of its world. Gives the world and the device that the config's `device: name` stands for
-    in this process: with torchrun each has a GPU of its own."""
+    in this process: with torchrun each has a GPU of its own. The end of another process, which shows as an error of
+    communication, is raised as Lost."""
     world = from_environment()
     device = pick_device(name, world)
     if not world.joined:
@@ -166,6 +162,10 @@ def joined(name: str) -> Iterator[tuple[World, torch.device]]:
         elif world.rank:
             error.args = (f"process {world.rank} of {world.size}: {error}",)
         raise
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise Lost(error) from None
     finally:
         if world.rank:
             sys.stdout.close()

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     from fastrobust import distributed
 
-    with distributed.joined(arguments.device) as (world, device), world.watched(Path(arguments.run)):
+    with distributed.joined(arguments.device) as (world, device):
         return evaluate_in(world, device, arguments)
 
 

@@ -25,7 +25,8 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     console = Console(highlight=False)
     console.print(config.to_yaml(), markup=False, soft_wrap=True)
     job = trainer.Trainer(config, Path(config.output) / config.name, device, world=world)
-    test = test_set(config, config.evaluation.limit)
+    with world.one_after_the_other(config.data.download):
+        test = test_set(config, config.evaluation.limit)
     schedule = schedules.from_config(config.schedule, config.epochs)
     table = Table("phase", "epochs", "passes", "images", "batch", "steps", "seconds/step", "time")
     total, begun, rates = 0.0, 0, []

@@ -7,6 +7,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastrobust import config as config_module
@@ -61,7 +62,7 @@ def begin(config, world, device, dry_run: bool) -> int:
     if world.first((directory / run.CONFIG).exists):
         if distributed.restarted():
             return go_on(directory, config, world, device)
-        world.first(lambda: run.create(config) and None)  # says so, before any data is read
+        world.first(lambda: run.create(config))  # says so, before any data is read
     together = f", {world.size} processes" if world.size > 1 else ""
     print(
         f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}", flush=True
@@ -69,16 +70,19 @@ def begin(config, world, device, dry_run: bool) -> int:
     job = trainer.Trainer(config, directory, device, world=world)
     if job.loader_name != "resident" or config.loader != "auto":
         print(f"loader: {job.loader_name}, {len(job.loader)} images", flush=True)
-    with contextlib.ExitStack() as held:
-        world.first(lambda: run.create(config) and hold(held, directory))
-        with interrupt.resumable(directory), world.watched(directory):
-            return finish(job)
+    world.first(lambda: run.create(config))
+    with held(directory, world), interrupt.resumable(directory):
+        return finish(job)
 
 
-def hold(held: contextlib.ExitStack, directory: Path) -> None:
+@contextlib.contextmanager
+def held(directory: Path, world) -> Iterator[None]:
+    """`run.held`, by the first process for all."""
     from fastrobust import run
 
-    held.enter_context(run.held(directory))
+    with contextlib.ExitStack() as stack:
+        world.first(lambda: stack.enter_context(run.held(directory)))  # which gives None
+        yield
 
 
 def resume(arguments: argparse.Namespace) -> int:
@@ -114,17 +118,15 @@ def go_on(directory: Path, config, world, device) -> int:
     """Train an unfinished run to its end, from its last checkpoint."""
     from fastrobust import run, trainer
 
-    with contextlib.ExitStack() as held:
-        world.first(lambda: hold(held, directory))
-        with interrupt.resumable(directory), world.watched(directory):
-            stored = world.first(lambda: run.load_checkpoint(directory))
-            job = trainer.Trainer(config, directory, device, world=world)
-            if stored is None:
-                print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
-            else:
-                job.restore(*stored)
-                print(f"{directory}: going on after {job.learner.updates.item()} updates", flush=True)
-            return finish(job)
+    with held(directory, world), interrupt.resumable(directory):
+        stored = world.first(lambda: run.load_checkpoint(directory))
+        job = trainer.Trainer(config, directory, device, world=world)
+        if stored is None:
+            print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
+        else:
+            job.restore(*stored)
+            print(f"{directory}: going on after {job.learner.updates.item()} updates", flush=True)
+        return finish(job)
 
 
 def finish(job) -> int:
@@ -137,7 +139,8 @@ def finish(job) -> int:
     model = job.learner.model.eval()
     world.first(lambda: run.save_weights(directory, model, config, job.loader.classes))
     settings = config.evaluation
-    test = loaders.test_set(config, settings.limit)
+    with world.one_after_the_other(config.data.download):
+        test = loaders.test_set(config, settings.limit)
     began = time.monotonic()
     evaluations = [
         evaluation.evaluate(

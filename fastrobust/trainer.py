@@ -24,7 +24,7 @@ from fastrobust.progress import Progress, duration
 from fastrobust.schema import Config
 
 CHECKPOINT_SECONDS = 600  # the most work, about, that a kill can cost: long epochs are saved in their middle too
-AGREE_EVERY = 16  # steps after which several processes agree whether to stop or save; each alone decides after every step
+AGREE_EVERY = 16  # steps after which processes agree whether to stop or save; without torchrun one decides after every step
 
 
 def check_model(model: nn.Module, config: Config, channels: int) -> None:
@@ -286,8 +286,8 @@ class Trainer:
 
     def _agree(self, step: int = 0) -> bool:
         """Whether all processes should write a checkpoint now: one of them got a signal, which is noted, or the last one is
-        long ago. Several processes ask each other at some steps only; this does not wait for a GPU."""
-        if self.world.size > 1 and step % AGREE_EVERY:
+        long ago. Under torchrun they ask each other at some steps only; this does not wait for a GPU."""
+        if self.world.joined and step % AGREE_EVERY:
             return False
         found = self.world.gather((self.asked, time.monotonic() - self.saved > CHECKPOINT_SECONDS))
         self.signum = next((asked for asked, _ in found if asked is not None), None)

@@ -19,6 +19,7 @@ from endure import child
 from endure.ranks import together
 from fastrobust import config as config_module
 from fastrobust import distributed, evaluate, results, run, train
+from fastrobust.cli import main_with_errors
 from fastrobust.data.augment import to_unit
 from fastrobust.trainer import Trainer
 
@@ -236,6 +237,24 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_the_same_bits(q
     assert "Traceback" not in processes[0].output
     assert ended_well(together(tmp_path, main, "--resume", str(directory)))
     assert same_bits(directory, expected)
+
+
+def vanish() -> int:
+    """Process 1 dies where nothing is trained yet."""
+
+    def command() -> int:
+        with distributed.joined("cpu") as (world, _):
+            if world.rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            world.gather(None)
+        return 0
+
+    return main_with_errors(command)
+
+
+def test_a_process_that_is_lost_before_training_is_one_line_too(tmp_path):
+    first, _ = together(tmp_path, vanish, limit=60)
+    assert first.status == 75 and len(first.output.splitlines()) == 1 and "another process was lost" in first.output
 
 
 def test_a_run_goes_on_with_another_number_of_processes(quick, tmp_path, capfd):

@@ -8,6 +8,7 @@ order and the same boxes out of them.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class Jobs:
         return Job(self.order.take(start, stop).numpy(), (self.seed, self.phase, start) if self.crops else None, self.flip)
 
 
-class Loader:
+class Loader(ABC):
     """Args: labels int64 N; resolution of the batches; a config's `data.augment`, or None for the test images; `workers`
     threads or processes. Of `world` processes this is number `rank`. Subclasses decode."""
 
@@ -81,8 +82,9 @@ class Loader:
         """Batches `first` to `last` - 1 of a phase. batch_size is that of all processes together, B = batch_size / world."""
         return self.decoded(Jobs(self, seed, phase, batch_size, first, last))
 
+    @abstractmethod
     def decoded(self, jobs) -> Iterator[prefetch.Batch]:
-        raise NotImplementedError
+        """The batches of these jobs, in order."""
 
     def in_order(self, batch_size: int = 256) -> ImageSet:
         """All images, in order, in memory: the squares in their middles at the loader's resolution."""
