@@ -11,6 +11,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from trainer_runs import CPU, SMALL
+
+from fastrobust import config as config_module
+from fastrobust import run
+from fastrobust.trainer import Trainer
 
 torch.set_num_threads(1)  # the models here are too small to gain from more
 
@@ -146,3 +151,39 @@ def finished_run(tmp_path_factory, config_file) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     assert train.main([str(config_file(folder))]) == 0
     return folder / "runs" / "bars"
+
+
+@pytest.fixture
+def config_of(settings, few_bars, tmp_path):
+    """config_of(**changes) -> Config of a small run; see `settings`. `phases__0__epochs` reaches into the list."""
+
+    def make(**changes):
+        epochs = changes.pop("phases__0__epochs", None)
+        made = settings(tmp_path, **({"data__path": str(few_bars)} | SMALL | changes))
+        if epochs is not None:
+            made["phases"][0]["epochs"] = epochs
+        return config_module.parse(made, "test")
+
+    return make
+
+
+@pytest.fixture
+def begin(tmp_path):
+    """begin(config, name) -> a Trainer whose files go to a folder of that name."""
+
+    def make(config, name="run"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        return Trainer(config, tmp_path / name, CPU)
+
+    return make
+
+
+@pytest.fixture
+def resume(begin):
+    def make(config, name="run"):
+        torch.manual_seed(987)  # whatever the state of the generator is
+        job = begin(config, name)
+        job.restore(*run.load_checkpoint(job.directory))
+        return job
+
+    return make

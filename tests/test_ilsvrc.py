@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import photo
-from test_sources import tar_bytes, write_files
+from data_files import tar_bytes, write_files
 
 from fastrobust.data import ilsvrc, sources, writing
 from fastrobust.errors import DataError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_loaders import need
-from test_trainer import assert_same_end, before_step, crash, stop_at
+from trainer_runs import assert_same_end, before_step, crash, stop_at
 
 from fastrobust import config as config_module
 from fastrobust import run
