@@ -98,9 +98,11 @@ def quiet_deaths() -> Iterator[None]:
     """Inside, torch may set its handler of SIGCHLD, which raises wherever the process is when a worker dies, in a training
     step as in another DataLoader's work; afterwards it is gone. Waiting for a batch notices the death too, within 5 s."""
     before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
 
 
 class DieWith:
