@@ -44,7 +44,7 @@ def plot(points: list[dict], title: str, file: Path) -> None:
 
 def main() -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.verification", description=__doc__.splitlines()[0])
-    p.add_argument("run", type=Path)
+    p.add_argument("run", type=Path, help="a run directory, or a model.safetensors alone in its folder")
     p.add_argument("--epsilons", type=pixels, nargs="+", default=[0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
     p.add_argument("--limit", type=count, default=100)
     p.add_argument("--timeout", default="60")
@@ -53,18 +53,18 @@ def main() -> int:
     arguments = p.parse_args()
 
     def measure() -> int:
-        points = []
+        points, folder = [], arguments.run if arguments.run.is_dir() else arguments.run.parent
         for epsilon in sorted(arguments.epsilons):
             command = [str(arguments.run), "--epsilon", f"{epsilon!r}", "--limit", f"{arguments.limit}"]
             command += ["--timeout", arguments.timeout, *(["--jobs", f"{arguments.jobs}"] if arguments.jobs else [])]
             status = verify.main(command)
             if status:
                 return status
-            summary = arguments.run / "verification" / f"epsilon-{epsilon:g}" / "summary.json"
+            summary = folder / "verification" / f"epsilon-{epsilon:g}" / "summary.json"
             points.append(json.loads(summary.read_text()))
-        run.write_json(arguments.output.with_suffix(".json"), {"run": arguments.run.name, "points": points})
+        run.write_json(arguments.output.with_suffix(".json"), {"run": folder.name, "points": points})
         try:
-            plot(points, f"{arguments.run.name}, first {arguments.limit} test images", arguments.output.with_suffix(".png"))
+            plot(points, f"{folder.name}, first {arguments.limit} test images", arguments.output.with_suffix(".png"))
         except ImportError:
             raise FastrobustError("the plot needs matplotlib: pip install 'fastrobust[report]'") from None
         return 0

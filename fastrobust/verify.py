@@ -20,7 +20,7 @@ from fastrobust.errors import FastrobustError, RunError
 from fastrobust.evaluate import count, pixels
 
 VERDICTS = ("misclassified", "verified", "falsified", "timeout")
-CHUNK = 10  # images that a worker takes at a time
+CHUNK = 10  # images that a worker takes at a time, fewer where that would leave another worker idle
 
 
 def parser() -> argparse.ArgumentParser:
@@ -188,7 +188,8 @@ def settled(record: dict[str, Any] | None, timeout: float) -> bool:
 def decide_all(arguments, results: Results, weights: Path, data, shape, todo: list[int], total: int) -> None:
     from fastrobust.progress import Progress
 
-    chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
+    size = max(1, min(CHUNK, len(todo) // (4 * arguments.jobs)))
+    chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
     tally = Counter(record["verdict"] for i, record in results.found.items() if i < total)
     if not chunks:
         return
