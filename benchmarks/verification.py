@@ -53,7 +53,7 @@ def main() -> int:
     arguments = p.parse_args()
 
     def measure() -> int:
-        points, folder = [], arguments.run if arguments.run.is_dir() else arguments.run.parent
+        points, folder = [], arguments.run if arguments.run.is_dir() else arguments.run.resolve().parent
         for epsilon in sorted(arguments.epsilons):
             command = [str(arguments.run), "--epsilon", f"{epsilon!r}", "--limit", f"{arguments.limit}"]
             command += ["--timeout", arguments.timeout, *(["--jobs", f"{arguments.jobs}"] if arguments.jobs else [])]

@@ -428,6 +428,22 @@ def test_the_command_decides_every_image_and_says_how(verified):
         assert np.load(output / "witnesses" / f"{index}.npy").dtype == np.float32
 
 
+def test_the_curve_of_a_weights_file(finished_run, tmp_path, monkeypatch):
+    import shutil
+
+    from benchmarks import verification
+
+    (tmp_path / "some_run").mkdir()
+    weights = shutil.copy(finished_run / "model.safetensors", tmp_path / "some_run")
+    options = ["--epsilons", "0.004", "0.002", "--limit", "3", "--jobs", "1", "--output", str(tmp_path / "curve")]
+    monkeypatch.setattr("sys.argv", ["verification", str(weights), *options])
+    assert verification.main() == 0
+    curve = json.loads((tmp_path / "curve.json").read_text())
+    assert curve["run"] == "some_run" and [point["epsilon"] for point in curve["points"]] == [0.002, 0.004]
+    assert all(point["examples"] == 3 for point in curve["points"])
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
 def test_the_command_again_decides_nothing_anew_and_a_torn_line_once_more(verified, finished_run, capsys, tmp_path):
     import shutil
 
