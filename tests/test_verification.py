@@ -4,7 +4,6 @@ activation pattern in turn, and plain attacks."""
 from __future__ import annotations
 
 import itertools
-import json
 import time
 
 import numpy as np
@@ -12,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastrobust import attacks, run, verify
-from fastrobust.errors import FastrobustError, RunError
+from fastrobust import attacks
+from fastrobust.errors import FastrobustError
 from fastrobust.models import Normalized, create
 
 pytest.importorskip("highspy")
@@ -399,111 +398,3 @@ def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
         logits = p(x)
     scale = logits.abs().max()
     assert ((network(network.normalize(x)) - logits).abs().max() / scale) < 1e-5
-
-
-# the command
-
-
-def arguments(folder, *more) -> list[str]:
-    return [str(folder), "--epsilon", "0.004", "--limit", "12", "--jobs", "1", "--timeout", "20", "--json", *more]
-
-
-@pytest.fixture(scope="module")
-def verified(finished_run, tmp_path_factory):
-    """(output folder, the summary) of a finished verification."""
-    output = tmp_path_factory.mktemp("verified")
-    assert verify.main([*arguments(finished_run), "--output", str(output)]) == 0
-    return output, json.loads((output / "summary.json").read_text())
-
-
-def test_the_command_decides_every_image_and_says_how(verified):
-    output, summary = verified
-    assert summary["examples"] == 12
-    assert sum(summary[name] for name in verify.VERDICTS) == 12 == sum(summary["by"].values())
-    lines = [json.loads(line) for line in (output / "verdicts.jsonl").read_text().splitlines()]
-    assert sorted(line["index"] for line in lines) == list(range(12))
-    falsified = {line["index"] for line in lines if line["verdict"] == "falsified"}
-    assert {int(file.stem) for file in (output / "witnesses").iterdir()} == falsified
-    for index in falsified:
-        assert np.load(output / "witnesses" / f"{index}.npy").dtype == np.float32
-
-
-def test_the_curve_of_a_weights_file(finished_run, tmp_path, monkeypatch):
-    import shutil
-
-    from benchmarks import verification
-
-    (tmp_path / "some_run").mkdir()
-    weights = shutil.copy(finished_run / "model.safetensors", tmp_path / "some_run")
-    options = ["--epsilons", "0.004", "0.002", "--limit", "3", "--jobs", "1", "--output", str(tmp_path / "curve")]
-    monkeypatch.setattr("sys.argv", ["verification", str(weights), *options])
-    assert verification.main() == 0
-    curve = json.loads((tmp_path / "curve.json").read_text())
-    assert curve["run"] == "some_run" and [point["epsilon"] for point in curve["points"]] == [0.002, 0.004]
-    assert all(point["examples"] == 3 for point in curve["points"])
-    assert (tmp_path / "curve.png").stat().st_size > 1000
-
-
-def test_the_command_again_decides_nothing_anew_and_a_torn_line_once_more(verified, finished_run, capsys, tmp_path):
-    import shutil
-
-    output, summary = verified
-    copy = tmp_path / "copy"
-    shutil.copytree(output, copy)
-    lines = (copy / "verdicts.jsonl").read_bytes()
-    (copy / "verdicts.jsonl").write_bytes(lines[:-20])
-    assert verify.main([*arguments(finished_run), "--output", str(copy)]) == 0
-    text = capsys.readouterr().out
-    assert "11 of 12 images have been decided before" in text
-    again = json.loads(text.splitlines()[-1])
-    assert {name: again[name] for name in verify.VERDICTS} == {name: summary[name] for name in verify.VERDICTS}
-    assert again["decided_now"] == 1
-    assert len((copy / "verdicts.jsonl").read_text().splitlines()) == 12
-
-
-def test_verdicts_about_something_else_are_not_mixed(verified, finished_run, capsys):
-    output, _ = verified
-    other = [*arguments(finished_run), "--output", str(output)]
-    other[2] = "0.005"
-    assert verify.main(other) == 2
-    assert "something else (epsilon differ)" in capsys.readouterr().err
-
-
-def test_damaged_verdicts_are_an_error(verified, finished_run, tmp_path, capsys):
-    import shutil
-
-    copy = tmp_path / "copy"
-    shutil.copytree(verified[0], copy)
-    content = (copy / "verdicts.jsonl").read_text().splitlines(keepends=True)
-    (copy / "verdicts.jsonl").write_text("".join([content[0], "nonsense\n", *content[1:]]))
-    assert verify.main([*arguments(finished_run), "--output", str(copy)]) == 2
-    assert "is damaged after 1 verdicts" in capsys.readouterr().err
-    (copy / "settings.json").write_text("{")
-    assert verify.main([*arguments(finished_run), "--output", str(copy)]) == 2
-    assert "settings.json is damaged" in capsys.readouterr().err
-
-
-def test_a_timeout_is_tried_again_only_with_more_time():
-    record = {"verdict": "timeout", "seconds": 10.2}
-    assert verify.settled(record, 10) and not verify.settled(record, 30) and not verify.settled(None, 1)
-    assert verify.settled({"verdict": "verified", "seconds": 0.1}, 30)
-
-
-def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsys):
-    from fastrobust import config
-
-    parsed = config.parse(settings(tmp_path, model__name="preact_resnet18_w16"), "test")
-    classes = tuple(f"bar{i}" for i in range(10))
-    run.save_weights(tmp_path, run.build_model(parsed, classes), parsed, classes)
-    assert verify.main([str(tmp_path / "model.safetensors"), "--epsilon", "0.1"]) == 2
-    assert "verification: PreActResNet18 is not supported" in capsys.readouterr().err
-
-
-def test_bad_arguments(finished_run, capsys):
-    assert verify.main([str(finished_run), "--epsilon", "0"]) == 2
-    assert "larger than 0" in capsys.readouterr().err
-    assert verify.main([str(finished_run), "--epsilon", "0.1", "--timeout", "nan"]) == 2
-    with pytest.raises(SystemExit):
-        verify.main([str(finished_run), "--epsilon", "8"])
-    with pytest.raises(RunError):
-        verify.Results(finished_run / "config.yaml" / "x", {})
