@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -116,7 +117,7 @@ class Results:
 _decider = None  # of a worker
 
 
-def start_worker(weights: str, shape: tuple[int, ...], epsilon: float) -> None:
+def start_worker(weights: str, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable[[int], None]) -> None:
     import signal
 
     import torch
@@ -125,6 +126,7 @@ def start_worker(weights: str, shape: tuple[int, ...], epsilon: float) -> None:
     from fastrobust.verification.decide import Decider
 
     global _decider
+    die_with_parent(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and far below what bounds are widened by
@@ -186,6 +188,7 @@ def settled(record: dict[str, Any] | None, timeout: float) -> bool:
 
 
 def decide_all(arguments, results: Results, weights: Path, data, shape, todo: list[int], total: int) -> None:
+    from fastrobust.data.dataloader import DieWith
     from fastrobust.progress import Progress
 
     size = max(1, min(CHUNK, len(todo) // (4 * arguments.jobs)))
@@ -193,9 +196,8 @@ def decide_all(arguments, results: Results, weights: Path, data, shape, todo: li
     tally = Counter(record["verdict"] for i, record in results.found.items() if i < total)
     if not chunks:
         return
-    pool = ProcessPoolExecutor(
-        min(arguments.jobs, len(chunks)), get_context("spawn"), start_worker, (str(weights), shape, arguments.epsilon)
-    )
+    about = (str(weights), shape, arguments.epsilon, DieWith(os.getpid()))
+    pool = ProcessPoolExecutor(min(arguments.jobs, len(chunks)), get_context("spawn"), start_worker, about)
     try:
         with Progress("verify", total, total - len(todo)) as bar:
             futures = [

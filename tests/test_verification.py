@@ -312,6 +312,32 @@ def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds()
     assert (renewed.bound == torch.inf).any()
 
 
+def test_open_domains_come_out_worst_first_whatever_comes_in_between():
+    generator = torch.Generator().manual_seed(0)
+    _, bounder, questions = Decider(tiny(0), SHAPE, 0.1).margins(images(1)[0].float() / 255, torch.tensor(0), 0)
+    roots = bounder.root(questions)
+
+    def some(count: int) -> bounds.Domains:
+        taken = roots.take(torch.randint(len(roots), (count,), generator=generator))
+        taken.bound, taken.low = torch.randn(count, generator=generator).double(), torch.rand(count, roots.low.shape[1])
+        return taken
+
+    first = some(3)
+    waiting, slow = branch.Open(questions, first), [first.take(torch.tensor([i])) for i in range(3)]
+    for round_ in range(30):
+        fresh = some(round_ % 7)
+        waiting.add(fresh)
+        slow += [fresh.take(torch.tensor([i])) for i in range(len(fresh))]
+        slow.sort(key=lambda domain: domain.bound.item())
+        taken, expected, slow = waiting.worst(3), slow[:3], slow[3:]
+        assert len(waiting) == len(slow) and waiting.targets() == {d.target.item() for d in slow}
+        assert torch.equal(taken.bound, torch.cat([d.bound for d in expected]))
+        assert torch.equal(taken.low, torch.cat([d.low for d in expected]))
+        assert torch.equal(taken.rows, questions[taken.target])
+    waiting.drop({0, 1})
+    assert waiting.targets() == {d.target.item() for d in slow} - {0, 1}
+
+
 # verdicts
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +110,34 @@ def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsy
     run.save_weights(tmp_path, run.build_model(parsed, classes), parsed, classes)
     assert verify.main([str(tmp_path / "model.safetensors"), "--epsilon", "0.1"]) == 2
     assert "verification: PreActResNet18 is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_no_process_outlives_a_command_that_is_killed(finished_run, tmp_path):
+    command = [sys.executable, "-m", "fastrobust.verify", *arguments(finished_run), "--output", str(tmp_path / "verdicts")]
+    command[command.index("--jobs") + 1] = "2"
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def workers() -> list[Path]:
+        listed = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+        return [Path("/proc", pid) for pid in listed if b"spawn_main" in Path("/proc", pid, "cmdline").read_bytes()]
+
+    def runs(process: Path) -> bool:
+        try:
+            return (process / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+        except OSError:
+            return False
+
+    deadline = time.monotonic() + 60
+    while len(workers()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    alive = workers()
+    assert len(alive) == 2
+    killed.kill()
+    killed.wait()
+    while any(map(runs, alive)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(runs, alive))
 
 
 def test_bad_arguments(finished_run, capsys):

@@ -16,17 +16,17 @@ from torch import Tensor
 from fastrobust.verification.reduced import ROUNDING, Matrices, Reduced
 
 HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a bound far below ROUNDING
-
-
+FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
+COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
+WORTH = 0.02  # those are not that cost less than this part of what the bound lacks
 ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
 
 
-def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The ReLU over [lower, upper] lies under slope * z + offset and over low * z: (slope, offset, low). For an unstable
-    one `low` is 0 or 1, whichever leaves the smaller triangle."""
+def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The ReLU over [lower, upper] lies under slope * z + offset: (slope, offset)."""
     up, down = upper.clamp(min=0), lower.clamp(max=0)
     slope = up / (up - down).clamp(min=1e-30)
-    return slope, -slope * down, ((up > -down) | (lower >= 0)).to(lower.dtype)
+    return slope, -slope * down
 
 
 @dataclass
@@ -51,6 +51,10 @@ class Domains:
 
     def take(self, index: Tensor) -> Domains:
         return Domains(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    def put(self, index: Tensor, domains: Domains) -> None:
+        for f in fields(self):
+            getattr(self, f.name)[index] = getattr(domains, f.name)
 
 
 def join(*parts: Domains) -> Domains:
@@ -82,8 +86,8 @@ class Adam:
         self.step += 1
         self.mean.lerp_(slope, 0.1)
         self.square.mul_(0.999).addcmul_(slope, slope, value=0.001)
-        size = self.square.sqrt().mul_((1 - 0.999**self.step) ** -0.5).add_(1e-8)
-        self.parameter.addcdiv_(self.mean, size, value=rate / (1 - 0.9**self.step))
+        size = self.square.div(1 - 0.999**self.step).add_(1e-16).rsqrt_()
+        self.parameter.addcmul_(self.mean, size, value=rate / (1 - 0.9**self.step))
 
 
 class Bounder:
@@ -97,14 +101,16 @@ class Bounder:
             for dtype in (torch.float32, torch.float64)
         }
 
+    # Of the operations on N x U numbers below, those on truth values (where, masks) would take ten times as long as sums
+    # and products do on a CPU.
+
     def lines(self, signs: Tensor, span: Tensor, low: Tensor, dtype: torch.dtype) -> Lines:
         _, lower, upper = self.tensors[dtype]
-        count = len(signs)
-        before = slice(0, self.last.start)
-        low_z = torch.cat([lower[before].expand(count, -1), span[:, 0].to(dtype)], 1).masked_fill_(signs > 0, 0)
-        high_z = torch.cat([upper[before].expand(count, -1), span[:, 1].to(dtype)], 1).masked_fill_(signs < 0, 0)
-        slope, offset, fixed = relu_lines(low_z, high_z)
-        return Lines(slope, offset, torch.where(signs == 0, low.to(dtype), fixed), signs)
+        count, before, signs = len(signs), slice(0, self.last.start), signs.to(dtype)
+        active, fixed = signs.clamp(min=0), signs.abs()
+        low_z = torch.cat([lower[before].expand(count, -1), span[:, 0].to(dtype)], 1).mul_(1 - active)
+        high_z = torch.cat([upper[before].expand(count, -1), span[:, 1].to(dtype)], 1).mul_(1 - fixed + active)
+        return Lines(*relu_lines(low_z, high_z), torch.lerp(low.to(dtype), active, fixed), signs)
 
     def below(self, rows: Tensor, lines: Lines, push: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(lower bounds, N; coefficients of the ReLUs' outputs, N x U; coefficients of the inputs, N x D), in the precision
@@ -114,13 +120,17 @@ class Bounder:
         coefficients = rows[:, r:].clone()
         passed = torch.empty_like(coefficients)  # what goes back through the inputs of the ReLUs
         pushed = lines.signs * push.to(rows.dtype)
+        total = torch.zeros_like(rows[:, 0])
         for layer in reversed(self.reduced.layers):
             mine = coefficients[:, layer]
             if layer.stop < size:
-                mine += passed[:, layer.stop :] @ weights[layer.stop :, r + layer.start : r + layer.stop]
-            passed[:, layer] = mine * torch.where(mine > 0, lines.low[:, layer], lines.slope[:, layer]) - pushed[:, layer]
+                mine.addmm_(passed[:, layer.stop :], weights[layer.stop :, r + layer.start : r + layer.stop])
+            negative = mine.clamp(max=0)
+            back = mine.clamp(min=0).mul_(lines.low[:, layer]).addcmul_(negative, lines.slope[:, layer])
+            torch.sub(back, pushed[:, layer], out=passed[:, layer])
+            total += negative.mul_(lines.offset[:, layer]).sum(1)
         ends = torch.addmm(rows[:, :r], passed, weights[:, :r])
-        total = (coefficients.clamp(max=0) * lines.offset).sum(1) + ends[:, r - 1] - ends[:, : r - 1].abs().sum(1)
+        total += ends[:, r - 1] - ends[:, : r - 1].abs().sum(1)
         return total, coefficients, ends[:, : r - 1]
 
     def point(self, lines: Lines, coefficients: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,22 +139,20 @@ class Bounder:
         r = self.reduced.inputs + 1
         known = x.new_empty(len(x), weights.shape[1])
         known[:, : r - 1], known[:, r - 1] = -x.sign(), 1
-        z = torch.empty_like(coefficients)
+        z, lowest = torch.empty_like(coefficients), coefficients.sign().add_(1).mul_(0.5)
         for layer in self.reduced.layers:
-            mine = known[:, : r + layer.start] @ weights[layer, : r + layer.start].T
-            z[:, layer] = mine
+            mine = z[:, layer]
+            torch.mm(known[:, : r + layer.start], weights[layer, : r + layer.start].T, out=mine)
             above = torch.addcmul(lines.offset[:, layer], lines.slope[:, layer], mine)
-            known[:, r + layer.start : r + layer.stop] = torch.where(
-                coefficients[:, layer] > 0, lines.low[:, layer] * mine, above
-            )
+            known[:, r + layer.start : r + layer.stop] = above.lerp_(lines.low[:, layer] * mine, lowest[:, layer])
         return known, z
 
     def root(self, rows: Tensor) -> Domains:
-        """One domain per row (N x (D + 1 + U)), nothing fixed."""
-        _, lower, upper = self.tensors[torch.float32]
+        """One domain per row (N x (D + 1 + U)), nothing fixed but what the bounds fix."""
+        _, lower, upper = self.tensors[torch.float64]
         count = len(rows)
-        low = relu_lines(lower, upper)[2].expand(count, -1).contiguous()
-        signs = torch.zeros_like(low, dtype=torch.int8)
+        low = (upper > -lower).float().expand(count, -1).contiguous()  # whichever leaves the smaller triangle
+        signs = ((lower >= 0).to(torch.int8) - (upper <= 0).to(torch.int8)).expand(count, -1).contiguous()
         span = torch.stack([self.reduced.lower[self.last], self.reduced.upper[self.last]]).expand(count, -1, -1).contiguous()
         bound = torch.full((count,), -torch.inf, dtype=torch.float64)
         return Domains(
@@ -155,6 +163,7 @@ class Bounder:
         """Optimise slopes and multipliers with Adam; what reaches `enough` needs no more. The better of the new bound, in
         double precision, and the old one is kept."""
         bound, low, push, _ = self.optimise(domains, None, steps, rate, enough)
+        bound[bound.isnan()] = -torch.inf  # what overflows proves nothing
         return replace(domains, low=low, push=push, bound=torch.maximum(bound, domains.bound))
 
     def optimise(
@@ -162,7 +171,7 @@ class Bounder:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(bounds in double precision, slopes, multipliers, multipliers of what is given: N x 1). given: rows that are at
         most 0 wherever the bound has to hold."""
-        rows, free = domains.rows.float(), domains.signs == 0
+        rows, free = domains.rows.float(), 1 - domains.signs.abs().float()
         lines = self.lines(domains.signs, domains.span, domains.low, torch.float32)
         parameters = [lines.low, domains.push.clone(), torch.zeros(len(rows), 1)]
         best = [p.clone() for p in parameters]
@@ -173,13 +182,10 @@ class Bounder:
             for step in range(steps + 1):
                 asked = rows if extra is None else torch.addcmul(rows, parameters[2], extra)
                 value, coefficients, x = self.below(asked, lines, parameters[1])
-                better = value > least
-                least = torch.where(better, value, least)
-                if better.all():
-                    for old, new in zip(best, parameters, strict=True):
-                        old.copy_(new)
-                else:
-                    best = [torch.where(better[:, None], new, old) for old, new in zip(best, parameters, strict=True)]
+                better = (value > least).float()[:, None]
+                least = torch.maximum(value, least)
+                for old, new in zip(best, parameters, strict=True):
+                    old.lerp_(new, better)
                 if step == steps or (least > enough).all():
                     break
                 known, z = self.point(lines, coefficients, x)
@@ -187,9 +193,8 @@ class Bounder:
                 if extra is not None:
                     slopes.append((known * extra).sum(1, keepdim=True))
                 for moving, slope, most in zip(adam, slopes, (1, torch.inf, HEAVIEST), strict=False):
-                    moving.climb(slope, rate * 0.97**step)
+                    moving.climb(slope, rate * 0.97**step * (FASTER if most == torch.inf else 1))
                     moving.parameter.clamp_(0, most)
-                lines.low[...] = torch.where(free, lines.low, best[0])
         asked = domains.rows if given is None else domains.rows + best[2].double() * given
         lines = self.lines(domains.signs, domains.span, best[0], torch.float64)
         return (self.below(asked, lines, best[1])[0], *best)
@@ -198,23 +203,21 @@ class Bounder:
         """Bounds on the inputs of the last layer's ReLUs, for each domain where its row is at most `tolerance`: nothing else
         matters for the question whether there is such a place (Kotha et al., 2023). A domain without one gets the bound
         infinity."""
-        size = self.last.stop - self.last.start
-        parts = torch.arange(len(domains)).split(max(1, ROWS // max(1, 2 * size)))
-        return join(*(self._rebound(domains.take(part), tolerance, steps, rate) for part in parts))
-
-    def _rebound(self, domains: Domains, tolerance: float, steps: int, rate: float) -> Domains:
-        owner, place = (domains.signs[:, self.last] == 0).nonzero(as_tuple=True)
-        z = self.reduced.weights[self.last][place]
-        given = domains.rows.clone()
-        given[:, self.reduced.inputs] -= tolerance
-        given = given[owner].repeat(2, 1)
-        found, *_, weight = self.optimise(
-            replace(domains.take(owner.repeat(2)), rows=torch.cat([z, -z])), given, steps, rate
-        )
-        found -= ROUNDING * (1 + weight[:, 0].double())
+        lines = self.lines(domains.signs, domains.span, domains.low, torch.float32)
+        coefficients = self.below(domains.rows.float(), lines, domains.push)[1][:, self.last]
+        cost = -coefficients * lines.offset[:, self.last] * (domains.signs[:, self.last] == 0)
+        least = cost.topk(min(COSTLY, cost.shape[1]), dim=1).values[:, -1:]
+        worth = (-WORTH * domains.bound[:, None].clamp(max=0)).nan_to_num(posinf=0)  # 0 without any bound yet
+        owners, places = ((cost > worth) & (cost >= least)).nonzero(as_tuple=True)
         span, signs = domains.span.clone(), domains.signs.clone()
-        span[owner, 0, place] = torch.maximum(span[owner, 0, place], found[: len(owner)])
-        span[owner, 1, place] = torch.minimum(span[owner, 1, place], -found[len(owner) :])
+        for owner, place in zip(owners.split(ROWS // 2), places.split(ROWS // 2), strict=True):
+            z, given = self.reduced.weights[self.last][place], domains.rows[owner].repeat(2, 1)
+            given[:, self.reduced.inputs] -= tolerance
+            asked = replace(domains.take(owner.repeat(2)), rows=torch.cat([z, -z]))
+            found, *_, weight = self.optimise(asked, given, steps, rate)
+            low, high = (found - ROUNDING * (1 + weight[:, 0].double())).reshape(2, -1)
+            span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
+            span[owner, 1, place] = torch.minimum(span[owner, 1, place], -high)
         free = signs[:, self.last] == 0
         signs[:, self.last][free & (span[:, 0] >= 0)] = 1
         signs[:, self.last][free & (span[:, 1] <= 0)] = -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,28 +23,59 @@ def split(bounder: Bounder, domains: Domains, candidates: int) -> tuple[Tensor, 
     lines = bounder.lines(domains.signs, domains.span, domains.low, torch.float32)
     value, coefficients, x = bounder.below(rows, lines, domains.push)
     cost = torch.where(domains.signs == 0, -coefficients.clamp(max=0) * lines.offset, -1)
-    gains, picks = [], []
-    for layer in bounder.reduced.layers:
-        cost_here, index = cost[:, layer].topk(min(candidates, layer.stop - layer.start), dim=1)
-        for j in range(index.shape[1]):
-            pick = index[:, j] + layer.start
-            fixed = Lines(lines.slope.clone(), lines.offset.clone(), lines.low.clone(), domains.signs)
-            fixed.offset[everyone, pick] = 0
-            rises = []
-            for slope in (1, 0):
-                fixed.slope[everyone, pick] = fixed.low[everyone, pick] = slope
-                # no child is worse than its parent, and more than enough is no better than enough
-                rise = bounder.below(rows, fixed, domains.push)[0] - value
-                rises.append(torch.minimum(rise, -value + TOLERANCE).clamp(min=0))
-            gain = torch.minimum(*rises) + 0.2 * torch.maximum(*rises) + 0.01 * cost_here[:, j]
-            gains.append(torch.where(cost_here[:, j] >= 0, gain, -torch.inf))
-            picks.append(pick)
+    gains, picks = [], cost.topk(min(candidates, cost.shape[1]), dim=1).indices
+    for pick in picks.T:
+        fixed = Lines(lines.slope.clone(), lines.offset.clone(), lines.low.clone(), lines.signs)
+        fixed.offset[everyone, pick] = 0
+        rises = []
+        for slope in (1, 0):
+            fixed.slope[everyone, pick] = fixed.low[everyone, pick] = slope
+            # no child is worse than its parent, and more than enough is no better than enough
+            rise = bounder.below(rows, fixed, domains.push)[0] - value
+            rises.append(torch.minimum(rise, -value + TOLERANCE).clamp(min=0))
+        costly = cost[everyone, pick]
+        gain = torch.minimum(*rises) + 0.2 * torch.maximum(*rises) + 0.01 * costly
+        gains.append(torch.where(costly >= 0, gain, -torch.inf))
     corners = -x.sign().double()
     if not gains:
         return torch.full((len(domains),), -1), corners
     best = torch.stack(gains, 1).max(1)
-    pick = torch.stack(picks, 1)[everyone, best.indices]
+    pick = picks[everyone, best.indices]
     return torch.where(best.values > -torch.inf, pick, -1), corners
+
+
+class Open:
+    """The domains that are open, in slots of tensors that double when they are full: only what comes and goes is copied."""
+
+    def __init__(self, questions: Tensor, domains: Domains):
+        self.questions, self.slots = questions, self.bare(domains)  # a slot whose bound is infinite is free
+
+    def __len__(self) -> int:
+        return int((self.slots.bound < torch.inf).sum())
+
+    @staticmethod
+    def bare(domains: Domains) -> Domains:
+        """Without its questions, which many domains share."""
+        return replace(domains, rows=domains.rows[:, :0])
+
+    def add(self, domains: Domains) -> None:
+        while len(self) + len(domains) > len(self.slots):
+            self.slots = join(self.slots, self.slots)
+            self.slots.bound[len(self.slots) // 2 :] = torch.inf
+        self.slots.put((self.slots.bound == torch.inf).nonzero()[: len(domains), 0], self.bare(domains))
+
+    def worst(self, count: int) -> Domains:
+        """Those with the least bounds, taken out."""
+        index = self.slots.bound.topk(min(count, len(self)), largest=False).indices
+        taken = self.slots.take(index)
+        self.slots.bound[index] = torch.inf
+        return replace(taken, rows=self.questions[taken.target])
+
+    def targets(self) -> set[int]:
+        return set(self.slots.target[self.slots.bound < torch.inf].tolist())
+
+    def drop(self, targets: set[int]) -> None:
+        self.slots.bound[torch.isin(self.slots.target, torch.tensor(sorted(targets)))] = torch.inf
 
 
 def children(domains: Domains, pick: Tensor) -> Domains:
@@ -61,28 +93,27 @@ def decide(
     deadline: float,
     broken: Callable[[Tensor], Tensor],
     *,
-    batch: int = 128,
+    batch: int = 256,
     first_steps: int = 40,
     steps: int = 10,
-    candidates: int = 3,
-    anew: tuple[int, ...] = (0, 2, 4, 6),
+    renewing: int = 14,
+    candidates: int = 5,
+    anew: tuple[int, ...] = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36),
     limit: int = 500_000,
 ) -> tuple[list[int], Tensor | None, int]:
     """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
     adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
     deadline is one of time.monotonic(). The last layer is bounded anew at the levels
     `anew` of the trees."""
-    open_ = bounder.tighten(bounder.root(rows), first_steps, enough=2 * TOLERANCE)
-    visited, stuck = len(open_), set()
+    roots = bounder.tighten(bounder.root(rows), first_steps, enough=2 * TOLERANCE)
+    open_, visited, stuck = Open(rows, roots.take(roots.bound <= TOLERANCE)), len(roots), set()
     while True:
-        open_ = open_.take((open_.bound <= TOLERANCE).nonzero()[:, 0])
         if not len(open_) or time.monotonic() > deadline or visited > limit:
-            return sorted(stuck | set(open_.target.tolist())), None, visited
-        order = open_.bound.argsort()
-        worst, open_ = open_.take(order[:batch]), open_.take(order[batch:])
+            return sorted(stuck | open_.targets()), None, visited
+        worst = open_.worst(batch)
         renew = torch.isin(worst.depth, torch.tensor(anew))
         if renew.any():
-            deep = bounder.rebound(worst.take(renew), TOLERANCE, steps)
+            deep = bounder.rebound(worst.take(renew), TOLERANCE, renewing)
             deep = bounder.tighten(deep, steps, rate=0.05, enough=2 * TOLERANCE)
             worst = join(worst.take(~renew), deep)
             worst = worst.take(worst.bound <= TOLERANCE)
@@ -94,11 +125,11 @@ def decide(
             return [], corners[hit][0], visited
         if (pick < 0).any():  # every sign is fixed, and the bound still fails: not a question of signs any more
             stuck |= set(worst.target[pick < 0].tolist())
-            going = torch.tensor([target not in stuck for target in worst.target.tolist()])
+            open_.drop(stuck)
+            going = ~torch.isin(worst.target, torch.tensor(sorted(stuck)))
             worst, pick = worst.take(going), pick[going]
-            open_ = open_.take(torch.tensor([target not in stuck for target in open_.target.tolist()], dtype=torch.bool))
             if not len(worst):
                 continue
         fresh = bounder.tighten(children(worst, pick), steps, rate=0.05, enough=2 * TOLERANCE)
         visited += len(fresh)
-        open_ = join(open_, fresh)
+        open_.add(fresh.take(fresh.bound <= TOLERANCE))
