@@ -362,14 +362,27 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
             return logits[:, label] <= logits[:, other] + branch.TOLERANCE
 
         left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, wrong)
-        if left:  # every sign is fixed, and what is left is a linear program: the last step's business
-            assert truth == "broken" and left == [0] and point is None
-        else:
-            assert ("verified" if point is None else "broken") == truth
-            assert point is None or wrong(point[None]).all()
+        assert not left and ("verified" if point is None else "broken") == truth
+        assert point is None or wrong(point[None]).all()
         kind, point = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
         assert {"verified": "verified", "point": "broken"}[kind] == truth
         assert point is None or wrong(point[None] * (1 - 1e-12)).all()
+
+
+def test_the_integer_program_of_fixed_signs_is_the_linear_program_of_that_pattern():
+    answers = set()
+    for seed in range(6):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, 0.1)
+        _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 5)
+        for pattern in itertools.product((-1, 1), repeat=len(bounder.reduced.lower)):
+            least, signs = program(bounder.reduced, questions[0], pattern), torch.tensor(pattern, dtype=torch.int8)
+            kind, point = milp.decide(bounder.reduced, questions[0], branch.TOLERANCE, 30, signs)
+            assert kind == ("verified" if least > branch.TOLERANCE else "point")
+            if point is not None:
+                z = torch.cat(rows_at(bounder.reduced, bounder.reduced.images(point[None])), 1)
+                assert (z * signs >= -1e-6).all()
+            answers.add(kind if least < np.inf else "empty")
+    assert answers == {"empty", "verified", "point"}
 
 
 def test_both_verdicts_occur_in_the_comparison_with_brute_force():

@@ -10,15 +10,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fastrobust.verification import milp
 from fastrobust.verification.bounds import Bounder, Domains, Lines, join
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
 
 
 def split(bounder: Bounder, domains: Domains, candidates: int) -> tuple[Tensor, Tensor]:
-    """(for every domain the ReLU to fix next, or -1 where none is free; the corners of the box where the relaxations are
-    least, N x D). The ReLUs whose triangles cost a bound most are candidates; both children of each are tried with
-    the slopes of their parent (filtered smart branching, De Palma et al., 2021)."""
+    """(for every domain the ReLU to fix next, or -1 where no upper line costs anything: there a linear program is exact; the
+    corners of the box where the relaxations are least, N x D). The ReLUs whose triangles cost a bound most are candidates;
+    both children of each are tried with the slopes of their parent (filtered smart branching, De Palma et al., 2021)."""
     rows, everyone = domains.rows.float(), torch.arange(len(domains))
     lines = bounder.lines(domains.signs, domains.span, domains.low, torch.float32)
     value, coefficients, x = bounder.below(rows, lines, domains.push)
@@ -35,7 +36,7 @@ def split(bounder: Bounder, domains: Domains, candidates: int) -> tuple[Tensor, 
             rises.append(torch.minimum(rise, -value + TOLERANCE).clamp(min=0))
         costly = cost[everyone, pick]
         gain = torch.minimum(*rises) + 0.2 * torch.maximum(*rises) + 0.01 * costly
-        gains.append(torch.where(costly >= 0, gain, -torch.inf))
+        gains.append(torch.where(costly > 0, gain, -torch.inf))
     corners = -x.sign().double()
     if not gains:
         return torch.full((len(domains),), -1), corners
@@ -75,7 +76,7 @@ class Open:
         return set(self.slots.target[self.slots.bound < torch.inf].tolist())
 
     def drop(self, targets: set[int]) -> None:
-        self.slots.bound[torch.isin(self.slots.target, torch.tensor(sorted(targets)))] = torch.inf
+        self.slots.bound[torch.isin(self.slots.target, torch.tensor(sorted(targets), dtype=torch.int64))] = torch.inf
 
 
 def children(domains: Domains, pick: Tensor) -> Domains:
@@ -123,13 +124,18 @@ def decide(
         hit = broken(corners)
         if hit.any():
             return [], corners[hit][0], visited
-        if (pick < 0).any():  # every sign is fixed, and the bound still fails: not a question of signs any more
-            stuck |= set(worst.target[pick < 0].tolist())
-            open_.drop(stuck)
-            going = ~torch.isin(worst.target, torch.tensor(sorted(stuck)))
-            worst, pick = worst.take(going), pick[going]
-            if not len(worst):
-                continue
+        for i in (pick < 0).nonzero()[:, 0].tolist():  # nothing to split, and the bound still fails: a linear program
+            seconds = deadline - time.monotonic()
+            kind, point = milp.decide(bounder.reduced, worst.rows[i], TOLERANCE, seconds, worst.signs[i])
+            if kind == "point" and broken(point[None]).item():
+                return [], point, visited
+            if kind != "verified":
+                stuck.add(worst.target[i].item())
+        open_.drop(stuck)
+        going = (pick >= 0) & ~torch.isin(worst.target, torch.tensor(sorted(stuck), dtype=torch.int64))
+        if not going.any():
+            continue
+        worst, pick = worst.take(going), pick[going]
         fresh = bounder.tighten(children(worst, pick), steps, rate=0.05, enough=2 * TOLERANCE)
         visited += len(fresh)
         open_.add(fresh.take(fresh.bound <= TOLERANCE))
