@@ -1,0 +1,221 @@
+"""Bounds of exact verification against oracles: sampled points, a slow relaxation in extended precision, linear programs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_networks import SHAPE, images, program, rows_at, scaled, tiny
+
+from fastrobust.verification import bounds, branch, reduced
+from fastrobust.verification.decide import Decider
+
+
+def corners(decider: Decider, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sides = [(x.double() + s * decider.epsilon).clamp(0, 1) for s in (-1, 1)]
+    return tuple(decider.network.normalize(side).flatten() for side in sides)
+
+
+def inside(network, points: torch.Tensor) -> list[torch.Tensor]:
+    """The inputs of every ReLU, slowly: N x values each."""
+    found = []
+    for layer in network.layers:
+        points = layer.linear(points) + layer.shift()
+        found.append(points.flatten(1))
+        points = points.clamp(min=0)
+    return found
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+@pytest.mark.parametrize("epsilon", [0.02, 0.1, 0.3])
+def test_bounds_contain_sampled_points_and_are_never_looser_than_intervals(steps, epsilon):
+    decider = Decider(tiny(1), SHAPE, epsilon)
+    x = images(1)[0].float() / 255
+    low, high = corners(decider, x)
+    around = bounds.surround(decider.matrices, (low, high), steps)
+    unit = torch.rand(10_000, len(low), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit[::2] = unit[::2].round()  # every second one a corner
+    points = low + (high - low) * unit
+    hidden = inside(decider.network, points.reshape(-1, *SHAPE))
+    lower, upper = low.numpy(), high.numpy()
+    for k, values in enumerate(hidden[:-1]):
+        plain_low, plain_high = decider.matrices.interval(k, lower, upper)
+        weight = decider.matrices.weights[k].toarray()
+        slow_low = weight.clip(min=0) @ lower + weight.clip(max=0) @ upper + decider.matrices.shifts[k]
+        assert np.allclose(plain_low, slow_low, rtol=0, atol=1e-8) and (plain_low <= slow_low).all()
+        assert (values.numpy() >= plain_low).all() and (values.numpy() <= plain_high).all()
+        lower, upper = plain_low.clip(min=0), plain_high.clip(min=0)
+
+        layer = around.layers[k]
+        mine_low, mine_high = around.lower[layer].numpy(), around.upper[layer].numpy()
+        # the unstable ones are found again by their values: the reduced network's rows at the sampled points
+        r = torch.cat([values_of.clamp(min=0) for values_of in rows_at(around, points)], 1)
+        z = rows_at(around, points)[k]
+        assert r.shape[1] == len(around.lower)
+        assert (z.numpy() >= mine_low).all() and (z.numpy() <= mine_high).all()
+        index = [int((values - z[:, j : j + 1]).abs().max(0).values.argmin()) for j in range(z.shape[1])]
+        assert all((values[:, i] - z[:, j]).abs().max() < 1e-9 for j, i in enumerate(index))
+        assert (mine_low >= plain_low[index] - 1e-8).all() and (mine_high <= plain_high[index] + 1e-8).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reduced_network_is_the_network_inside_its_box(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    x = images(1, seed)[0].float() / 255
+    label = torch.tensor(1)
+    least, bounder, questions = decider.margins(x, label, 0)
+    low, high = corners(decider, x)
+    points = low + (high - low) * torch.rand(200, len(low), dtype=torch.float64)
+    z = rows_at(bounder.reduced, points)
+    known = torch.cat(
+        [scaled(bounder.reduced, points), torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1
+    )
+    logits = decider.network(points.reshape(-1, *SHAPE))
+    margins = logits[:, 1:2] - logits[:, [0, 2]]
+    assert torch.allclose(known @ questions.T, margins, rtol=0, atol=1e-10)
+    assert (margins >= least).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unoptimised_bounds_are_those_of_a_slow_relaxation_in_extended_precision(seed):
+    """Dense matrices of the whole network, one row at a time, numpy's long double: also what double precision loses."""
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    x = images(1, seed)[0].float() / 255
+    least, bounder, _ = decider.margins(x, torch.tensor(2), 0)
+    long = np.longdouble
+    weights = [w.toarray().astype(long) for w in decider.matrices.weights]
+    shifts = [s.astype(long) for s in decider.matrices.shifts]
+    low, high = (side.numpy().astype(long) for side in corners(decider, x))
+
+    def below(row, total, k, hidden):
+        for i in range(k - 1, -1, -1):
+            lower, upper = hidden[i]
+            made = np.zeros_like(row)
+            for j, coefficient in enumerate(row):
+                low_z, high_z = lower[j], upper[j]
+                if low_z >= 0:
+                    made[j] = coefficient
+                elif high_z > 0 and coefficient < 0:
+                    made[j] = coefficient * high_z / (high_z - low_z)
+                    total -= coefficient * high_z * low_z / (high_z - low_z)
+                elif high_z > 0 and high_z > -low_z:
+                    made[j] = coefficient
+            total += made @ shifts[i]
+            row = made @ weights[i]
+        return total + np.where(row > 0, row * low, row * high).sum()
+
+    hidden, inputs = [], (low, high)
+    widen = long(reduced.ROUNDING)
+    for k in range(len(weights) - 1):
+        centre, radius = (inputs[0] + inputs[1]) / 2, (inputs[1] - inputs[0]) / 2
+        centre, radius = weights[k] @ centre + shifts[k], abs(weights[k]) @ radius + widen
+        lower, upper = centre - radius, centre + radius
+        if k > 0:
+            for j in np.flatnonzero((lower < 0) & (upper > 0)):
+                lower[j] = max(lower[j], below(weights[k][j], shifts[k][j], k, hidden) - widen)
+                upper[j] = min(upper[j], -below(-weights[k][j], -shifts[k][j], k, hidden) + widen)
+        hidden.append((lower, upper))
+        inputs = (lower.clip(min=0), upper.clip(min=0))
+    for value, other in zip(least, (0, 1), strict=True):
+        row, shift = weights[-1][2] - weights[-1][other], shifts[-1][2] - shifts[-1][other]
+        assert abs(below(row, shift, len(weights) - 1, hidden) - long(value.item())) < 1e-11
+    assert bounder.reduced.lower.numel() > 5  # there was something to relax
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_optimised_slopes_reach_the_linear_program_and_never_pass_it(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.05)
+    x = images(1, seed)[0].float() / 255
+    plain, bounder, questions = decider.margins(x, torch.tensor(0), 0)
+    optimised = bounder.tighten(bounder.root(questions), 150).bound
+    for before, after, question in zip(plain, optimised, questions, strict=True):
+        exact = program(bounder.reduced, question)
+        assert before <= after <= exact + 1e-9
+        assert exact - after < 0.02 * max(1.0, exact - before.item())
+
+
+def partly_fixed(bounder, question: torch.Tensor, point: torch.Tensor, seed: int) -> bounds.Domains:
+    """A domain in which a third of the signs are fixed as they are at a point (1 x D), slopes and multipliers at random."""
+    generator = torch.Generator().manual_seed(seed)
+    domains = bounder.root(question[None])
+    signs = torch.cat(rows_at(bounder.reduced, bounder.reduced.images(point)), 1).sign().to(torch.int8)
+    domains.signs = signs * (torch.rand(signs.shape, generator=generator) < 1 / 3)
+    domains.low = torch.rand(signs.shape, generator=generator)
+    domains.push = torch.rand(signs.shape, generator=generator) * 0.1
+    return domains
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_relaxation_is_least_gives_its_value_and_its_slopes(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 0)
+    domains = partly_fixed(bounder, questions[0], torch.rand(1, bounder.reduced.inputs, dtype=torch.float64) * 2 - 1, seed)
+    double = lambda low: bounder.lines(domains.signs, domains.span, low, torch.float64)
+    low, push = domains.low.double(), domains.push.double()
+    value, coefficients, x = bounder.below(questions[:1], double(low), push)
+    known, z = bounder.point(double(low), coefficients, x)
+    assert value.item() == pytest.approx((known @ questions[0] - (push * domains.signs * z).sum(1)).item(), abs=1e-9)
+    by_low = coefficients.clamp(min=0) * z * (domains.signs == 0)
+    by_push = -domains.signs * z
+    change = lambda low, push: (bounder.below(questions[:1], double(low), push)[0] - value).item()
+    for j in range(len(bounder.reduced.lower)):
+        step = torch.zeros_like(low)
+        step[0, j] = 1e-7
+        assert change(low + step, push) == pytest.approx(by_low[0, j].item() * 1e-7, abs=1e-11)
+        assert change(low, push + step) == pytest.approx(by_push[0, j].item() * 1e-7, abs=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bounds_renewed_in_a_domain_hold_wherever_its_row_is_small_there(seed):
+    decider = Decider(tiny(seed), SHAPE, 0.1)
+    _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(seed % 3), 0)
+    around = bounder.reduced
+    points = torch.rand(20_000, around.inputs, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1
+    points[::2] = points[::2].sign()
+    z = rows_at(around, around.images(points))
+    ones = torch.ones(len(points), 1, dtype=torch.float64)
+    margins = torch.cat([points, ones, *(t.clamp(min=0) for t in z)], 1) @ questions[0]
+    least = margins.argmin()
+    tolerance = margins.sort().values[200].item()
+    for domains in (bounder.root(questions[:1]), partly_fixed(bounder, questions[0], points[least : least + 1], seed)):
+        renewed = bounder.rebound(domains, tolerance, 20)
+        here = ((torch.cat(z, 1) * domains.signs >= 0).all(1)) & (margins <= tolerance)
+        assert here.any() and renewed.bound.item() < torch.inf
+        mine = z[-1][here]
+        assert (mine >= renewed.span[0, 0]).all() and (mine <= renewed.span[0, 1]).all()
+        fixed = renewed.signs[:, bounder.last]
+        assert (mine * fixed >= 0).all() and (fixed * domains.signs[:, bounder.last] >= 0).all()
+        assert (renewed.span[0, 0] >= domains.span[0, 0]).all() and (renewed.span[0, 1] <= domains.span[0, 1]).all()
+
+
+def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds():
+    decider = Decider(tiny(0), SHAPE, 0.1)
+    least, bounder, questions = decider.margins(images(1)[0].float() / 255, torch.tensor(0), 20)
+    renewed = bounder.rebound(bounder.root(questions), least.min().item() - 5, 100)
+    assert (renewed.bound == torch.inf).any()
+
+
+def test_open_domains_come_out_worst_first_whatever_comes_in_between():
+    generator = torch.Generator().manual_seed(0)
+    _, bounder, questions = Decider(tiny(0), SHAPE, 0.1).margins(images(1)[0].float() / 255, torch.tensor(0), 0)
+    roots = bounder.root(questions)
+
+    def some(count: int) -> bounds.Domains:
+        taken = roots.take(torch.randint(len(roots), (count,), generator=generator))
+        taken.bound, taken.low = torch.randn(count, generator=generator).double(), torch.rand(count, roots.low.shape[1])
+        return taken
+
+    first = some(3)
+    waiting, slow = branch.Open(questions, first), [first.take(torch.tensor([i])) for i in range(3)]
+    for round_ in range(30):
+        fresh = some(round_ % 7)
+        waiting.add(fresh)
+        slow += [fresh.take(torch.tensor([i])) for i in range(len(fresh))]
+        slow.sort(key=lambda domain: domain.bound.item())
+        taken, expected, slow = waiting.worst(3), slow[:3], slow[3:]
+        assert len(waiting) == len(slow) and waiting.targets() == {d.target.item() for d in slow}
+        assert torch.equal(taken.bound, torch.cat([d.bound for d in expected]))
+        assert torch.equal(taken.low, torch.cat([d.low for d in expected]))
+        assert torch.equal(taken.rows, questions[taken.target])
+    waiting.drop({0, 1})
+    assert waiting.targets() == {d.target.item() for d in slow} - {0, 1}
