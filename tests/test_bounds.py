@@ -195,6 +195,14 @@ def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds()
     assert (renewed.bound == torch.inf).any()
 
 
+def test_nothing_is_renewed_where_every_sign_of_the_last_layer_is_fixed():
+    _, bounder, questions = Decider(tiny(0), SHAPE, 0.1).margins(images(1)[0].float() / 255, torch.tensor(0), 0)
+    domains = bounder.root(questions)
+    domains.signs[:, bounder.last] = 1
+    renewed = bounder.rebound(domains, branch.TOLERANCE, 3)
+    assert torch.equal(renewed.span, domains.span) and torch.equal(renewed.signs, domains.signs)
+
+
 def test_open_domains_come_out_worst_first_whatever_comes_in_between():
     generator = torch.Generator().manual_seed(0)
     _, bounder, questions = Decider(tiny(0), SHAPE, 0.1).margins(images(1)[0].float() / 255, torch.tensor(0), 0)

@@ -18,7 +18,6 @@ from fastrobust.verification.reduced import ROUNDING, Matrices, Reduced
 HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a bound far below ROUNDING
 FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
 COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
-WORTH = 0.02  # those are not that cost less than this part of what the bound lacks
 ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
 
 
@@ -207,8 +206,7 @@ class Bounder:
         coefficients = self.below(domains.rows.float(), lines, domains.push)[1][:, self.last]
         cost = -coefficients * lines.offset[:, self.last] * (domains.signs[:, self.last] == 0)
         least = cost.topk(min(COSTLY, cost.shape[1]), dim=1).values[:, -1:]
-        worth = (-WORTH * domains.bound[:, None].clamp(max=0)).nan_to_num(posinf=0)  # 0 without any bound yet
-        owners, places = ((cost > worth) & (cost >= least)).nonzero(as_tuple=True)
+        owners, places = ((cost > 0) & (cost >= least)).nonzero(as_tuple=True)
         span, signs = domains.span.clone(), domains.signs.clone()
         for owner, place in zip(owners.split(ROWS // 2), places.split(ROWS // 2), strict=True):
             z, given = self.reduced.weights[self.last][place], domains.rows[owner].repeat(2, 1)

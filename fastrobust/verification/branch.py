@@ -14,9 +14,14 @@ from fastrobust.verification import milp
 from fastrobust.verification.bounds import Bounder, Domains, Lines, join
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
+BATCH = 256  # domains that are split at once
+CANDIDATES = 5  # ReLUs that are tried before one is chosen for a split
+STEPS, RATE = 10, 0.05  # of the optimiser, for the bound of a domain
+ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where the last layer is bounded anew
+MOST = 500_000  # domains, for the sake of memory
 
 
-def split(bounder: Bounder, domains: Domains, candidates: int) -> tuple[Tensor, Tensor]:
+def split(bounder: Bounder, domains: Domains) -> tuple[Tensor, Tensor]:
     """(for every domain the ReLU to fix next, or -1 where no upper line costs anything: there a linear program is exact; the
     corners of the box where the relaxations are least, N x D). The ReLUs whose triangles cost a bound most are candidates;
     both children of each are tried with the slopes of their parent (filtered smart branching, De Palma et al., 2021)."""
@@ -24,7 +29,7 @@ def split(bounder: Bounder, domains: Domains, candidates: int) -> tuple[Tensor, 
     lines = bounder.lines(domains.signs, domains.span, domains.low, torch.float32)
     value, coefficients, x = bounder.below(rows, lines, domains.push)
     cost = torch.where(domains.signs == 0, -coefficients.clamp(max=0) * lines.offset, -1)
-    gains, picks = [], cost.topk(min(candidates, cost.shape[1]), dim=1).indices
+    gains, picks = [], cost.topk(min(CANDIDATES, cost.shape[1]), dim=1).indices
     for pick in picks.T:
         fixed = Lines(lines.slope.clone(), lines.offset.clone(), lines.low.clone(), lines.signs)
         fixed.offset[everyone, pick] = 0
@@ -89,38 +94,27 @@ def children(domains: Domains, pick: Tensor) -> Domains:
 
 
 def decide(
-    bounder: Bounder,
-    rows: Tensor,
-    deadline: float,
-    broken: Callable[[Tensor], Tensor],
-    *,
-    batch: int = 256,
-    first_steps: int = 40,
-    steps: int = 10,
-    renewing: int = 14,
-    candidates: int = 5,
-    anew: tuple[int, ...] = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36),
-    limit: int = 500_000,
+    bounder: Bounder, rows: Tensor, deadline: float, broken: Callable[[Tensor], Tensor]
 ) -> tuple[list[int], Tensor | None, int]:
     """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
     adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
-    deadline is one of time.monotonic(). The last layer is bounded anew at the levels
-    `anew` of the trees."""
-    roots = bounder.tighten(bounder.root(rows), first_steps, enough=2 * TOLERANCE)
-    open_, visited, stuck = Open(rows, roots.take(roots.bound <= TOLERANCE)), len(roots), set()
+    deadline is one of time.monotonic()."""
+    roots = bounder.tighten(bounder.root(rows), 4 * STEPS, enough=2 * TOLERANCE)
+    open_ = Open(rows, roots.take(roots.bound <= TOLERANCE))
+    visited, stuck = len(roots), set()
     while True:
-        if not len(open_) or time.monotonic() > deadline or visited > limit:
+        if not len(open_) or time.monotonic() > deadline or visited > MOST:
             return sorted(stuck | open_.targets()), None, visited
-        worst = open_.worst(batch)
-        renew = torch.isin(worst.depth, torch.tensor(anew))
+        worst = open_.worst(BATCH)
+        renew = torch.isin(worst.depth, torch.tensor(ANEW))
         if renew.any():
-            deep = bounder.rebound(worst.take(renew), TOLERANCE, renewing)
-            deep = bounder.tighten(deep, steps, rate=0.05, enough=2 * TOLERANCE)
+            deep = bounder.rebound(worst.take(renew), TOLERANCE, ANEW_STEPS)
+            deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
             worst = join(worst.take(~renew), deep)
             worst = worst.take(worst.bound <= TOLERANCE)
             if not len(worst):
                 continue
-        pick, corners = split(bounder, worst, candidates)
+        pick, corners = split(bounder, worst)
         hit = broken(corners)
         if hit.any():
             return [], corners[hit][0], visited
@@ -136,6 +130,6 @@ def decide(
         if not going.any():
             continue
         worst, pick = worst.take(going), pick[going]
-        fresh = bounder.tighten(children(worst, pick), steps, rate=0.05, enough=2 * TOLERANCE)
+        fresh = bounder.tighten(children(worst, pick), STEPS, RATE, enough=2 * TOLERANCE)
         visited += len(fresh)
         open_.add(fresh.take(fresh.bound <= TOLERANCE))

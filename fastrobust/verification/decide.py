@@ -22,7 +22,6 @@ from fastrobust import attacks, threat
 from fastrobust.verification import bounds, branch, milp, reduced
 from fastrobust.verification.network import DTYPE, Network, extract
 
-FEW = 250  # ReLUs whose sign is open
 INSIDE = 1 - 1e-6  # searches use this part of epsilon, so that rounding to single precision stays within epsilon
 
 
@@ -158,10 +157,7 @@ class Decider:
             points = points_of(corners)
             return self.confirmed(x, label.expand(len(points)), points)
 
-        now = time.monotonic()
-        few = len(bounder.reduced.lower) <= FEW  # with more, HiGHS has never had an answer in such a time
-        branching = now + (0.9 if few else 1) * (deadline - now)
-        left, corner, domains = branch.decide(bounder, questions[todo], branching, adversarial)
+        left, corner, domains = branch.decide(bounder, questions[todo], deadline, adversarial)
         if corner is not None:
             return verdict("falsified", "branch and bound", domains, points_of(corner[None])[0])
         for target in todo[left].tolist():
