@@ -147,11 +147,11 @@ class Bounder:
         return known, z
 
     def root(self, rows: Tensor) -> Domains:
-        """One domain per row (N x (D + 1 + U)), nothing fixed but what the bounds fix."""
+        """One domain per row (N x (D + 1 + U)), nothing fixed."""
         _, lower, upper = self.tensors[torch.float64]
         count = len(rows)
         low = (upper > -lower).float().expand(count, -1).contiguous()  # whichever leaves the smaller triangle
-        signs = ((lower >= 0).to(torch.int8) - (upper <= 0).to(torch.int8)).expand(count, -1).contiguous()
+        signs = torch.zeros_like(low, dtype=torch.int8)
         span = torch.stack([self.reduced.lower[self.last], self.reduced.upper[self.last]]).expand(count, -1, -1).contiguous()
         bound = torch.full((count,), -torch.inf, dtype=torch.float64)
         return Domains(
