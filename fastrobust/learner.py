@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrobust import ibp
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,9 +93,12 @@ class Learner:
             self.model.train()
         return gradient, logits.detach().argmax(1) == y
 
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """One optimiser step on the loss at x; adds to the running sums."""
-        self._step(self._forward_of_update(x.detach()), y)
+    def update(self, x: Tensor, y: Tensor, box: tuple[Tensor, Tensor] | None = None, ibp_weight: float = 0.0) -> None:
+        """One optimiser step on the loss at x; adds to the running sums. With a box (lower and upper pixels) a part
+        `ibp_weight` of the loss is its bound over the box, in fp32 whatever the precision."""
+        logits = self._forward_of_update(x.detach())
+        bound = None if box is None else F.cross_entropy(ibp.worst_differences(self.model, *box, y), y)
+        self._step(logits, y, bound, ibp_weight)
 
     def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor:
         """`update`, and the gradient with respect to x out of the same backward pass."""
@@ -104,8 +109,10 @@ class Learner:
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
 
-    def _step(self, logits: Tensor, y: Tensor) -> None:
+    def _step(self, logits: Tensor, y: Tensor, bound: Tensor | None = None, ibp_weight: float = 0.0) -> None:
         loss = F.cross_entropy(logits, y)
+        if bound is not None:
+            loss = torch.lerp(loss, bound, ibp_weight)
         self.lr.copy_(self.now(self.lr_table))
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()

@@ -23,7 +23,9 @@ from fastrobust.threat import Radius
 class Learner(Protocol):
     def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def update(self, x: Tensor, y: Tensor) -> None: ...
+    def update(
+        self, x: Tensor, y: Tensor, box: tuple[Tensor, Tensor] | None = None, ibp_weight: float = 0.0
+    ) -> None: ...
 
     def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor: ...
 
@@ -43,13 +45,16 @@ def fgsm(
     alpha: Radius,
     init: str = "random",
     clip_start: bool = True,
+    ibp_weight: float = 0.0,
 ) -> Tensor:
     """FGSM adversarial training (paper, Algorithm 3; section 4.1 for the three starts). Without `clip_start` the gradient of
-    a random start is taken where it lies, even outside the pixel box, as Algorithm 3 has it."""
+    a random start is taken where it lies, even outside the pixel box, as Algorithm 3 has it. With `ibp_weight` the update's
+    loss is (1 - ibp_weight) times that of the adversarial examples plus ibp_weight times a bound on that of all points
+    within epsilon (MTL-IBP; De Palma et al., 2024, section 4): such networks can be proved robust."""
     delta = start(x, delta, epsilon, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
     delta = threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
-    learner.update(x + delta, y)
+    learner.update(x + delta, y, threat.box(x, epsilon) if ibp_weight else None, ibp_weight)
     return delta
 
 
@@ -129,6 +134,7 @@ def from_config(method, epsilon: float) -> Callable[[Learner, Tensor, Tensor, Te
             alpha=method.alpha * scale,
             init=method.init,
             clip_start=method.clip_start,
+            ibp_weight=method.ibp_weight,
         )
     return lambda learner, x, y, delta, scale: pgd(
         learner,

@@ -104,6 +104,7 @@ class Fgsm(Attacked):
     init: Literal["zero", "random", "previous"] = "random"
     alpha: Pixels | None = None  # default 1.25 epsilon
     clip_start: bool = True  # cut random starts with the pixel box: the authors' CIFAR-10 code does, their MNIST code not
+    ibp_weight: Annotated[Number, Field(ge=0, le=1)] = 0.0  # share of the loss that is its interval bound within epsilon
 
 
 class NFgsm(Attacked):

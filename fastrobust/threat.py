@@ -24,6 +24,11 @@ def clip_to_box(delta: Tensor, x: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(delta, -x), 1 - x)
 
 
+def box(x: Tensor, epsilon: Radius) -> tuple[Tensor, Tensor]:
+    """All that the adversary may do: the least and the largest value of every pixel."""
+    return (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
+
+
 def uniform_start(x: Tensor, radius: Radius, clip: bool = True) -> Tensor:
     """delta ~ U(-radius, radius) in every pixel (paper, Algorithm 3); with `clip`, cut with the pixel box."""
     delta = (torch.rand_like(x) * 2 - 1) * radius

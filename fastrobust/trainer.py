@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust import attacks, checkpoint, engine, guard, memory, methods, run, schedules
+from fastrobust import attacks, checkpoint, engine, guard, ibp, memory, methods, run, schedules
 from fastrobust.data import loaders, sources
 from fastrobust.data.augment import augment, center_crop, to_unit
 from fastrobust.data.resident import Resident
@@ -28,12 +28,15 @@ AGREE_EVERY = 16  # steps after which processes agree whether to stop or save; w
 
 
 def check_model(model: nn.Module, config: Config, channels: int) -> None:
-    """Raise ConfigError if the model cannot take the images of some phase."""
+    """Raise ConfigError if the model cannot take the images of some phase, or the method not the model."""
     parameter = next(model.parameters())
     for resolution in {phase.resolution for phase in config.phases}:
+        x = torch.zeros(1, channels, resolution, resolution, device=parameter.device)
         try:
             with attacks.evaluating(model), torch.no_grad():
-                model(torch.zeros(1, channels, resolution, resolution, device=parameter.device))
+                model(x)
+                if getattr(config.method, "ibp_weight", 0):
+                    ibp.worst_differences(model, x, x, torch.zeros(1, dtype=torch.int64, device=x.device))
         except RuntimeError as error:
             raise ConfigError(
                 f"model.name: {config.model.name} cannot take {resolution} x {resolution} pixels ({first_line(error)})"

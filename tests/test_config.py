@@ -102,7 +102,7 @@ def test_every_default_is_resolved(file):
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("{name: fgsm, init: zero}", {"alpha": 0.125, "init": "zero"}),
+        ("{name: fgsm, init: zero}", {"alpha": 0.125, "init": "zero", "ibp_weight": 0}),
         ("{name: n_fgsm}", {"alpha": 0.1, "noise": 2.0}),
         ("{name: pgd, alpha: 0.02}", {"steps": 7, "init": "random", "skip_misclassified": False}),
         ("{name: free}", {"replays": 8}),

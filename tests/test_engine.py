@@ -15,6 +15,7 @@ METHODS = {
     "standard": {"name": "standard"},
     "fgsm": {"name": "fgsm"},
     "fgsm-previous": {"name": "fgsm", "init": "previous"},
+    "fgsm-ibp": {"name": "fgsm", "ibp_weight": 0.3},
     "n_fgsm": {"name": "n_fgsm"},
     "pgd": {"name": "pgd", "steps": 2, "alpha": "2/255", "skip_misclassified": True},
     "free": {"name": "free", "replays": 2},
@@ -25,6 +26,7 @@ SIDE = 8  # pixels: small images, all of the network
 
 
 def make_job(method="fgsm", precision="fp32", device="cpu", engine_name="eager", warmup=0, side=SIDE):
+    side = 28 if method == "fgsm-ibp" else side
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     labels = torch.randint(0, 10, (50,), generator=generator)

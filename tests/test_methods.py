@@ -54,6 +54,20 @@ def make_batch(n: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, torch.randint(3, (n,), generator=generator)
 
 
+def written_out_bound(model: nn.Module, x: Tensor, epsilon: float) -> Tensor:
+    """Interval bounds of the network of make_model, by positive and negative weights, N x label x class."""
+    low, high = (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
+    for layer in list(model)[:-1]:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            apply = F.conv2d if isinstance(layer, nn.Conv2d) else F.linear
+            up, down = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
+            low, high = apply(low, up, layer.bias) + apply(high, down), apply(high, up, layer.bias) + apply(low, down)
+        else:
+            low, high = layer(low), layer(high)
+    rows, shift = (p[None] - p[:, None] for p in (model[-1].weight, model[-1].bias))
+    return (rows.clamp(min=0) * high[:, None, None] + rows.clamp(max=0) * low[:, None, None]).sum(-1) + shift
+
+
 class Slow:
     """The same training, written out: a leaf delta, `loss.backward()` with all weight gradients, loops over pixels."""
 
@@ -70,9 +84,9 @@ class Slow:
         self.optimizer.zero_grad()
         return leaf.grad, logits.argmax(1)
 
-    def update(self, x: Tensor, y: Tensor) -> None:
+    def update(self, x: Tensor, y: Tensor, bound: Tensor | float = 0.0, weight: float = 0.0) -> None:
         self.optimizer.zero_grad()
-        F.cross_entropy(self.model(x), y).backward()
+        ((1 - weight) * F.cross_entropy(self.model(x), y) + weight * bound).backward()
         self.optimizer.step()
 
     def replay(self, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
@@ -161,6 +175,23 @@ def test_fgsm_alpha_defaults_to_five_quarters_of_epsilon():
         moved = found[found != 0]
         close(moved.abs(), torch.full_like(moved, 1.25 * epsilon))
         assert len(moved) > 100
+
+
+@pytest.mark.parametrize("scale", [1.0, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_fgsm_with_an_interval_bound(scale):
+    """Its radius is that of the attack, and grows with it."""
+    model, reference = make_model(), Slow(make_model())
+    learner = make_learner(model)
+    for seed in range(3):
+        x, y = make_batch(seed=seed)
+        torch.manual_seed(seed)
+        step("fgsm", init="zero", alpha=0.04, ibp_weight=0.3, scale=scale)(learner, x, y, x)
+        gradient, _ = reference.attack_gradient(x, y, torch.zeros_like(x))
+        delta = per_pixel(lambda g, p: into_ball_and_box(0.04 * scale * sign(g), p), gradient, x)
+        bound = written_out_bound(reference.model, x, EPSILON * scale)[torch.arange(len(y)), y]
+        reference.update(x + delta, y, F.cross_entropy(bound, y), 0.3)
+    same_weights(model, reference.model)
+    assert learner.read_sums()[0] > 0 and learner.updates.item() == 3
 
 
 def test_previous_starts_from_the_last_delta():
@@ -551,7 +582,8 @@ def test_where_the_gradient_of_a_random_start_is_taken(clip_start):
             seen.append(x)
             return torch.ones_like(x), torch.ones(len(x), dtype=torch.bool)
 
-        def update(self, x, y):
+        def update(self, x, y, box, ibp_weight):
+            assert box is None and ibp_weight == 0
             seen.append(x)
 
     x = torch.zeros(4, 1, 10, 10)

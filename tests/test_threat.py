@@ -63,6 +63,15 @@ def test_clip_to_box_knows_no_ball():
     torch.testing.assert_close(threat.clip_to_box(delta, x).flatten(), torch.tensor(expected), rtol=0, atol=1e-6)
 
 
+def test_box_holds_what_project_can_reach():
+    x = images(2, 3, 5, 5)
+    lower, upper = threat.box(x, 0.1)
+    for pixel, low, high in zip(x.flatten().tolist(), lower.flatten().tolist(), upper.flatten().tolist(), strict=True):
+        assert (low, high) == pytest.approx((max(pixel - 0.1, 0.0), min(pixel + 0.1, 1.0)), abs=1e-6)
+    torch.testing.assert_close(x + threat.project(torch.ones_like(x), x, 0.1), upper)
+    torch.testing.assert_close(x + threat.project(-torch.ones_like(x), x, 0.1), lower)
+
+
 def test_uniform_start_stays_in_ball_and_box():
     torch.manual_seed(0)
     x = images(8, 3, 16, 16)

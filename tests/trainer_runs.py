@@ -15,6 +15,7 @@ SGD = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cyclic", "max_lr": 0.
 METHODS = {
     "standard": {"method": {"name": "standard"}},
     "fgsm random": {"method": {"name": "fgsm", "init": "random"}},
+    "fgsm ibp": {"method": {"name": "fgsm", "ibp_weight": 0.2}, "epsilon_warmup": 2},
     "fgsm previous": {"method": {"name": "fgsm", "init": "previous"}},
     "pgd": {"method": {"name": "pgd", "steps": 2, "alpha": 0.03, "skip_misclassified": True}},
     "free": {"method": {"name": "free", "replays": 2}, "phases__0__epochs": 6},
