@@ -17,6 +17,8 @@ TOLERANCE = 1e-4  # what a margin must exceed to count as positive
 BATCH = 256  # domains that are split at once
 CANDIDATES = 5  # ReLUs that are tried before one is chosen for a split
 STEPS, RATE = 10, 0.05  # of the optimiser, for the bound of a domain
+MORE, NEAR = 20, 2.0  # further steps where a bound is nearer than that to a proof: it saves all that would grow from there
+END_STEPS = 100  # where nothing is left to split: a linear program takes HiGHS half a second
 ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where the last layer is bounded anew
 MOST = 500_000  # domains, for the sake of memory
 
@@ -118,18 +120,25 @@ def decide(
         hit = broken(corners)
         if hit.any():
             return [], corners[hit][0], visited
-        for i in (pick < 0).nonzero()[:, 0].tolist():  # nothing to split, and the bound still fails: a linear program
-            seconds = deadline - time.monotonic()
-            kind, point = milp.decide(bounder.reduced, worst.rows[i], TOLERANCE, seconds, worst.signs[i])
+        ends = bounder.tighten(worst.take(pick < 0), END_STEPS, RATE, enough=2 * TOLERANCE)
+        for i in (ends.bound <= TOLERANCE).nonzero()[:, 0].tolist():  # nothing to split, and the bound still fails
+            seconds, target = deadline - time.monotonic(), ends.target[i].item()
+            if target in stuck or seconds < 0:
+                stuck.add(target)
+                continue
+            kind, point = milp.decide(bounder.reduced, ends.rows[i], TOLERANCE, seconds, ends.signs[i])
             if kind == "point" and broken(point[None]).item():
                 return [], point, visited
             if kind != "verified":
-                stuck.add(worst.target[i].item())
+                stuck.add(target)
         open_.drop(stuck)
         going = (pick >= 0) & ~torch.isin(worst.target, torch.tensor(sorted(stuck), dtype=torch.int64))
         if not going.any():
             continue
         worst, pick = worst.take(going), pick[going]
         fresh = bounder.tighten(children(worst, pick), STEPS, RATE, enough=2 * TOLERANCE)
+        near = (fresh.bound <= TOLERANCE) & (fresh.bound > -NEAR)
+        if near.any():
+            fresh = join(fresh.take(~near), bounder.tighten(fresh.take(near), MORE, RATE, enough=2 * TOLERANCE))
         visited += len(fresh)
         open_.add(fresh.take(fresh.bound <= TOLERANCE))
