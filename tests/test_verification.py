@@ -84,6 +84,37 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         assert point is None or wrong(point[None] * (1 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("answers", [True, False])
+def test_linear_programs_answer_where_the_optimiser_does_not(answers, monkeypatch):
+    """Without a step of the optimiser domains are left with nothing to split. HiGHS settles them as brute force does; where
+    it has no answer the class stays open, and is not asked about again."""
+    for name in ("STEPS", "MORE", "END_STEPS", "ANEW_STEPS"):
+        monkeypatch.setattr(branch, name, 0)
+    asked, ask = [], milp.decide
+
+    def decide(reduced, row, tolerance, seconds, signs):
+        asked.append(row)
+        return ask(reduced, row, tolerance, seconds, signs) if answers else ("timeout", None)
+
+    monkeypatch.setattr(branch.milp, "decide", decide)
+    verdicts = []
+    for seed in range(12):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+        x = images(1, 100 + seed)[0].float() / 255
+        label, nothing = decider.model(x[None]).argmax(), lambda points: torch.zeros(len(points), dtype=torch.bool)
+        _, bounder, questions = decider.margins(x, label, 5)
+        for question in questions:
+            before = len(asked)
+            left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, nothing)
+            assert point is None
+            if answers:
+                assert left == ([] if brute_force(bounder.reduced, question) > branch.TOLERANCE else [0])
+            elif len(asked) > before:
+                assert left == [0] and len(asked) == before + 1
+            verdicts.append(len(left))
+    assert asked and set(verdicts) == {0, 1}
+
+
 def test_the_integer_program_of_fixed_signs_is_the_linear_program_of_that_pattern():
     answers = set()
     for seed in range(6):
