@@ -27,7 +27,7 @@ def worst_differences(model: nn.Module, lower: Tensor, upper: Tensor, y: Tensor)
         centre, radius = _through(layer, centre, radius)
     if not isinstance(last, nn.Linear):
         raise _unsupported(last)
-    rows = last.weight - last.weight[y][:, None]  # N x classes x features: the differences' own rows, tighter than each logit's
+    rows = last.weight - last.weight[y][:, None]  # N x classes x features: tighter than the logits' own
     worst = torch.einsum("nkf,nf->nk", rows, centre) + torch.einsum("nkf,nf->nk", rows.abs(), radius)
     return worst if last.bias is None else worst + last.bias - last.bias[y][:, None]
 

@@ -178,8 +178,10 @@ def method_text(config) -> str:
 
     method = config.method
     details = {
-        "fgsm": lambda: f", {method.init} start, alpha {describe(method.alpha)}"
-        + (f", interval bound's weight {method.ibp_weight:g}" if method.ibp_weight else ""),
+        "fgsm": lambda: (
+            f", {method.init} start, alpha {describe(method.alpha)}"
+            + (f", interval bound's weight {method.ibp_weight:g}" if method.ibp_weight else "")
+        ),
         "n_fgsm": lambda: f", noise {method.noise:g} epsilon, alpha {describe(method.alpha)}",
         "pgd": lambda: f"-{method.steps}, alpha {describe(method.alpha)}",
         "free": lambda: f", {method.replays} replays",

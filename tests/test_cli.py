@@ -79,7 +79,8 @@ def test_training_leaves_a_whole_run_directory(finished_run):
     assert names == FILES | events
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert config["method"] == {
-        "name": "fgsm", "init": "random", "alpha": 0.0625, "attack_batchnorm": "train", "clip_start": True, "ibp_weight": 0.0,
+        "name": "fgsm", "init": "random", "alpha": 0.0625, "attack_batchnorm": "train", "clip_start": True,
+        "ibp_weight": 0.0,
     }  # fmt: skip
     assert len(metrics_of(finished_run)) == 3
 

@@ -136,8 +136,8 @@ def test_the_gradient_is_that_of_small_changes():
 
 
 def test_what_is_trained_with_the_bound_is_proved_by_it():
-    """FGSM on 400 bars, 60 updates, epsilon growing to 0.05: with a tenth of the loss on the bound most of 200 other images are
-    proved by intervals alone, without it none is; accuracy does not suffer."""
+    """FGSM on 400 bars, 60 updates, epsilon growing to 0.05: with a tenth of the loss on the bound most of 200 other images
+    are proved by intervals alone, without it none is; accuracy does not suffer."""
     pixels, labels = bar_images(600, seed=0)
     x, y = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 255, torch.from_numpy(labels)
     proved, accuracy = [], []
@@ -172,5 +172,5 @@ def test_other_layers_are_refused_by_name(layers, named):
 
 
 def test_a_run_with_another_model_is_refused_before_it_begins(config_of, begin):
-    with pytest.raises(ConfigError, match="method.ibp_weight.*PreActResNet18"):
+    with pytest.raises(ConfigError, match=r"method\.ibp_weight.*PreActResNet18"):
         begin(config_of(method={"name": "fgsm", "ibp_weight": 0.1}, model__name="preact_resnet18_w16"))
