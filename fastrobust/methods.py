@@ -48,7 +48,7 @@ def fgsm(
     """FGSM adversarial training (paper, Algorithm 3; section 4.1 for the three starts). Without `clip_start` the gradient of
     a random start is taken where it lies, even outside the pixel box, as Algorithm 3 has it. With `ibp_weight` the update's
     loss is (1 - ibp_weight) times that of the adversarial examples plus ibp_weight times a bound on that of all points
-    within epsilon (MTL-IBP; De Palma et al., 2024, section 4): such networks can be proved robust."""
+    within epsilon (MTL-IBP; De Palma et al., 2024): such networks can be proved robust."""
     delta = start(x, delta, epsilon, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
     delta = threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
