@@ -69,7 +69,7 @@ def test_the_learning_rate_is_that_of_each_updates_middle(config_of, begin):
     job = begin(config_of(data__limit=40, schedule={"name": "cyclic", "max_lr": 0.01, "peak": 0.5}, phases__0__epochs=2))
     used = []
     update = job.learner.update
-    job.learner.update = lambda x, y: (update(x, y), used.append(job.learner.lr.item()))
+    job.learner.update = lambda *batch: (update(*batch), used.append(job.learner.lr.item()))
     job.train()
     assert used == pytest.approx([0.0025, 0.0075, 0.0075, 0.0025])
     assert [record["learning_rate"] for record in job.history] == pytest.approx([0.0075, 0.0025])
@@ -327,8 +327,8 @@ def test_weights_spoilt_by_the_last_update_of_an_epoch_are_not_saved_as_good(con
     def spoil():
         update = job.learner.update
 
-        def once(x, y):
-            update(x, y)
+        def once(*batch):
+            update(*batch)
             job.learner.model.network[0].weight.data.fill_(math.nan)
 
         job.learner.update = once
