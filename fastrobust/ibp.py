@@ -5,14 +5,12 @@ pass that training can differentiate. For training only: these bounds are not ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.errors import ConfigError
-from fastrobust.models import Normalized
+from fastrobust.models import Normalized, in_sequence
 
 
 def worst_differences(model: nn.Module, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
@@ -22,7 +20,7 @@ def worst_differences(model: nn.Module, lower: Tensor, upper: Tensor, y: Tensor)
     centre, radius = (lower + upper) / 2, (upper - lower) / 2
     if isinstance(model, Normalized):
         centre, radius, model = (centre - model.mean) / model.std, radius / model.std, model.network
-    *layers, last = _sequence(model)
+    *layers, last = in_sequence(model)
     for layer in layers:
         centre, radius = _through(layer, centre, radius)
     if not isinstance(last, nn.Linear):
@@ -30,14 +28,6 @@ def worst_differences(model: nn.Module, lower: Tensor, upper: Tensor, y: Tensor)
     rows = last.weight - last.weight[y][:, None]  # N x classes x features: tighter than the logits' own
     worst = torch.einsum("nkf,nf->nk", rows, centre) + torch.einsum("nkf,nf->nk", rows.abs(), radius)
     return worst if last.bias is None else worst + last.bias - last.bias[y][:, None]
-
-
-def _sequence(model: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(model, nn.Sequential):
-        for child in model:
-            yield from _sequence(child)
-    else:
-        yield model
 
 
 def _through(layer: nn.Module, centre: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,15 @@ class Normalized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network((x - self.mean) / self.std)
+
+
+def in_sequence(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a Sequential in their order, those of sequences within it too; anything else is one module."""
+    if isinstance(model, nn.Sequential):
+        for child in model:
+            yield from in_sequence(child)
+    else:
+        yield model
 
 
 def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:

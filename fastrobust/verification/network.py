@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.errors import FastrobustError
-from fastrobust.models import Normalized
+from fastrobust.models import Normalized, in_sequence
 
 DTYPE = torch.float64
 
@@ -80,7 +80,7 @@ def extract(model: nn.Module, shape: tuple[int, ...]) -> Network:
         mean, std, model = model.mean.to(DTYPE), model.std.to(DTYPE), model.network
     layers: list[Affine] = []
     activated = True  # the last thing seen was a ReLU, or the image itself
-    for module in _leaves(model):
+    for module in in_sequence(model):
         if isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)):
             if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
                 raise FastrobustError("verification: Flatten must flatten everything but the batch")
@@ -102,14 +102,6 @@ def extract(model: nn.Module, shape: tuple[int, ...]) -> Network:
     if len(layers[-1].outputs) != 1:
         raise FastrobustError("verification: the network must end with a linear layer, not a convolution")
     return Network(tuple(layers), mean, std)
-
-
-def _leaves(model: nn.Module):
-    if isinstance(model, nn.Sequential):
-        for child in model:
-            yield from _leaves(child)
-    else:
-        yield model
 
 
 def _affine(module: nn.Module, inputs: tuple[int, ...]) -> Affine:
