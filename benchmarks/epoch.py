@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import measure, usual_loop
 from benchmarks.step import METHODS, cifar_config, images, make_job
-from fastrobust import distributed
 from fastrobust.data.augment import augment
-from fastrobust.models import PreActResNet18
+from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.runtime import distributed
 
 FULL = 50_000
 PAPER = {"fgsm": 23.41, "pgd-7": 91.59, "free-8": 13.46}  # Table 3: one 2080 Ti, mixed precision; free per replay

@@ -15,18 +15,22 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, usual_loop
-from fastrobust import attacks, distributed, run, trainer
-from fastrobust import config as config_module
+from fastrobust.attack.pgd import NOISE_CHUNK, pgd, start_noise
+from fastrobust.attack.verdicts import evaluating
+from fastrobust.config import reading
 from fastrobust.data import loaders
+from fastrobust.models.weights import read_weights
+from fastrobust.runtime import distributed
+from fastrobust.train.training import Training
 
 
 def small_model(device: torch.device):
-    config = config_module.load(
+    config = reading.load(
         Path(__file__).parent.parent / "configs/quickstart.yaml",
         ["phases.0.epochs=1", "guard.action=off", "evaluation.epsilon=0.15", "evaluation.alpha=0.02"],
     )
     with tempfile.TemporaryDirectory() as folder:
-        job = trainer.Trainer(config, Path(folder), device)
+        job = Training(config, Path(folder), device)
         job.train()
     return job.learner.model.eval(), config
 
@@ -38,7 +42,7 @@ def main() -> None:
     arguments = p.parse_args()
     device = distributed.pick_device(arguments.device)
     if arguments.run:
-        model, config, _ = run.read_weights(arguments.run)
+        model, config, _ = read_weights(arguments.run)
         model = model.to(device)
     else:
         model, config = small_model(device)
@@ -51,15 +55,15 @@ def main() -> None:
     verdicts = {}
 
     def noise(restart: int, first: int, count: int) -> torch.Tensor:
-        parts = [attacks.start_noise(images, c, epsilon, (0, restart)) for c in range(0, len(labels), attacks.NOISE_CHUNK)]
+        parts = [start_noise(images, c, epsilon, (0, restart)) for c in range(0, len(labels), NOISE_CHUNK)]
         return torch.cat(parts)[first : first + count]
 
     def plain() -> None:
-        with attacks.evaluating(model):
+        with evaluating(model):
             verdicts["plain"] = usual_loop.plain_pgd(model, images, labels, noise, **settings)
 
     def shrinking() -> None:
-        verdicts["shrinking"] = attacks.pgd(model, images, labels, **settings).robust
+        verdicts["shrinking"] = pgd(model, images, labels, **settings).robust
 
     rows = {"plain": plain, "shrinking active set": shrinking}
     times = measure.interleaved(rows, device, repetitions=3 if arguments.quick else 5, warm_up=1)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure
-from fastrobust.data import shards
-from fastrobust.data.dali import dali
+from fastrobust.data.loaders.dali import dali
+from fastrobust.data.prepared import shards
 
 
 def _varint(n: int) -> bytes:

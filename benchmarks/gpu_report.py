@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from fastrobust import run
-from fastrobust.data import sources
-from fastrobust.errors import DataError
+from fastrobust.data import sets
+from fastrobust.runtime import run_directory
+from fastrobust.runtime.errors import DataError
+from fastrobust.runtime.files import write_text
 
 RESULTS = Path("benchmarks/results/gpu")
 FAST = ["phases.0.epochs=15", "schedule.max_lr=0.2", "output=runs/gpu"]
@@ -38,7 +39,7 @@ def parts() -> list[tuple[str, list[str]]]:
         benchmark("profile"),
     ]
     try:
-        sources.locate("cifar10")
+        sets.locate("cifar10")
         for seed in range(3):
             train = ["-m", "fastrobust.train", "configs/cifar10_fgsm.yaml", *FAST]
             found.append((f"cifar10_fgsm_15_{seed}.json", [*train, f"seed={seed}", f"name=fgsm_15_{seed}"]))
@@ -79,10 +80,10 @@ def main() -> int:
         if status:
             failed.append(result)
         elif result == "tests.txt":
-            run.write_text(RESULTS / result, text)
+            write_text(RESULTS / result, text)
         elif "fastrobust.train" in command:
-            summary = Path("runs/gpu") / Path(result).stem.removeprefix("cifar10_") / run.SUMMARY
-            run.write_text(RESULTS / result, summary.read_text())
+            summary = Path("runs/gpu") / Path(result).stem.removeprefix("cifar10_") / run_directory.SUMMARY
+            write_text(RESULTS / result, summary.read_text())
     print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
     return 1 if failed else 0
 

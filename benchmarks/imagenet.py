@@ -27,14 +27,18 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks import loader as loader_benchmark
 from benchmarks import measure
-from fastrobust import attacks, distributed, engine, trainer
-from fastrobust import config as config_module
-from fastrobust.cli import main_with_errors
-from fastrobust.data import formats, loaders, records, sources, writing
-from fastrobust.errors import DataError, FastrobustError, first_line
-from fastrobust.schema import Config
+from fastrobust.attack.verdicts import evaluating
+from fastrobust.config import reading
+from fastrobust.config.schema import Config
+from fastrobust.data import formats, loaders, sets
+from fastrobust.data.prepared import records, writing
+from fastrobust.runtime import distributed, machine
+from fastrobust.runtime.command import main_with_errors
+from fastrobust.runtime.errors import DataError, FastrobustError, first_line
+from fastrobust.train import engine
+from fastrobust.train.training import Training
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 1_281_167  # of ImageNet, for training
 LEAD = 5  # untimed batches at the start of a loader's turn: more than it has ready
 GOAL = 1.5  # a loader should give this many times what training takes
@@ -45,17 +49,17 @@ PACKAGES = {"torch": None, "ffcv": "ffcv", "dali": "nvidia.dali"}  # torch first
 # ---- images
 
 
-def pictures(config: Config, count: int) -> tuple[sources.Pictures, str]:
+def pictures(config: Config, count: int) -> tuple[sets.Pictures, str]:
     """(`count` training images, what they are): evenly out of the config's data set if that is there, else ImageNet
     samples or generated ones. Too few are repeated."""
     try:
-        found = sources.pictures(config.data.dataset, "train", config.data.path, count)
+        found = sets.pictures(config.data.dataset, "train", config.data.path, count)
     except DataError:
         files, what = loader_benchmark.sample_images(count)
         members = [formats.Member(f"{i}.jpg", f"image {i} of {what}", lambda f=f: f) for i, f in enumerate(files)]
         image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
         classes = tuple(f"{k:03}" for k in range(1000))
-        found = sources.Pictures(image, where, lambda i: members[i].name, np.arange(len(files)) % 1000, classes, what)
+        found = sets.Pictures(image, where, lambda i: members[i].name, np.arange(len(files)) % 1000, classes, what)
     distinct = len(found.labels)
     again = {part: lambda i, part=part: getattr(found, part)(i % distinct) for part in ("image", "where", "name")}
     repeated = found._replace(labels=found.labels[np.arange(count) % distinct], **again)
@@ -67,7 +71,7 @@ def write_sample(config: Config, folder: Path, count: int) -> tuple[dict[str, Co
     source, what = pictures(config, count)
     sizes = tuple(dict.fromkeys(loaders.stored(config, phase) for phase in config.phases))
     options = {"dataset": config.data.dataset, "limit": None, "cap": None, "quality": 90, "storage": "jpeg"}
-    options |= {"skip_corrupt": False, "workers": formats.cores()}
+    options |= {"skip_corrupt": False, "workers": machine.cores()}
     configs = {}
     for kind, names in (("ffcv", ["ffcv"]), ("webdataset", ["torch", "dali"])):
         writing.write_split(kind, "train", source, sizes, Namespace(**options, output=folder / kind))
@@ -108,10 +112,10 @@ def changed(config: Config, **sections: Any) -> Config:
     values = config.to_dict()
     for key, value in sections.items():
         values[key] = {**values[key], **value} if isinstance(value, dict) else value
-    return config_module.parse(values, "the benchmark")
+    return reading.parse(values, "the benchmark")
 
 
-def synthetic_job(config: Config, index: int, classes: int, device: torch.device) -> trainer.Trainer:
+def synthetic_job(config: Config, index: int, classes: int, device: torch.device) -> Trainer:
     """A Trainer of one phase whose images are random, on the device and of the crop's size already: like those that a
     decoding loader gives, so the same step serves both."""
     phase = config.phases[index]
@@ -123,9 +127,7 @@ def synthetic_job(config: Config, index: int, classes: int, device: torch.device
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, classes, (phase.batch_size,), generator=generator)
     names = tuple(map(str, range(classes)))
-    return trainer.Trainer(
-        one, Path("unused"), device, sources.ImageSet(pixels.permute(0, 3, 1, 2), labels, names, SYNTHETIC)
-    )
+    return Training(one, Path("unused"), device, sets.ImageSet(pixels.permute(0, 3, 1, 2), labels, names, SYNTHETIC))
 
 
 class CountFlops(TorchDispatchMode):
@@ -141,14 +143,14 @@ class CountFlops(TorchDispatchMode):
         return result
 
 
-def flops(job: trainer.Trainer, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def flops(job: Trainer, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Floating-point operations of convolutions and linear layers, for one image: of a forward pass, and of a whole step
     (counted while it is run)."""
     x = torch.zeros(1, *images.shape[1:], device=job.device)
-    with CountFlops() as forward, attacks.evaluating(job.learner.model), torch.no_grad():
+    with CountFlops() as forward, evaluating(job.learner.model), torch.no_grad():
         job.learner.model(x)
     with CountFlops() as step:
-        job.train_step(images, labels)
+        job.step.take(images, labels)
     return {"forward": forward.total, "step": step.total / len(labels)}
 
 
@@ -184,7 +186,7 @@ def measure_phase(
     job = synthetic_job(config, index, classes, device)
     x, y = next(job.loader.batches(0, 0, phase.batch_size, 0, 1))
     counted = flops(job, x, y)
-    job.step = engine.prepare(job.engine, job.train_step, x, y, job)
+    job.step = engine.prepare(job.engine, job.step.take, x, y, job)
     rows = {SYNTHETIC: lambda: job.step(x, y)}
     lead, pull = (LEAD, 1) if device.type == "cuda" else (1, LEAD)  # a step on a CPU takes seconds: one must do
     batches = 1 + (1 + pull) * (1 + options.repetitions * (lead + options.steps))
@@ -284,7 +286,7 @@ def main() -> int:
 
 
 def run(options: Namespace) -> int:
-    config = config_module.load(options.config, options.overrides)
+    config = reading.load(options.config, options.overrides)
     device = distributed.pick_device(options.device)
     small = options.quick and device.type != "cuda"
     options.steps = options.steps or (1 if small else 10 if options.quick else 20)

@@ -24,13 +24,16 @@ import torch
 from PIL import Image
 
 from benchmarks import formats, measure
-from fastrobust import distributed
-from fastrobust.data import beton, loaders, shards, sources, writing
-from fastrobust.data.dataloader import Torch
-from fastrobust.data.formats import cores
-from fastrobust.errors import ConfigError
+from fastrobust.config.schema import Augment
+from fastrobust.data import loaders, sets
+from fastrobust.data.loaders.dali import Dali
+from fastrobust.data.loaders.ffcv import Ffcv
+from fastrobust.data.loaders.torch_workers import Torch
+from fastrobust.data.prepared import beton, shards, writing
 from fastrobust.models.torchvision_compat import import_torchvision
-from fastrobust.schema import Augment
+from fastrobust.runtime import distributed
+from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.machine import cores
 
 PHASES = [(160, 128), (352, 224), ("original", 288)]  # stored size, crop
 AUGMENT = Augment(crop="random_resized", flip=True)
@@ -68,7 +71,7 @@ def write(source: Path, folder: Path, limit: int | None) -> None:
     options = Namespace(
         dataset="image_folder", limit=limit, cap=None, quality=90, skip_corrupt=False, workers=os.cpu_count()
     )
-    pictures = sources.pictures("image_folder", "train", source, limit)
+    pictures = sets.pictures("image_folder", "train", source, limit)
     for kind, storage in (("ffcv", "jpeg"), ("ffcv", "raw"), ("webdataset", "jpeg")):
         place = Namespace(**vars(options), storage=storage, output=folder / f"{kind}-{storage}")
         writing.write_split(kind, "train", pictures, tuple(size for size, _ in PHASES), place)
@@ -105,13 +108,9 @@ def rows_of(folder: Path, size, resolution: int, batch_size: int, workers: int, 
     jpeg, raw, tars = (folder / name for name in ("ffcv-jpeg", "ffcv-raw", "webdataset-jpeg"))
     made = {"torch shards jpeg": Torch(shards.read(tars, "train", size), size, *facts)}
     if loaders.installed("ffcv"):
-        from fastrobust.data.ffcv import Ffcv
-
         made["ffcv jpeg"] = Ffcv(beton.read(jpeg, "train", size), *facts)
         made["ffcv raw"] = Ffcv(beton.read(raw, "train", size), *facts)
     if loaders.installed("nvidia.dali"):
-        from fastrobust.data.dali import Dali
-
         made[f"dali jpeg {'mixed' if device.type == 'cuda' else 'cpu'}"] = Dali(shards.read(tars, "train", size), *facts)
 
     def one_pass(loader):

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastrobust import run
+from fastrobust.runtime import machine
+from fastrobust.runtime.files import write_json
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -79,8 +80,8 @@ def report(
     for row in rows:
         table.add_row(*row)
     Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
-    result = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), **result, **run.environment(str(device))}
+    result = {"benchmark": name, "date": time.strftime("%Y-%m-%d"), **result, **machine.environment(str(device))}
     if file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        run.write_json(Path(file), result)
+        write_json(Path(file), result)
     print(json.dumps(result))

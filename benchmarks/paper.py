@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrobust.schema import Cyclic, Points
+from fastrobust.config.schema import Cyclic, Points
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
 from benchmarks.step import METHODS, cifar_config, images, make_job
-from fastrobust import distributed
+from fastrobust.runtime import distributed
 
 ROWS = 15
 

@@ -22,14 +22,16 @@ from pathlib import Path
 
 from benchmarks import paper
 from benchmarks.tables import ROOT, build, file_of, read_result, write_page
-from fastrobust import config as config_module
-from fastrobust import run, sweep
-from fastrobust.cli import main_with_errors
-from fastrobust.data import sources
-from fastrobust.errors import ConfigError, DataError, FastrobustError
-from fastrobust.evaluate import count
-from fastrobust.stored import read_run
-from fastrobust.trainer import Interrupted
+from fastrobust.config import reading
+from fastrobust.data import sets
+from fastrobust.evaluation.command import count
+from fastrobust.reporting.stored import read_run
+from fastrobust.runtime import machine, run_directory
+from fastrobust.runtime.command import main_with_errors
+from fastrobust.runtime.errors import ConfigError, DataError, FastrobustError
+from fastrobust.runtime.files import explained, write_json
+from fastrobust.runtime.interrupt import Interrupted
+from fastrobust.train import sweep
 
 VERIFIED = "epsilon-0.1"  # of a run's `verification/`: the radius of Table 2
 
@@ -37,29 +39,29 @@ VERIFIED = "epsilon-0.1"  # of a run's `verification/`: the radius of Table 2
 def config_of(row: paper.Row, seed: int, scale: str, device: str, data: str | None):
     overrides = [*row.overrides, f"seed={seed}", f"name={row.name}_seed{seed}", f"output={paper.RUNS / scale}"]
     overrides += [f"device={device}"] + ([f"data.path={json.dumps(data)}"] if data else [])
-    return config_module.load(ROOT / "configs" / row.config, overrides)
+    return reading.load(ROOT / "configs" / row.config, overrides)
 
 
 def train(row: paper.Row, seed: int, folder: Path, scale: str, device: str, data: str | None) -> None:
     """Train, evaluate, and write the result. Raises FastrobustError."""
     config = config_of(row, seed, scale, device, data)
     directory = Path(config.output) / config.name
-    only_read = (directory / run.SUMMARY).exists()
+    only_read = (directory / run_directory.SUMMARY).exists()
     sweep.train_point(config)
     one = read_run(directory)
     summary = one.summary.model_dump()
     if not only_read:
-        summary["hardware"] = both(summary["hardware"], run.environment(config.device)["hardware"])
+        summary["hardware"] = both(summary["hardware"], machine.environment(config.device)["hardware"])
     found = {
         "row": row.name,
-        "date": time.strftime("%Y-%m-%d", time.gmtime((directory / run.SUMMARY).stat().st_mtime)),
+        "date": time.strftime("%Y-%m-%d", time.gmtime((directory / run_directory.SUMMARY).stat().st_mtime)),
         "data": source_of(config),
         "config": one.config.to_dict(),
         "summary": summary,
         "history": [record.model_dump(exclude_none=True) for record in one.history],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    run.write_json(file_of(row, seed, folder), found)
+    write_json(file_of(row, seed, folder), found)
 
 
 def both(begun: dict, ended: dict) -> dict:
@@ -71,7 +73,7 @@ def both(begun: dict, ended: dict) -> dict:
 
 def source_of(config) -> str:
     """The data set and the name of the folder or file that was read: CIFAR-10 as JPEG is not CIFAR-10."""
-    place = config.data.prepared or sources.locate(config.data.dataset, config.data.path)
+    place = config.data.prepared or sets.locate(config.data.dataset, config.data.path)
     return f"{config.data.dataset} ({Path(place).resolve().name})"
 
 
@@ -82,8 +84,8 @@ def add_verdicts(rows: list[paper.Row], folder: Path, scale: str) -> None:
             verdicts = paper.RUNS / scale / file.stem / "verification" / VERIFIED / "summary.json"
             if verdicts.exists():
                 read_result(file)  # says what is damaged
-                with run.explained(f"{verdicts} cannot be read"):
-                    run.write_json(file, json.loads(file.read_text()) | {"verified": json.loads(verdicts.read_text())})
+                with explained(f"{verdicts} cannot be read"):
+                    write_json(file, json.loads(file.read_text()) | {"verified": json.loads(verdicts.read_text())})
 
 
 class OutOfTime(FastrobustError):

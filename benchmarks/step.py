@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, usual_loop
-from fastrobust import config as config_module
-from fastrobust import distributed, engine, trainer
-from fastrobust.data.sources import ImageSet
-from fastrobust.models import PreActResNet18
-from fastrobust.schema import Config
+from fastrobust.config import reading
+from fastrobust.config.schema import Config
+from fastrobust.data.sets import ImageSet
+from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.runtime import distributed
+from fastrobust.train import engine
+from fastrobust.train.training import Training
 
 METHODS = {
     "standard": {"name": "standard"},
@@ -35,7 +37,7 @@ def images(n: int) -> ImageSet:
 
 
 def cifar_config(method: str, engine_name: str, precision: str, batch_size: int, epochs: int = 100) -> Config:
-    return config_module.parse(
+    return reading.parse(
         {
             "name": "benchmark",
             "engine": engine_name,
@@ -52,10 +54,10 @@ def cifar_config(method: str, engine_name: str, precision: str, batch_size: int,
     )
 
 
-def make_job(config: Config, data: ImageSet, device: torch.device) -> trainer.Trainer:
-    job = trainer.Trainer(config, Path("unused"), device, data)
+def make_job(config: Config, data: ImageSet, device: torch.device) -> Trainer:
+    job = Training(config, Path("unused"), device, data)
     x, y = next(job.loader.batches(0, 0, config.phases[0].batch_size, 0, 1))
-    job.step = engine.prepare(job.engine, job.train_step, x, y, job)
+    job.step = engine.prepare(job.engine, job.step.take, x, y, job)
     return job
 
 

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import paper
-from fastrobust import config as config_module
-from fastrobust import run, schedules
-from fastrobust.charts import Line, chart, escape, page, ranged, table
-from fastrobust.errors import FastrobustError
-from fastrobust.progress import duration
+from fastrobust.config import reading
+from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
+from fastrobust.runtime.errors import FastrobustError
+from fastrobust.runtime.files import write_text
+from fastrobust.runtime.progress import duration
+from fastrobust.train import schedules
 
 ROOT = Path(__file__).parent.parent
 MISSING = "not measured"
@@ -146,7 +147,7 @@ def facts(results: list[Result]) -> list[str]:
 
 
 def epochs_of(row: paper.Row) -> str:
-    return "" if row.config is None else str(config_module.load(ROOT / "configs" / row.config, list(row.overrides)).epochs)
+    return "" if row.config is None else str(reading.load(ROOT / "configs" / row.config, list(row.overrides)).epochs)
 
 
 # tables
@@ -373,4 +374,4 @@ def write_page(file: Path, found: list[tuple[str, str, Table | None]], scale: st
             parts += [f'<p class="note">{escape(note)}</p>' for note in content.notes]
     parts += [f'<p class="note">open: {escape(line)}</p>' for line in open_rows]
     file.parent.mkdir(parents=True, exist_ok=True)
-    run.write_text(file, page(title, "\n".join(parts)))
+    write_text(file, page(title, "\n".join(parts)))

@@ -12,10 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from fastrobust import run, verify
-from fastrobust.cli import main_with_errors
-from fastrobust.errors import FastrobustError
-from fastrobust.evaluate import count, pixels
+from fastrobust.evaluation.command import count, pixels
+from fastrobust.runtime.command import main_with_errors
+from fastrobust.runtime.errors import FastrobustError
+from fastrobust.runtime.files import write_json
 
 
 def plot(points: list[dict], title: str, file: Path) -> None:
@@ -57,12 +57,12 @@ def main() -> int:
         for epsilon in sorted(arguments.epsilons):
             command = [str(arguments.run), "--epsilon", f"{epsilon!r}", "--limit", f"{arguments.limit}"]
             command += ["--timeout", arguments.timeout, *(["--jobs", f"{arguments.jobs}"] if arguments.jobs else [])]
-            status = verify.main(command)
+            status = command.main(command)
             if status:
                 return status
             summary = folder / "verification" / f"epsilon-{epsilon:g}" / "summary.json"
             points.append(json.loads(summary.read_text()))
-        run.write_json(arguments.output.with_suffix(".json"), {"run": folder.name, "points": points})
+        write_json(arguments.output.with_suffix(".json"), {"run": folder.name, "points": points})
         try:
             plot(points, f"{folder.name}, first {arguments.limit} test images", arguments.output.with_suffix(".png"))
         except ImportError:

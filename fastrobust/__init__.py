@@ -8,12 +8,12 @@ __version__ = "0.1.0"
 __all__ = ["load"]
 
 if TYPE_CHECKING:
-    from fastrobust.run import load
+    from fastrobust.models.weights import load
 
 
 def __getattr__(name: str):
     if name == "load":
-        from fastrobust.run import load
+        from fastrobust.models.weights import load
 
         return load
     raise AttributeError(f"module 'fastrobust' has no attribute '{name}'")

@@ -13,9 +13,11 @@ import yaml
 from PIL import Image
 from trainer_runs import CPU, SMALL
 
-from fastrobust import config as config_module
-from fastrobust import run
-from fastrobust.trainer import Trainer
+from fastrobust.__main__ import main as cli
+from fastrobust.config import reading
+from fastrobust.runtime import run_directory
+from fastrobust.train import start
+from fastrobust.train.training import Training
 
 torch.set_num_threads(1)  # the models here are too small to gain from more
 
@@ -43,7 +45,7 @@ def bar_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_folder(root: Path, train: int, test: int) -> Path:
     """An image folder of bars, as PNG files: root/{train,test}/<class>/<number>.png."""
-    for seed, (split, count) in enumerate({"train": train, "test": test}.items()):
+    for seed, (split, count) in enumerate({"train": start, "test": test}.items()):
         for i, (image, label) in enumerate(zip(*bar_images(count, seed), strict=True)):
             file = root / split / f"bar{label}" / f"{i:04}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
 
 def write_photos(root: Path, train: int, test: int) -> Path:
     """An image folder of JPEG photos of many sizes in three classes, some of them grey, CMYK or turned by EXIF data."""
-    for split, count in {"train": train, "val": test}.items():
+    for split, count in {"train": start, "val": test}.items():
         for i in range(count):
             rng = np.random.default_rng([i, len(split)])
             image = photo(100 * len(split) + i, *(int(side) for side in rng.integers(40, 121, 2)))
@@ -146,10 +148,9 @@ def config_file(settings):
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, config_file) -> Path:
     """The directory of a finished FGSM run of 3 epochs, made by the train command."""
-    from fastrobust import train
 
     folder = tmp_path_factory.mktemp("finished")
-    assert train.main([str(config_file(folder))]) == 0
+    assert cli(["train", str(config_file(folder))]) == 0
     return folder / "runs" / "bars"
 
 
@@ -162,7 +163,7 @@ def config_of(settings, few_bars, tmp_path):
         made = settings(tmp_path, **({"data__path": str(few_bars)} | SMALL | changes))
         if epochs is not None:
             made["phases"][0]["epochs"] = epochs
-        return config_module.parse(made, "test")
+        return reading.parse(made, "test")
 
     return make
 
@@ -173,7 +174,7 @@ def begin(tmp_path):
 
     def make(config, name="run"):
         (tmp_path / name).mkdir(exist_ok=True)
-        return Trainer(config, tmp_path / name, CPU)
+        return Training(config, tmp_path / name, CPU)
 
     return make
 
@@ -183,7 +184,7 @@ def resume(begin):
     def make(config, name="run"):
         torch.manual_seed(987)  # whatever the state of the generator is
         job = begin(config, name)
-        job.restore(*run.load_checkpoint(job.directory))
+        job.restore(*run_directory.load_checkpoint(job.directory))
         return job
 
     return make

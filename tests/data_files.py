@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastrobust.data import formats, sources
-from fastrobust.data.sources import DATASETS
+from fastrobust.__main__ import parse
+from fastrobust.config.datasets import DATASETS
+from fastrobust.data import formats, sets
+from fastrobust.data.prepared import writing
 
 RNG = np.random.default_rng(0)
 CIFAR = DATASETS["cifar10"].classes
@@ -37,9 +39,9 @@ def idx_folder(folder: Path, count: int = 20) -> tuple[np.ndarray, np.ndarray]:
     folder.mkdir(parents=True, exist_ok=True)
     images = RNG.integers(0, 256, (count, 28, 28), np.uint8)
     labels = np.arange(count, dtype=np.uint8) % 10
-    for name, array in zip(sources._IDX_NAMES["train"], (images, labels), strict=True):
+    for name, array in zip(sets._IDX_NAMES["train"], (images, labels), strict=True):
         (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-    for name, array in zip(sources._IDX_NAMES["test"], (images[:10], labels[:10]), strict=True):
+    for name, array in zip(sets._IDX_NAMES["test"], (images[:10], labels[:10]), strict=True):
         (folder / name).write_bytes(idx(array))
     return images, labels
 
@@ -99,3 +101,8 @@ def check_form(result, count, channels, size, classes):
     assert result.images.permute(0, 2, 3, 1).is_contiguous()
     assert result.labels.shape == (count,) and result.labels.dtype == torch.int64
     assert result.classes == tuple(classes)
+
+
+def prepare(kind: str, argv: list[str]) -> int:
+    """The prepare command; what goes wrong is raised. kind: ffcv, dali, or webdataset, which is dali's."""
+    return writing.command(parse(["prepare", {"webdataset": "dali"}.get(kind, kind), *map(str, argv)]))

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrobust import config, trainer
-from fastrobust.data import sources
-from fastrobust.errors import DataError
+from fastrobust.config import reading
+from fastrobust.data import sets
+from fastrobust.runtime.errors import DataError
+from fastrobust.train.training import Training
 
 METHODS = {
     "standard": {"name": "standard"},
@@ -19,12 +20,12 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def cifar() -> sources.ImageSet:
+def cifar() -> sets.ImageSet:
     try:
-        sources.locate("cifar10")
+        sets.locate("cifar10")
     except DataError:
         pytest.skip("needs CIFAR-10 in $FASTROBUST_DATA")
-    return sources.load("cifar10", "train", limit=32)
+    return sets.load("cifar10", "train", limit=32)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -40,11 +41,11 @@ def test_loss_falls(cifar, method):
         "schedule": {"name": "points", "points": [[0, 0.02], [10, 0.02]]},
         "phases": [{"epochs": 10, "batch_size": 16}],
     }
-    job = trainer.Trainer(config.parse(settings, "test"), Path("unused"), torch.device("cpu"), cifar)
+    job = Training(reading.parse(settings, "test"), Path("unused"), torch.device("cpu"), cifar)
     losses = []
     for x, y in job.loader.batches(0, 0, 16, 0, 12 // job.config.replays):
         job.learner.reset_sums()
-        job.train_step(x, y)
+        job.step.take(x, y)
         loss_sum, _, seen = job.learner.read_sums()
         losses.append(loss_sum / seen)
     assert sum(losses[-2:]) / 2 < 0.9 * losses[0], losses

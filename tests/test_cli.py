@@ -18,8 +18,12 @@ import torch
 import yaml
 
 import fastrobust
-from fastrobust import attacks, evaluate, evaluation, run, train
-from fastrobust.data import sources
+from fastrobust.__main__ import main as cli
+from fastrobust.attack.pgd import pgd
+from fastrobust.data import sets
+from fastrobust.evaluation import accuracy
+from fastrobust.evaluation.accuracy import evaluate
+from fastrobust.runtime import run_directory
 
 FILES = {
     "config.yaml",
@@ -99,9 +103,9 @@ def test_the_summary_is_what_the_trained_model_does(finished_run, bars):
     assert summary["train_seconds"] == pytest.approx(seconds)
     assert summary["seconds_per_epoch"] == pytest.approx(seconds / 3)
 
-    model, test = fastrobust.load(finished_run), sources.load("image_folder", "test", bars, resolution=28)
+    model, test = fastrobust.load(finished_run), sets.load("image_folder", "test", bars, resolution=28)
     for e, epsilon in zip(summary["evaluations"], (0.1, 0.05), strict=True):
-        verdicts = attacks.pgd(
+        verdicts = pgd(
             model, test.images, test.labels, epsilon=epsilon, alpha=epsilon / 4, steps=7, restarts=2
         )  # fmt: skip
         assert e["epsilon"] == epsilon
@@ -121,7 +125,7 @@ def test_tensorboard_shows_the_metrics(finished_run):
 
 
 def test_what_training_prints(quick, tmp_path, capsys):
-    assert train.main([str(quick()), "seed=3", "name=other"]) == 0
+    assert cli(["train", str(quick()), "seed=3", "name=other"]) == 0
     out = capsys.readouterr().out
     directory = tmp_path / "runs" / "other"
     assert yaml.safe_load((directory / "config.yaml").read_text())["seed"] == 3
@@ -135,12 +139,12 @@ def test_what_training_prints(quick, tmp_path, capsys):
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(quick, tmp_path, capsys):
-    assert train.main([str(quick()), "--dry-run", "precision=bf16"]) == 0
+    assert cli(["train", str(quick()), "--dry-run", "precision=bf16"]) == 0
     shown = capsys.readouterr()
     assert "70 × 28²" in shown.out and "training about" in shown.out and "nothing was written" in shown.out
     assert "precision bf16 is meant for GPUs" in shown.err
     assert not (tmp_path / "runs").exists()
-    assert train.main([str(quick()), "--dry-run"]) == 0
+    assert cli(["train", str(quick()), "--dry-run"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -149,7 +153,7 @@ def test_a_finished_run_is_resumed_by_showing_its_summary(finished_run, capsys):
         return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in finished_run.iterdir() if file.is_file()}
 
     before = state()
-    assert train.main(["--resume", str(finished_run)]) == 0
+    assert cli(["train", "--resume", str(finished_run)]) == 0
     out = capsys.readouterr().out
     assert "is finished" in out
     assert f"{summary_of(finished_run)['robust_accuracy']:.2%}" in out
@@ -165,7 +169,7 @@ def last_line(capsys):
 
 @pytest.mark.parametrize("which, arguments", [(0, []), (1, ["--epsilon", "0.05"]), (1, ["--epsilon", "1/20"])])
 def test_evaluate_finds_what_the_summary_says(finished_run, capsys, which, arguments):
-    assert evaluate.main([str(finished_run), "--device", "cpu", "--json", *arguments]) == 0
+    assert cli(["evaluate", str(finished_run), "--device", "cpu", "--json", *arguments]) == 0
     found = last_line(capsys)
     expected = summary_of(finished_run)["evaluations"][which]
     assert found.pop("seconds") > 0
@@ -181,20 +185,18 @@ def test_evaluate_settings_are_those_of_the_command_line(finished_run, capsys, f
     alone = shutil.copy(finished_run / "model.safetensors", tmp_path / "weights.safetensors")
     asked = ["--epsilon", "8/255", "--alpha", "0.01", "--steps", "3", "--restarts", "1", "--limit", "15", "--seed", "4"]
     asked += ["--batch-size", "7", "--device", "cpu", "--json"]
-    assert evaluate.main([str(alone), "--data", str(few_bars), *asked]) == 0
+    assert cli(["evaluate", str(alone), "--data", str(few_bars), *asked]) == 0
     found = last_line(capsys)
     assert found.pop("seconds") > 0
-    test = sources.load("image_folder", "test", few_bars, resolution=28, limit=15)
-    expected = evaluation.evaluate(
-        fastrobust.load(alone), test, epsilon=8 / 255, alpha=0.01, steps=3, restarts=1, batch_size=7, seed=4
-    )
+    test = sets.load("image_folder", "test", few_bars, resolution=28, limit=15)
+    expected = evaluate(fastrobust.load(alone), test, epsilon=8 / 255, alpha=0.01, steps=3, restarts=1, batch_size=7, seed=4)
     assert expected.pop("seconds") > 0
     assert {key: found[key] for key in expected} == expected
     assert found["examples"] == 15
 
 
 def test_evaluate_prints_for_people(finished_run, capsys):
-    assert evaluate.main([str(finished_run), "--device", "cpu", "--epsilon", "8/255", "--steps", "1"]) == 0
+    assert cli(["evaluate", str(finished_run), "--device", "cpu", "--epsilon", "8/255", "--steps", "1"]) == 0
     out = capsys.readouterr().out
     assert f"clean accuracy   {summary_of(finished_run)['clean_accuracy']:.2%}" in out
     assert "pgd-1-2, epsilon 8/255" in out
@@ -202,7 +204,7 @@ def test_evaluate_prints_for_people(finished_run, capsys):
 
 
 def test_epsilon_0_is_clean_accuracy(finished_run, capsys):
-    assert evaluate.main([str(finished_run), "--device", "cpu", "--epsilon", "0", "--steps", "1", "--json"]) == 0
+    assert cli(["evaluate", str(finished_run), "--device", "cpu", "--epsilon", "0", "--steps", "1", "--json"]) == 0
     found = last_line(capsys)
     assert found["epsilon"] == 0
     assert found["robust_accuracy"] == found["clean_accuracy"] == summary_of(finished_run)["clean_accuracy"]
@@ -237,7 +239,7 @@ def assert_explained(capsys, code, message):
 )
 def test_a_mistake_in_the_config_is_explained(quick, tmp_path, capsys, change, message):
     changes = {"optimizer": {"name": "sgd"}} if "max_lr" in change else {}
-    assert_explained(capsys, train.main([str(quick(**changes)), change]), message)
+    assert_explained(capsys, cli(["train", str(quick(**changes)), change]), message)
     assert not (tmp_path / "runs" / "bars" / "summary.json").exists()
     if "max_lr" not in change:
         assert not (tmp_path / "runs").exists()  # nothing is left behind
@@ -247,18 +249,18 @@ def test_a_mistake_in_the_config_is_explained(quick, tmp_path, capsys, change, m
 def test_a_config_that_is_no_config_is_explained(tmp_path, capsys, text, message):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
-    assert_explained(capsys, train.main([str(file)]), message)
+    assert_explained(capsys, cli(["train", str(file)]), message)
 
 
 def test_no_config_at_all_is_explained(capsys):
-    assert_explained(capsys, train.main([]), "name a config file")
+    assert_explained(capsys, cli(["train"]), "name a config file")
 
 
 def test_a_truncated_image_is_explained(quick, few_bars, tmp_path, capsys):
     data = shutil.copytree(few_bars, tmp_path / "data")
     file = data / "train" / "bar3" / "0003.png"
     file.write_bytes(file.read_bytes()[:300])
-    assert_explained(capsys, train.main([str(quick(data__path=str(data)))]), f"{file} is not a usable image")
+    assert_explained(capsys, cli(["train", str(quick(data__path=str(data)))]), f"{file} is not a usable image")
 
 
 def test_a_truncated_test_image_does_not_lose_the_training(quick, few_bars, tmp_path, capsys):
@@ -267,13 +269,13 @@ def test_a_truncated_test_image_does_not_lose_the_training(quick, few_bars, tmp_
     whole = file.read_bytes()
     file.write_bytes(whole[:300])
     config = quick(data__path=str(data))
-    assert_explained(capsys, train.main([str(config)]), f"{file} is not a usable image")
+    assert_explained(capsys, cli(["train", str(config)]), f"{file} is not a usable image")
     file.write_bytes(whole)
     directory = tmp_path / "runs" / "bars"
     if directory.exists():
-        assert train.main(["--resume", str(directory)]) == 0
+        assert cli(["train", "--resume", str(directory)]) == 0
     else:
-        assert train.main([str(config)]) == 0
+        assert cli(["train", str(config)]) == 0
     assert summary_of(directory)["examples"] == 20
 
 
@@ -285,23 +287,23 @@ def test_a_truncated_data_file_is_explained(quick, tmp_path, capsys):
         for name, start in header.items():
             (data / f"{split}-{name}-ubyte").write_bytes(start + bytes(50))
     config = quick(data={"dataset": "mnist", "path": str(data)})
-    assert_explained(capsys, train.main([str(config)]), "train-images-idx3-ubyte is truncated")
+    assert_explained(capsys, cli(["train", str(config)]), "train-images-idx3-ubyte is truncated")
 
 
 def test_an_existing_run_is_not_overwritten(quick, tmp_path, capsys):
     config = str(quick())
-    assert train.main([config]) == 0
+    assert cli(["train", config]) == 0
     directory = tmp_path / "runs" / "bars"
     before = {file.name: file.read_bytes() for file in directory.iterdir()}
     capsys.readouterr()
-    assert_explained(capsys, train.main([config, "seed=1"]), f"continue it with `--resume {directory}`")
+    assert_explained(capsys, cli(["train", config, "seed=1"]), f"continue it with `--resume {directory}`")
     assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
 
 
 def test_an_output_that_is_a_file_is_explained(quick, tmp_path, capsys):
     config = quick()
     (tmp_path / "runs").write_text("")
-    assert_explained(capsys, train.main([str(config)]), "")
+    assert_explained(capsys, cli(["train", str(config)]), "")
 
 
 @pytest.mark.parametrize(
@@ -323,14 +325,14 @@ def test_a_mistake_in_resuming_is_explained(quick, copied_run, tmp_path, capsys,
         (copied_run / "checkpoint.pt").write_bytes(b"PK\3\4 ..." if case.startswith("damaged") else b"")
     if case == "damaged config":
         (copied_run / "config.yaml").write_text("epsilon: 0.1\nepsilom: 0.2\n")
-    assert_explained(capsys, train.main(argv), message)
+    assert_explained(capsys, cli(["train", *argv]), message)
 
 
 def test_resuming_with_the_same_config_is_fine(quick, tmp_path, capsys):
     config = str(quick())
-    assert train.main([config, "seed=2"]) == 0
+    assert cli(["train", config, "seed=2"]) == 0
     directory = tmp_path / "runs" / "bars"
-    assert train.main([config, "seed=2", "--resume", str(directory)]) == 0
+    assert cli(["train", config, "seed=2", "--resume", str(directory)]) == 0
     assert "is finished" in capsys.readouterr().out
 
 
@@ -349,7 +351,7 @@ def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case
         (copied_run / "model.safetensors").unlink()
     if case == "damaged":
         (copied_run / "model.safetensors").write_bytes((copied_run / "model.safetensors").read_bytes()[:-100])
-    assert_explained(capsys, evaluate.main(argv), message)
+    assert_explained(capsys, cli(["evaluate", *argv]), message)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +366,7 @@ def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case
 )
 def test_a_mistake_on_the_command_line_is_explained(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
-        evaluate.main(["runs/x", *arguments])
+        cli(["evaluate", "runs/x", *arguments])
     assert_explained(capsys, caught.value.code, message)
 
 
@@ -387,8 +389,8 @@ def test_a_full_disk_in_the_middle_of_a_run_can_be_resumed_from(quick, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        assert_explained(capsys, train.main([str(quick())]), "No space left on device")
-    assert train.main(["--resume", str(directory)]) == 0
+        assert_explained(capsys, cli(["train", str(quick())]), "No space left on device")
+    assert cli(["train", "--resume", str(directory)]) == 0
     assert {file.name for file in directory.iterdir() if not file.name.startswith("events")} == FILES
     assert_scalars_are_the_metrics(directory)  # the first epoch, done twice, is there once
 
@@ -423,7 +425,7 @@ def test_a_signal_stops_a_real_run_which_can_be_resumed(quick, tmp_path, capsys,
     done = len(metrics_of(directory))
     assert 2 <= done < epochs
 
-    assert train.main(["--resume", str(directory)]) == 0
+    assert cli(["train", "--resume", str(directory)]) == 0
     assert "going on after" in capsys.readouterr().out
     assert [record["epoch"] for record in metrics_of(directory)] == list(range(1, epochs + 1))
     assert_scalars_are_the_metrics(directory)  # no step is there twice
@@ -437,12 +439,12 @@ def test_a_stop_in_the_evaluation_loses_no_training(quick, tmp_path, capsys, mon
 
     sizes = [{"epochs": 1, "batch_size": 35 - 5 * i, "resolution": 28} for i in range(phases)]
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate", interrupted)
-        assert train.main([str(quick(phases=sizes))]) == 130
+        patch.setattr(accuracy, "evaluate", interrupted)
+        assert cli(["train", str(quick(phases=sizes))]) == 130
     assert "Traceback" not in capsys.readouterr().err
     directory = tmp_path / "runs" / "bars"
     before = fastrobust.load(directory).state_dict()
-    assert train.main(["--resume", str(directory)]) == 0
+    assert cli(["train", "--resume", str(directory)]) == 0
     after = fastrobust.load(directory).state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(metrics_of(directory)) == phases
@@ -453,15 +455,13 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(quick, tmp_path,
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    from fastrobust.trainer import Trainer
-
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
-        assert train.main([str(quick())]) == 130
+        assert cli(["train", str(quick())]) == 130
     directory = tmp_path / "runs" / "bars"
-    assert not (directory / run.CHECKPOINT).exists()
+    assert not (directory / run_directory.CHECKPOINT).exists()
     capsys.readouterr()
-    assert train.main(["--resume", str(directory)]) == 0
+    assert cli(["train", "--resume", str(directory)]) == 0
     assert "starting from the beginning" in capsys.readouterr().out
     assert len(metrics_of(directory)) == 2
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from test_engine import METHODS, eager, make_job, run_steps
 
-from fastrobust import attacks, engine, evaluation, run
-from fastrobust.data import sources
+from fastrobust.attack.verdicts import classified
+from fastrobust.data import sets
+from fastrobust.evaluation.accuracy import evaluate
+from fastrobust.models.weights import read_weights
+from fastrobust.train import engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +20,7 @@ pytestmark = [
 
 
 def graph(job, x, y):
-    return engine.GraphStep(job.train_step, x, y, job)
+    return engine.GraphStep(job.step.take, x, y, job)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +101,7 @@ def test_compiled_graph_trains():
     compiled = run_steps(
         make_job("fgsm", "bf16", "cuda"),
         10,
-        lambda job, x, y: engine.prepare("compile+cuda_graph", job.train_step, x, y, job),
+        lambda job, x, y: engine.prepare("compile+cuda_graph", job.step.take, x, y, job),
     )
     assert compiled[0] == plain[0]
     assert compiled[1] == pytest.approx(plain[1], rel=0.1)
@@ -107,11 +110,11 @@ def test_compiled_graph_trains():
 def test_steps_do_not_wait_for_the_host():
     job = make_job("fgsm", "fp16", "cuda")
     batches = list(job.loader.batches(0, 0, 16, 0, 4))
-    job.train_step(*batches[0])
+    job.step.take(*batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
         for x, y in batches[1:]:
-            job.train_step(x, y)
+            job.step.take(x, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -128,7 +131,7 @@ def test_a_graph_shares_gradients_over_nccl(tmp_path, config_file, few_bars):
         done = subprocess.run(job, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert "no CUDA graph could be captured" not in done.stderr
-    alone, joined = (run.read_weights(tmp_path / "runs" / n)[0].state_dict() for n in ("alone", "joined"))
+    alone, joined = (read_weights(tmp_path / "runs" / n)[0].state_dict() for n in ("alone", "joined"))
     assert all(torch.allclose(alone[k], joined[k], rtol=0, atol=1e-3) for k in alone)
 
 
@@ -136,10 +139,10 @@ def test_evaluation_agrees_with_the_cpu():
     job = make_job("standard", "fp32", "cuda")
     run_steps(job, 20, eager)
     model, pixels = job.learner.model, job.loader.images.cpu().permute(0, 3, 1, 2)
-    data = sources.ImageSet(pixels, job.loader.labels.cpu(), job.loader.classes, "made up")
+    data = sets.ImageSet(pixels, job.loader.labels.cpu(), job.loader.classes, "made up")
     settings = {"epsilon": 2 / 255, "alpha": 1 / 255, "steps": 5, "restarts": 1, "batch_size": 32}
-    on_gpu = evaluation.evaluate(model, data, **settings)
-    on_cpu = evaluation.evaluate(model.cpu(), data, **settings)
+    on_gpu = evaluate(model, data, **settings)
+    on_cpu = evaluate(model.cpu(), data, **settings)
     assert abs(on_gpu["clean_accuracy"] - on_cpu["clean_accuracy"]) <= 0.04
     assert abs(on_gpu["robust_accuracy"] - on_cpu["robust_accuracy"]) <= 0.1
-    assert isinstance(attacks.classified(model, data.images, data.labels), torch.Tensor)
+    assert isinstance(classified(model, data.images, data.labels), torch.Tensor)

@@ -7,7 +7,7 @@ import signal
 
 import torch
 
-from fastrobust import run
+from fastrobust.runtime import run_directory
 
 CPU = torch.device("cpu")
 SMALL = {"data__limit": 65, "phases": [{"epochs": 3, "batch_size": 20, "resolution": 28}]}  # updates: 4, 7, 10
@@ -41,7 +41,7 @@ def crash():
 
 def before_step(job, at, act):
     """Call act() when `at` training steps have been begun, before the step is taken."""
-    step, begun = job.train_step, []
+    step, begun = job.step.take, []
 
     def train_step(*batch):
         begun.append(1)
@@ -49,7 +49,7 @@ def before_step(job, at, act):
             act()
         step(*batch)
 
-    job.train_step = train_step
+    job.step.take = train_step
 
 
 def stop_at(job, at):
@@ -72,7 +72,7 @@ def without_times(records):
 def assert_same_end(job, reference):
     """All that training leaves behind is equal, except for how long it took."""
     assert same(weights(job), weights(reference))
-    (tensors, facts), (expected, expected_facts) = (run.load_checkpoint(j.directory) for j in (job, reference))
+    (tensors, facts), (expected, expected_facts) = (run_directory.load_checkpoint(j.directory) for j in (job, reference))
     assert tensors.keys() == expected.keys()
     assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
     for found in (facts, expected_facts):
@@ -80,5 +80,8 @@ def assert_same_end(job, reference):
         for key in ("train_seconds", "epoch_seconds"):
             assert found["position"].pop(key) >= 0
     assert facts == expected_facts
-    lines = [[json.loads(line) for line in (j.directory / run.METRICS).read_text().splitlines()] for j in (job, reference)]
+    lines = [
+        [json.loads(line) for line in (j.directory / run_directory.METRICS).read_text().splitlines()]
+        for j in (job, reference)
+    ]
     assert without_times(lines[0]) == without_times(lines[1]) == expected_facts["history"]

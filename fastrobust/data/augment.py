@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastrobust.data import order
+from fastrobust.data.order import AREA, DRAWS, FLIP, RATIO, TRIES
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -40,27 +45,38 @@ def pad_crop_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
 
 
 def random_resized_crop(images: Tensor, resolution: int, flip: bool) -> Tensor:
-    """A crop of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, resized bilinearly (the ImageNet recipe).
-    Where the drawn crop would leave the image its sides are cut to fit. images: float, N x C x H x W."""
+    """A random box of each image (`boxes`), resized bilinearly, then mirrored with probability 1/2 if `flip`. images: float,
+    N x C x H x W."""
     n, channels, height, width = images.shape
-    device = images.device
-    area = torch.empty(n, device=device).uniform_(0.08, 1.0) * (height * width)
-    ratio = torch.exp(torch.empty(n, device=device).uniform_(-0.28768207, 0.28768207))  # log of 3/4 and 4/3
-    crop_w = (area * ratio).sqrt().clamp(max=width) / width
-    crop_h = (area / ratio).sqrt().clamp(max=height) / height
-    shift_x, shift_y = torch.empty(2, n, device=device).uniform_(-1, 1)
-    if flip:
-        sign = torch.where(torch.rand(n, device=device) < 0.5, -1.0, 1.0)
-    else:
-        sign = torch.ones(n, device=device)
-    theta = torch.zeros(n, 2, 3, device=device)
-    theta[:, 0, 0] = crop_w * sign
-    theta[:, 0, 2] = shift_x * (1 - crop_w)
-    theta[:, 1, 1] = crop_h
-    theta[:, 1, 2] = shift_y * (1 - crop_h)
+    draws = torch.rand(n, DRAWS, device=images.device, dtype=torch.float64)
+    top, left, h, w = (side.float() for side in boxes(draws, height, width).unbind(1))
+    sign = 1 - 2 * (draws[:, FLIP] < 0.5).float() if flip else torch.ones(n, device=images.device)
+    theta = torch.zeros(n, 2, 3, device=images.device)
+    theta[:, 0, 0] = w / width * sign
+    theta[:, 0, 2] = (2 * left + w) / width - 1
+    theta[:, 1, 1] = h / height
+    theta[:, 1, 2] = (2 * top + h) / height - 1
     grid = F.affine_grid(theta, [n, channels, resolution, resolution], align_corners=False)
     crops = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return crops.clamp_(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def boxes(draws: Tensor, height: int, width: int) -> Tensor:
+    """The boxes that `order.crop_boxes` takes out of images of one size with the same random numbers, on the draws' device
+    and without waiting for it. draws: float64 N x DRAWS. int64 N x (top, left, height, width)."""
+    area = (AREA[0] + (AREA[1] - AREA[0]) * draws[:, :TRIES]) * (height * width)
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    ratio = (low + (high - low) * draws[:, TRIES : 2 * TRIES]).exp()
+    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)  # where none fits, the middle at the nearest ratio
+    (_, _, middle_h, middle_w), middle = order.middle_box(height, width), ~fits.any(1)
+    w = torch.where(middle, float(middle_w), w.gather(1, first)[:, 0])
+    h = torch.where(middle, float(middle_h), h.gather(1, first)[:, 0])
+    top, left = draws[:, 2 * TRIES] * (height - h + 1), draws[:, 2 * TRIES + 1] * (width - w + 1)
+    top = torch.where(middle, (height - h) / 2, top).floor()
+    left = torch.where(middle, (width - w) / 2, left).floor()
+    return torch.stack([top, left, h, w], 1).long()
 
 
 def center_crop(images: Tensor, resolution: int) -> Tensor:

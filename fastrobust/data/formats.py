@@ -3,13 +3,14 @@
 Every problem with a file is a `DataError` that names it.
 """
 
+from __future__ import annotations
+
 import gzip
 import io
 import lzma
 import math
 import os
 import pickle
-import re
 import struct
 import tarfile
 import zlib
@@ -23,7 +24,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastrobust.errors import DataError
+from fastrobust.runtime.errors import DataError
+from fastrobust.runtime.machine import check_memory
 
 CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 _PICKLE_GLOBALS = {
@@ -37,28 +39,6 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
 _DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
-_MEMINFO = Path("/proc/meminfo")
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory() -> float:
-    """In bytes; infinite where the system does not tell."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
-
-
-def check_memory(needed: int, what: str | Path) -> None:
-    """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
-    available = available_memory()
-    if needed > 0.8 * available:
-        raise DataError(
-            f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "
-            "available: set a `limit`, lower the resolution or use a machine with more memory"
-        )
 
 
 @contextmanager

@@ -8,17 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastrobust.errors import ConfigError
-from fastrobust.models.mnist_net import mnist_net
-from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.config import parts
 from fastrobust.models.torchvision_compat import import_torchvision
-
-
-def _small_preact_resnet18(channels: int, classes: int) -> nn.Module:
-    return PreActResNet18(channels, classes, width=16)
-
-
-OWN = {"mnist_net": mnist_net, "preact_resnet18": PreActResNet18, "preact_resnet18_w16": _small_preact_resnet18}
+from fastrobust.runtime.errors import ConfigError
 
 
 class Normalized(nn.Module):
@@ -44,9 +36,12 @@ def in_sequence(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
-    """A freshly initialised model in channels-last memory. Names: ours, torchvision's, or `timm/NAME`. ConfigError."""
-    if name in OWN:
-        network = OWN[name](channels, classes)
+    """A freshly initialised model in channels-last memory. Names: ours, torchvision's, `timm/NAME`, or
+    `package.module:function` for a function of (channels, classes) that returns an nn.Module. Raises ConfigError."""
+    if name in parts.MODELS or ":" in name:
+        network = parts.find("model.name", parts.MODELS, name)(channels, classes)
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"model.name: {name} must return an nn.Module, it returns {type(network).__name__}")
     elif name.startswith("timm/"):
         network = _timm(name.removeprefix("timm/"), channels, classes)
     else:
@@ -58,8 +53,12 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, [*OWN, *known], n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"ours: {', '.join(OWN)}; or any of torchvision's, or timm/NAME"
+        near = difflib.get_close_matches(name, [*parts.MODELS, *known], n=1)
+        hint = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"ours: {', '.join(parts.MODELS)}; or any of torchvision's, timm/NAME, or your own package.module:function"
+        )
         raise ConfigError(f"model.name: there is no model '{name}'; {hint}")
     if channels != 3:
         raise ConfigError(f"model.name: torchvision's {name} takes 3 channels, the images have {channels}")

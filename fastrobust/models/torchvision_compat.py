@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 
+from torch import library
+
 
 def import_torchvision():
     """The torchvision module. On a CPU-only torch the published torchvision wheel fails to load its compiled operators,
@@ -14,7 +16,6 @@ def import_torchvision():
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    from torch import library
 
     global _definitions  # the definitions last as long as this object
     _definitions = library.Library("torchvision", "DEF")

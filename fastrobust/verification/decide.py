@@ -14,11 +14,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from fastrobust import attacks, threat
+from fastrobust.attack import gradient
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import classified, correct, evaluating
 from fastrobust.verification import bounds, branch, milp, reduced
 from fastrobust.verification.network import DTYPE, Network, extract
 
@@ -44,6 +45,7 @@ class Decider:
 
     def __init__(self, model: nn.Module, shape: tuple[int, ...], epsilon: float):
         self.model, self.epsilon, self.shape = model, epsilon, shape
+        self.inside = Threat(epsilon * INSIDE)
         self.network: Network = extract(model, shape)
         self.matrices = reduced.Matrices(self.network)
 
@@ -57,7 +59,7 @@ class Decider:
                 witness = None if witnesses is None else witnesses[i]
                 verdicts[i] = Verdict(indices[i], int(labels[i]), verdict, by, witness=witness)
 
-        clean = attacks.classified(self.model, images, labels)
+        clean = classified(self.model, images, labels)
         settle(~clean, "misclassified", "forward pass")
         proved = torch.zeros_like(clean)
         for i in clean.nonzero()[:, 0].tolist():
@@ -93,38 +95,40 @@ class Decider:
         """Which points (float32 N x C x H x W) are adversarial for the image x beyond doubt: the second check of everything
         that is called falsified."""
         with torch.no_grad():
-            broken = ~attacks.correct(self.model(points), label)
+            broken = ~correct(self.model(points), label)
             if broken.any():
                 broken &= ((points.to(DTYPE) - x.to(DTYPE)).abs() <= self.epsilon).flatten(1).all(1)
                 broken &= ((points >= 0) & (points <= 1)).flatten(1).all(1)
-                broken &= ~attacks.correct(self.network(self.network.normalize(points)), label)
+                broken &= ~correct(self.network(self.network.normalize(points)), label)
         return broken
 
     def attack(self, x: Tensor, labels: Tensor, targets: Tensor | None = None, steps: int = 50, restarts: int = 3):
         """PGD on the cross-entropy, or on the margin to `targets` (int64 N): (which were broken, with what), confirmed."""
         generator = torch.Generator().manual_seed(0)
-        epsilon, alpha = self.epsilon * INSIDE, max(self.epsilon / 10, 1e-4)
+        threat, alpha = self.inside, max(self.epsilon / 10, 1e-4)
+        loss = gradient.cross_entropy if targets is None else gradient.margin_to(targets)
         broken, found = torch.zeros(len(x), dtype=torch.bool), torch.zeros_like(x)
-        with attacks.evaluating(self.model):
+
+        def look(logits: Tensor, points: Tensor) -> None:
+            wrong = (logits.argmax(1) != labels) & ~broken
+            for i in wrong.nonzero()[:, 0].tolist():
+                if self.confirmed(x[i], labels[i : i + 1], points[i : i + 1]).item():
+                    broken[i], found[i] = True, points[i]
+
+        with evaluating(self.model):
             for _ in range(restarts):
-                delta = (torch.rand(x.shape, generator=generator) * 2 - 1) * epsilon
-                delta = threat.project(delta, x, epsilon)
-                for step in range(steps + 1):
-                    points = (x + delta).requires_grad_()
-                    logits = self.model(points)
-                    wrong = (logits.argmax(1) != labels) & ~broken
-                    for i in wrong.nonzero()[:, 0].tolist():
-                        point = points[i : i + 1].detach()
-                        if self.confirmed(x[i], labels[i : i + 1], point).item():
-                            broken[i], found[i] = True, point[0]
-                    if broken.all() or step == steps:
-                        break
-                    if targets is None:
-                        loss = F.cross_entropy(logits, labels, reduction="sum")
-                    else:
-                        loss = (logits.gather(1, targets[:, None]) - logits.gather(1, labels[:, None])).sum()
-                    (gradient,) = torch.autograd.grad(loss, points)
-                    delta = threat.project(threat.signed_step(delta, gradient, alpha), x, epsilon)
+                delta = (torch.rand(x.shape, generator=generator) * 2 - 1) * threat.radius
+                delta = threat.project(delta, x)
+                for _ in range(steps):
+                    points = x + delta
+                    logits, delta = gradient.step(self.model, x, labels, delta, threat, alpha, loss)
+                    look(logits, points)
+                    if broken.all():
+                        return broken, found
+                with torch.no_grad():
+                    look(self.model(x + delta), x + delta)
+                if broken.all():
+                    return broken, found
         return broken, found
 
     def search(self, index: int, x: Tensor, label: Tensor, timeout: float) -> Verdict:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust.errors import FastrobustError
 from fastrobust.models import Normalized, in_sequence
+from fastrobust.runtime.errors import FastrobustError
 
 DTYPE = torch.float64
 

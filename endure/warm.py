@@ -1,9 +1,0 @@
-"""Imported before any test process is forked, so that none of them waits for it: most of the second and a half that a tiny
-run would else take before it has a directory."""
-
-import tensorboard.summary.writer.event_file_writer  # noqa: F401
-import torch._dynamo  # torch's optimisers import it
-import torch.utils.tensorboard  # noqa: F401
-
-from fastrobust import evaluation, memory, models, plan, progress, run, trainer  # noqa: F401
-from fastrobust.models import torchvision_compat  # noqa: F401

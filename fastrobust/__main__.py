@@ -1,0 +1,249 @@
+"""The command `fastrobust NAME`, the same as `python -m fastrobust NAME`: what every command takes, and where its work is.
+
+Only the standard library is imported here, so that `--help` answers at once; the one import that a command needs is made
+when it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from fastrobust.config.numbers import parse_number
+
+WORK = {  # command: (where its work is, what it does)
+    "train": ("fastrobust.train.start", "train a robust classifier"),
+    "evaluate": ("fastrobust.evaluation.command", "clean and robust accuracy of a trained model"),
+    "verify": ("fastrobust.verification.command", "exact robust accuracy of a trained ReLU network, image by image"),
+    "export": ("fastrobust.reporting.export", "write a trained model for use without fastrobust, with a model card"),
+    "report": ("fastrobust.reporting.report", "one page about one or more runs that needs no network"),
+    "sweep": ("fastrobust.tuning.sweep", "train a grid of runs"),
+    "lr-range": ("fastrobust.tuning.lr_range", "find a learning rate: raise it until the loss diverges"),
+    "prepare": ("fastrobust.data.prepared.writing", "write a data set as files that load fast"),
+}
+ATTACKS = (
+    "pgd-50-10 (steps, restarts), apgd-ce, apgd-t, fab-t, square, autoattack (these four in turn), your own "
+    "package.module:Class, or several with commas between them: each attacks what the ones before left robust"
+)
+SWEEP = """A sweep file is YAML:
+
+    name: figure2                          # the runs go to OUTPUT/figure2/
+    config: configs/cifar10_fgsm.yaml      # what they have in common
+    set: {data.limit: 10000}               # and what is changed for all of them (optional)
+    grid:                                  # every combination is trained
+      method:                              # an axis of named bundles of keys ...
+        fgsm: {schedule.max_lr: 0.21}
+        free: {schedule.max_lr: 0.04, method: {name: free, replays: 8}}
+      phases.0.epochs: [5, 10, 15]         # ... or the values of one key
+    seeds: 3                               # or a list
+
+Every point is an ordinary run directory. The same command goes on with what is not finished."""
+
+
+# ---- the values of options
+
+
+def pixels(text: str) -> float:
+    try:
+        value = float(parse_number(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is outside the pixel range [0, 1]; did you mean {text}/255?")
+    return value
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(parse_number(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= len(text) <= 12 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def count_or_zero(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {2**31 - 1}")
+    return int(text)
+
+
+# ---- options that mean the same everywhere
+
+
+def add_run(p: argparse.ArgumentParser) -> None:
+    p.add_argument("run", metavar="RUN", help="a run directory, or a model.safetensors that fastrobust wrote")
+
+
+def add_config(p: argparse.ArgumentParser, **options) -> None:
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mnist_fgsm.yaml", **options)
+    change = "change a key of the config: epsilon=4/255 phases.0.epochs=5 seed=1"
+    p.add_argument("overrides", nargs="*", metavar="key=value", help=change)
+
+
+def add_data(p: argparse.ArgumentParser) -> None:
+    told = "read the data set from this folder or file (default: as the run's config says; prepared files are left out then)"
+    p.add_argument("--data", metavar="PATH", help=told)
+
+
+def add_device(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+
+
+def add_limit(p: argparse.ArgumentParser, told: str = "so many test images, evenly spaced over all (default: all)") -> None:
+    p.add_argument("--limit", type=count, metavar="N", help=told)
+
+
+def add_workers(p: argparse.ArgumentParser, told: str) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    p.add_argument("--workers", type=count, metavar="N", default=cores, help=f"{told} (default: one for each core)")
+
+
+def add_json(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+# ---- the commands
+
+
+def train(p: argparse.ArgumentParser) -> None:
+    add_config(p, nargs="?")
+    p.add_argument("--dry-run", action="store_true", help="show the resolved config, the plan and the time; write nothing")
+    p.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+
+
+def evaluate(p: argparse.ArgumentParser) -> None:
+    add_run(p)
+    p.add_argument("--epsilon", type=pixels, help="radius in pixels of [0, 1], such as 8/255 (default: the run's first)")
+    p.add_argument("--attack", metavar="NAMES", help=f"{ATTACKS} (default: pgd with --steps and --restarts)")
+    p.add_argument("--alpha", type=pixels, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
+    p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
+    p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
+    add_limit(p, "so many test images, evenly spaced over all (default: the run's)")
+    p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
+    p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
+    add_device(p)
+    add_data(p)
+    p.add_argument("--sanity", action="store_true", help="then check on 300 images for signs of masked gradients")
+    p.add_argument("--transfer", metavar="RUN2", help="whose adversarial examples --sanity tries (default: train a model)")
+    p.add_argument("--fresh", action="store_true", help="attack again what is in RUN/evaluations already")
+    add_json(p)
+
+
+def verify(p: argparse.ArgumentParser) -> None:
+    add_run(p)
+    p.add_argument("--epsilon", type=pixels, required=True, help="radius in pixels of [0, 1], such as 0.1 or 8/255")
+    add_limit(p)
+    p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for one image (default: 60)")
+    add_workers(p, "processes")
+    add_data(p)
+    p.add_argument("-o", "--output", metavar="DIR", help="where verdicts go (default: RUN/verification/epsilon-EPSILON)")
+    add_json(p)
+
+
+def export(p: argparse.ArgumentParser) -> None:
+    add_run(p)
+    p.add_argument("-o", "--output", metavar="DIR", help="default: RUN/export")
+    add_json(p)
+
+
+def report(p: argparse.ArgumentParser) -> None:
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not")
+    p.add_argument("-o", "--output", metavar="FILE", default="report.html", help="default: report.html")
+    told = "test images on which the page's own attacks are run (default 200; 0: only show what the runs hold)"
+    p.add_argument("--limit", type=count_or_zero, metavar="N", default=200, help=told)
+    add_device(p)
+    add_data(p)
+
+
+def sweep(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sweep", metavar="SWEEP", help="a YAML file as below")
+    p.add_argument("--dry-run", action="store_true", help="list the runs and check their configs")
+    p.add_argument("--cluster", choices=["slurm", "local"], help="hand the runs to a scheduler through submitit")
+    told = "submitit's parameters, such as timeout_min=120 gpus_per_node=1 slurm_partition=gpu"
+    p.add_argument("--with", dest="options", nargs="+", default=[], metavar="key=value", help=told)
+    p.epilog, p.formatter_class = SWEEP, argparse.RawDescriptionHelpFormatter
+
+
+def lr_range(p: argparse.ArgumentParser) -> None:
+    add_config(p)
+    p.add_argument("--low", type=positive, help="the first rate (default: a hundredth of the config's highest)")
+    p.add_argument("--high", type=positive, help="the last rate (default: a hundred times the config's highest)")
+    p.add_argument("--steps", type=count, metavar="N", default=200, help="batches from first to last rate (default 200)")
+    p.add_argument("-o", "--output", metavar="FILE", default="lr_range.html", help="the plot (default: lr_range.html)")
+    add_json(p)
+
+
+def prepare(p: argparse.ArgumentParser) -> None:
+    p.add_argument("kind", choices=["ffcv", "dali"], help="FFCV's format, or WebDataset shards (for DALI)")
+    p.add_argument("dataset", metavar="DATASET", help="as data.dataset in a config, such as imagenet")
+    p.add_argument("--data", "--source", metavar="PATH", help="folder or archive to read (default: the usual places)")
+    p.add_argument("-o", "--output", metavar="DIR", help="default: DATASET-ffcv or DATASET-dali beside the data sets")
+    p.add_argument("--sizes", nargs="+", help="short sides in pixels, or `original`; default: those of the configs' phases")
+    p.add_argument("--cap", type=count, metavar="N", help="shrink `original` images whose short side is longer")
+    told = "default: jpeg, for small images raw; mixed: half of each"
+    p.add_argument("--storage", choices=["jpeg", "raw", "mixed"], help=told)
+    p.add_argument("--quality", type=count, default=90, metavar="N", help="of JPEG, 1 to 95 (default 90)")
+    p.add_argument("--splits", nargs="+", choices=["train", "test"], default=["train", "test"])
+    add_workers(p, "threads")
+    p.add_argument("--limit", type=count, metavar="N", help="so many images of each split, evenly spaced (default: all)")
+    p.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and list them")
+    p.add_argument("--dry-run", action="store_true", help="judge sizes and time from a sample; write nothing")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "verify": verify,
+    "export": export,
+    "report": report,
+    "sweep": sweep,
+    "lr-range": lr_range,
+    "prepare": prepare,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="fastrobust", description="Train robust image classifiers, and say how robust they are."
+    )
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, add_options in OPTIONS.items():
+        told = WORK[name][1]
+        add_options(commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}."))
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    from fastrobust.runtime.command import main_with_errors
+
+    return main_with_errors(lambda: importlib.import_module(WORK[arguments.command][0]).command(arguments))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Options may stand between the key=value pairs of a config, which argparse allows in a parser without commands only."""
+    if argv[:1] and argv[0] in ("train", "lr-range"):
+        alone = argparse.ArgumentParser(prog=f"fastrobust {argv[0]}", description=WORK[argv[0]][1])
+        OPTIONS[argv[0]](alone)
+        return alone.parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
+    return parser().parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

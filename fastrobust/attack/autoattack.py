@@ -1,0 +1,100 @@
+"""AutoAttack's four parts (Croce & Hein, 2020) as attacks, from the authors' package.
+
+The package's own `standard` version sets every hyperparameter; batching, the choice of examples, seeds, progress and the
+judgement of what was found are ours.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastrobust.attack.base import Attack, Setting
+from fastrobust.attack.verdicts import correct, evaluating
+from fastrobust.data.augment import to_unit
+from fastrobust.runtime.errors import ConfigError
+
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+TARGETS = 9  # rival classes that the targeted parts try, most likely first
+PASSES = {"apgd-ce": 102, "apgd-t": 103 * TARGETS, "fab-t": 206 * TARGETS, "square": 5001}  # forward passes, at most
+
+
+def version() -> str:
+    """The installed version of the package. ConfigError if there is none."""
+    try:
+        return f"pyautoattack {importlib.metadata.version('pyautoattack')}"
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("AutoAttack's attacks need a package: pip install 'fastrobust[autoattack]'") from None
+
+
+class Part(Attack):
+    """One part, in one round. `part` is its name."""
+
+    part: ClassVar[str]
+    targeted: ClassVar[bool] = False
+
+    def __init__(self, setting: Setting, numbers: tuple[int, ...] = ()):
+        super().__init__(setting, numbers)
+        with evaluating(self.model), torch.no_grad():
+            classes = self.model(to_unit(self.images[:1])).shape[1]
+        if classes < 4 and self.targeted:
+            raise ConfigError(
+                f"{self.part} needs at least 4 classes, the model has {classes}: --attack pgd-50-10,apgd-ce,square"
+            )
+        from pyautoattack import AutoAttack
+
+        logging.getLogger("auto-attack").setLevel(logging.ERROR)
+        self.passes = 0
+        options = {"version": "standard", "seed": setting.seed, "device": None}
+        whole = AutoAttack(self._forward, eps=setting.threat.radius, norm=setting.threat.norm, **options)
+        whole.apgd.loss = "ce"
+        whole.fab.targeted = True
+        whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = min(TARGETS, classes - 1)
+        parts = {"apgd-ce": whole.apgd, "apgd-t": whole.apgd_targeted, "fab-t": whole.fab, "square": whole.square}
+        self.attack = parts[self.part]
+
+    @classmethod
+    def check(cls, numbers: tuple[int, ...]) -> None:
+        super().check(numbers)
+        version()
+
+    @classmethod
+    def made_by(cls) -> str:
+        return version()
+
+    def _forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.tick(min(1.0, self.passes / PASSES[self.part]))
+        return self.model(x).float()
+
+    def run(self, x: Tensor, y: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Which examples survived (bool, N), and the points that the attack came to."""
+        self.passes, self.attack.device = 0, x.device
+        self.attack.seed = (self.setting.seed + 1009 * start) % 2**31
+        x = x.contiguous()
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            points = self.attack.perturb(x.clone(), y.clone()).detach()
+        with torch.no_grad():
+            return correct(self.model(points), y), points
+
+
+class ApgdCe(Part):
+    part: ClassVar[str] = "apgd-ce"
+
+
+class ApgdT(Part):
+    part: ClassVar[str] = "apgd-t"
+    targeted: ClassVar[bool] = True
+
+
+class FabT(Part):
+    part: ClassVar[str] = "fab-t"
+    targeted: ClassVar[bool] = True
+
+
+class Square(Part):
+    part: ClassVar[str] = "square"

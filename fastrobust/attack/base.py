@@ -1,0 +1,76 @@
+"""What every attack of an evaluation offers, and how a name stands for one."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+from fastrobust import __version__
+from fastrobust.attack.threat import Threat
+from fastrobust.config import parts
+from fastrobust.runtime.errors import ConfigError
+
+
+class Setting(NamedTuple):
+    """What an attack is run on. images: uint8 N x C x H x W on the model's device. alpha: the step size, for attacks that
+    have one. Two attacks with equal settings do the same."""
+
+    model: nn.Module
+    images: Tensor
+    threat: Threat
+    alpha: float
+    batch_size: int
+    seed: int
+
+
+class Attack(ABC):
+    """An attack runs in `rounds`, each on the images that are still robust when it begins (see `rounds.run_rounds`).
+
+    One of one's own derives from this class and is named `package.module:Class` where an attack is asked for; numbers
+    behind the name (`pgd-50-10`) come as `numbers`. `has_alpha`: whether its verdicts depend on alpha.
+    `tick(share)`, if set, hears which share of a batch's work is done, now and then."""
+
+    rounds: int = 1
+    has_alpha: ClassVar[bool] = False
+
+    def __init__(self, setting: Setting, numbers: tuple[int, ...] = ()):
+        self.setting, self.model, self.images = setting, setting.model, setting.images
+        self.batch_size, self.tick = setting.batch_size, lambda share: None
+
+    tick: Callable[[float], None]
+
+    @classmethod
+    def check(cls, numbers: tuple[int, ...]) -> None:
+        """Raise ConfigError unless the attack takes these numbers, and can be run here."""
+        if numbers:
+            raise ConfigError(f"the attack takes no numbers, found {'-'.join(map(str, numbers))}")
+
+    @classmethod
+    def made_by(cls) -> str:
+        """Whose code it is, with its version: kept with every verdict."""
+        return f"fastrobust {__version__}" if cls.__module__.startswith("fastrobust.") else cls.__module__
+
+    def batches(self, number: int, alive: Tensor) -> Iterator[tuple[Tensor, Any]]:
+        """(indices of images, a start) for every batch of round `number`. alive: bool N."""
+        batches = alive.nonzero()[:, 0].split(self.batch_size)
+        return ((index, batch) for batch, index in enumerate(batches) if len(index))
+
+    @abstractmethod
+    def run(self, x: Tensor, y: Tensor, start: Any) -> tuple[Tensor, Tensor]:
+        """Which images survived (bool, N), and for those that did not a point that is misclassified, float N x C x H x W. x:
+        images in [0, 1]. The model is in eval mode, and its weights ask for no gradient."""
+
+
+def parse(name: str) -> tuple[type[Attack], tuple[int, ...]]:
+    """The class and the numbers that `pgd-50-10` stands for, checked. Raises ConfigError."""
+    word, numbers = re.fullmatch(r"(.*?)((?:-\d{1,6})*)", name, re.S).groups()
+    kind = parts.find("attack", parts.ATTACKS, word)
+    if not (isinstance(kind, type) and issubclass(kind, Attack)):
+        raise ConfigError(f"attack: '{word}' is not an attack: see docs/extending.md")
+    values = tuple(int(number) for number in numbers.split("-")[1:])
+    kind.check(values)
+    return kind, values

@@ -1,0 +1,70 @@
+"""What counts: which images are classified correctly, and which points break a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.attack.gradient import frozen
+from fastrobust.attack.threat import Threat
+from fastrobust.data.augment import to_unit
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no weight gradients inside; every module's mode is as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with frozen(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Per example, bool N: `clean`, classified correctly; `robust`, correctly at every point that the attack visited."""
+
+    clean: Tensor
+    robust: Tensor
+
+
+def correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Which rows of logits name their label (bool, N). A row that is not finite names none."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
+
+
+def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
+    """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W."""
+    with evaluating(model), plain_fp32(), torch.no_grad():
+        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        return torch.cat([correct(model(to_unit(x)), y) for x, y in batches])
+
+
+@contextlib.contextmanager
+def plain_fp32() -> Iterator[None]:
+    """Convolutions on a GPU in full fp32: by default they may round their inputs to TF32's 10 bits."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+TOLERANCE = 1e-6  # of a pixel in [0, 1]: what rounding in fp32 may add to epsilon or to the box, and more than it does
+
+
+def breaks(model: nn.Module, x: Tensor, y: Tensor, points: Tensor, threat: Threat) -> Tensor:
+    """Which points count as adversarial examples of x (bool, N), whoever found them. A point further than TOLERANCE from
+    the ball or the box is refused; one within it is moved to the ball and the box, and a plain forward pass in fp32
+    must misclassify it there. The model is in eval mode. x, points: float N x C x H x W."""
+    with torch.no_grad(), plain_fp32(), torch.autocast(x.device.type, enabled=False):
+        x, points = x.float(), points.float()
+        return threat.contains(points, x, TOLERANCE) & ~correct(model(threat.nearest(points, x)), y)

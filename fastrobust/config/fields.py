@@ -1,0 +1,32 @@
+"""The types of a config's values, and the base of its sections."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from fastrobust.config.numbers import parse_number
+
+
+def _pixels(value: float) -> float:
+    if value > 1:
+        raise ValueError(f"{value:g} is larger than the pixel range [0, 1]; did you mean {value:g}/255?")
+    return value
+
+
+def some(values: tuple) -> tuple:
+    if not values:
+        raise ValueError("at least one value is needed")
+    return values
+
+
+Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Pixels = Annotated[Number, Field(ge=0), AfterValidator(_pixels)]  # a fraction of the pixel range: 8/255
+Count = Annotated[int, Field(ge=1, le=10**9, strict=True)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)

@@ -1,0 +1,238 @@
+"""Reading a run's config: YAML, `key.sub=value` overrides, and an answer to every mistake.
+
+`load("configs/mnist_fgsm.yaml", ["seed=1"])` gives a resolved `schema.Config`. A mistake raises `ConfigError` that names
+the key and the nearest right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import re
+import reprlib
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from fastrobust.config import parts
+from fastrobust.config.fields import Section
+from fastrobust.config.schema import Config
+from fastrobust.runtime.errors import ConfigError
+
+MESSAGES = 20  # as many mistakes are told at once
+LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
+_FREE = re.compile(r"(name|output|device|engine|data\.path|data\.prepared|data\.download|data\.workers|evaluation\.[\w.]+):")
+_CHOSEN = {
+    "loader": "auto",
+    "engine": "auto",
+    "data.prepared": None,
+}  # keys that a run resolves, and what leaves it the choice
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML lets a repeated key silently win; here it is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected `key: value` pairs", node.start_mark)
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise yaml.constructor.ConstructorError(None, None, "keys must be plain words", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _expanded(value: Any, known: dict[int, float]) -> float:
+    """How many values a YAML document has with every alias written out; infinite where one is inside itself."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        children = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(child, known) for child in children)
+    return known[id(value)]
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        data = yaml.load(text, Loader=_UniqueKeyLoader)
+        if _expanded(data, {}) > LARGEST:
+            raise ValueError(f"with its aliases written out it has more than {LARGEST} values, or no end of them")
+        return data
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping that a YAML text holds. Raises ConfigError, which names `where`."""
+    data = _parse_yaml(text, where)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where} must hold `key: value` lines, found {type(data).__name__}")
+    return data
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides, check and resolve it. Raises ConfigError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    data = read_yaml(text, str(path))
+    data.setdefault("name", path.stem)
+    for override in overrides:
+        _apply(data, override)
+    return parse(data, str(path))
+
+
+def parse(data: dict[str, Any], where: str) -> Config:
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors()
+        lines = list(dict.fromkeys(_explain(e) for e in problems[:MESSAGES]))
+        if len(problems) > MESSAGES:
+            lines.append(f"and {len(problems) - MESSAGES} more")
+        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in the other")) -> list[str]:
+    """Readable lines `key: value in a, not value in b` for every key in which two configs differ. Where one leaves the
+    choice to the run, and the other is what the run chose, they do not differ."""
+    flat_a, flat_b = flatten(a.to_dict()), flatten(b.to_dict())
+    return [
+        f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
+        for key in sorted(flat_a.keys() | flat_b.keys())
+        if flat_a.get(key, "absent") != flat_b.get(key, "absent")
+        and not (key in _CHOSEN and _CHOSEN[key] in (flat_a.get(key), flat_b.get(key)))
+    ]
+
+
+def changed_since(stored: Any, config: Config) -> list[str]:
+    """What differs in a run's config from the one stored in its checkpoint, but for what may change: where its files and
+    data lie, which device it is on, and how the trained model is evaluated."""
+    if not isinstance(stored, dict):
+        return ["the checkpoint holds no config"]
+    before = parse(stored, "the checkpoint's config")
+    return [line for line in differences(before, config, ("then", "now")) if not _FREE.match(line)]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix.rstrip("."): value}
+    return {k: v for name, item in items for k, v in flatten(item, f"{prefix}{name}.").items()}
+
+
+def _nearest_file(path: Path) -> str:
+    there = {p.name: str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml")}
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return (
+        f"; did you mean {there[near[0]]}?" if near else f"; there are: {', '.join(sorted(there.values()))}" if there else ""
+    )
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"'{override}' is not of the form key=value")
+    value = _parse_yaml(text, f"'{override[:80]}'")
+    node: Any = data
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = _item(node, part, override)
+        elif node.get(part) is None:
+            node[part] = node = {}
+        else:
+            node = node[part]
+        if not isinstance(node, (dict, list)):
+            raise ConfigError(f"'{override}': '{part}' holds a value, not a section")
+    if isinstance(node, list):
+        _item(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(node: list, part: str, override: str) -> Any:
+    if not (part.isascii() and part.isdecimal() and len(part) < 9) or int(part) >= len(node):
+        raise ConfigError(f"'{override}': '{part}' must be a number from 0 to {len(node) - 1}")
+    return node[int(part)]
+
+
+@functools.cache
+def _all_keys() -> list[str]:
+    """Every dotted key of the schema, those of all methods, optimisers and schedules of the tables included."""
+    tables = {"method": parts.METHODS, "optimizer": parts.OPTIMIZERS, "schedule": parts.SCHEDULES}
+
+    def sections(kind: Any) -> list[type[Section]]:
+        """The sections that an annotation speaks of."""
+        if isinstance(kind, type):
+            return [kind] if issubclass(kind, Section) else []
+        return [found for part in typing.get_args(kind) for found in sections(part)]
+
+    def walk(section: type[Section], prefix: str) -> list[str]:
+        keys = []
+        for name, field in section.model_fields.items():
+            place, known = f"{prefix}{name}.", sections(field.annotation)
+            if section is Config and name in tables:
+                known = [parts.find(name, tables[name], part) for part in tables[name]]
+            keys.append(prefix + name)
+            for child in known:
+                keys += walk(child, f"{place}0." if "tuple" in str(field.annotation) else place)
+        return keys
+
+    return list(dict.fromkeys(walk(Config, "")))
+
+
+def _shown(value: Any) -> str:
+    """A value in a few words at most."""
+    short = reprlib.Repr()
+    short.maxlevel = short.maxlist = short.maxdict = 4
+    short.maxstring = short.maxother = 80
+    try:
+        return short.repr(value)
+    except ValueError:  # Python refuses to write an integer of thousands of digits
+        return "a number of thousands of digits"
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one pydantic error: the dotted key, what is wrong, and the nearest right key for an unknown one."""
+    loc = [str(part) for part in error["loc"]]
+    loc = [part for part in loc if not part.startswith(("function-", "tuple[", "constrained-"))]
+    key = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        known = _all_keys()
+        if key in known:
+            return f"unknown key '{key}': it does not belong to this {loc[0]}'s `name`"
+        siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        same_leaf = [k for k in known if k.rpartition(".")[2] == loc[-1]]
+        near = same_leaf or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+        allowed = f"; the keys there are: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
+        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else allowed)
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        message = "this key is needed"
+    elif error["type"] == "literal_error":
+        context = error["ctx"]
+        expected, given = context["expected"], error["input"]
+        given = given[:80] if isinstance(given, str) else _shown(given)
+        near = difflib.get_close_matches(given, [e.strip("' ") for e in expected.replace(" or ", ",").split(",")], n=1)
+        message = f"'{given}' is not one of {expected}" + (f"; did you mean '{near[0]}'?" if near else "")
+    elif not error["type"].startswith("value_error"):
+        message = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+    return f"{key}: {message}" if key else message

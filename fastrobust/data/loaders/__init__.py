@@ -1,0 +1,177 @@
+"""Which loader a run has, and the images that it gives.
+
+A loader has `classes`, `channels`, a length, a `source` and its `checksum`, `crops` (whether its images come cropped and
+mirrored at random; else the training step does it) and `batches(seed, phase, batch_size, first, last)`, which yields a
+`Batch` for each. What `auto` stands for is decided once, by `resolve`, and stored with the run: no later command looks at
+what happens to be installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from fastrobust.config import parts
+from fastrobust.config.schema import Config
+from fastrobust.data import sets
+from fastrobust.data.prepared import beton, records, shards
+from fastrobust.runtime import machine
+from fastrobust.runtime.distributed import ALONE, World
+from fastrobust.runtime.errors import ConfigError, DataError
+
+READERS = {"ffcv": beton.read, "webdataset": shards.read}  # of each kind of prepared files
+PREPARED = {"ffcv": ("ffcv", "ffcv"), "dali": ("webdataset", "nvidia.dali")}  # loader: the files that it reads, its package
+
+
+def resolve(config: Config, device: torch.device) -> Config:
+    """The config with the loader that `auto` stands for (prepared files with ffcv or dali where these are installed, else
+    what fits into memory, else torch) and with the folder of the prepared files that it reads. Raises ConfigError."""
+    name = config.loader
+    if name == "auto":
+        name = _automatic(config, device)
+    place = folder(config, PREPARED[name][0]) if name in PREPARED else None
+    if name in PREPARED and place is None:
+        raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
+    if config.loader == "auto" and name == "torch" and prepared(config, "webdataset"):
+        place = folder(config, "webdataset")
+    data = config.data if place is None else config.data.model_copy(update={"prepared": str(place)})
+    return config.model_copy(update={"loader": name, "data": data})
+
+
+def _automatic(config: Config, device: torch.device) -> str:
+    if config.facts.size is not None:
+        return "resident"
+    for name, (kind, package) in PREPARED.items():
+        if prepared(config, kind) and installed(package):
+            return name
+    return "resident" if fits(config, device) else "torch"
+
+
+def installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def stored(config: Config, phase) -> records.Size:
+    """The size of the files that a phase reads."""
+    return phase.resize if config.facts.size is None else "original"
+
+
+def folder(config: Config, kind: str) -> Path | None:
+    """Where prepared files of a kind are, if the config lets that be known."""
+    if config.data.prepared:
+        return Path(config.data.prepared).expanduser()
+    return records.prepared_folder(config.data.dataset, kind) if config.data.path is None else None
+
+
+def prepared(config: Config, kind: str) -> bool:
+    """Whether the files of all phases are there."""
+    place = folder(config, kind)
+    try:
+        return place is not None and all(READERS[kind](place, "train", stored(config, phase)) for phase in config.phases)
+    except DataError:
+        return False
+
+
+def fits(config: Config, device: torch.device) -> bool:
+    """Whether the largest phase's images take less than half of the memory that they would live in."""
+    if any(phase.resize == "original" for phase in config.phases):
+        return False
+    count = len(sets.list_images(config.data.dataset, "train", config.data.path, config.data.limit).labels)
+    needed = max(count * phase.resize**2 * 3 for phase in config.phases)
+    free = machine.available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    return needed < free / 2
+
+
+def read_records(config: Config, kind: str, split: str, size: records.Size, limit: int | None) -> records.Records:
+    """A split's prepared images, or `limit` of them, evenly spaced. Raises DataError or ConfigError."""
+    place = folder(config, kind)
+    found = READERS[kind](place, split, size)
+    if found.manifest["dataset"] != config.data.dataset:
+        raise ConfigError(f"{place} holds {found.manifest['dataset']}, not {config.data.dataset}: set data.prepared")
+    return found if limit is None else found.take(sets.evenly_spaced(len(found), limit))
+
+
+def kind_of_files(config: Config) -> str | None:
+    """The kind of prepared files that a resolved config's loader reads; None where it reads the source."""
+    kind = PREPARED.get(config.loader, (None,))[0]
+    return "webdataset" if config.loader == "torch" and config.data.prepared else kind
+
+
+class Phases:
+    """The loaders of a run's phases, one at a time: `enter(index)` gives the one of a phase. `config` is a resolved one.
+    Raises ConfigError or DataError."""
+
+    def __init__(self, config: Config, device: torch.device, world: World = ALONE):
+        self.config, self.device, self.world = config, device, world
+        self.kind = parts.find("loader", parts.LOADERS, config.loader)
+        self.key, self.loader = None, None
+        for index, phase in enumerate(config.phases):
+            if phase.batch_size % world.size:
+                key = f"phases.{index}.batch_size is {phase.batch_size}"
+                raise ConfigError(f"{key}: {world.size} processes cannot share it equally")
+
+    def enter(self, index: int):
+        phase = self.config.phases[index]
+        key = self.kind.key(phase)
+        if key != self.key:
+            if self.loader is not None:
+                self.loader.close()
+            size = stored(self.config, phase)
+            with self.world.one_after_the_other(self.config.data.download):
+                self.loader = self.kind.open(self.config, "train", size, phase.resolution, self.device, self.world)
+            self.key = key
+        if len(self.loader) < phase.batch_size:
+            there = f"there are only {len(self.loader)} images"
+            raise ConfigError(f"phases.{index}.batch_size is {phase.batch_size}, but {there}")
+        return self.loader
+
+    def check_files(self, examples: int) -> None:
+        """Raise DataError unless the prepared files of all phases hold `examples` images."""
+        if (kind := kind_of_files(self.config)) is not None:
+            for phase in self.config.phases:
+                found = read_records(self.config, kind, "train", stored(self.config, phase), self.config.data.limit)
+                if len(found) != examples:
+                    counts = f"{found.files[0]} holds {len(found)} images, the first phase's file {examples}"
+                    raise DataError(f"{counts}: write both anew")
+
+    def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
+
+
+def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
+    """The images of a split of a resolved config, or `limit` of them, evenly spaced, at the resolution of the last
+    phase: the square in the middle of each. Where the run trains from prepared files they come from prepared files too. DataError."""
+    data, resolution = config.data, config.phases[-1].resolution
+    kind = kind_of_files(config)
+    if kind is None:
+        size = resolution if config.facts.size is None else None
+        return sets.load(data.dataset, split, data.path, resolution=size, download=data.download, limit=limit)
+    place = folder(config, kind)
+    sizes = [m.stem.partition("_")[2] for m in sorted(place.glob(f"{split}_*.json"))]
+    if not sizes:
+        advice = f"write them with --splits {split}, or read the source's with --data PATH"
+        raise DataError(f"{place} holds no prepared {split} images: {advice}")
+    size = "original" if "original" in sizes else max(map(int, sizes))
+    changed = config.model_copy(update={"data": data.model_copy(update={"limit": limit})})
+    loader = parts.find("loader", parts.LOADERS, config.loader).open(changed, split, size, resolution, torch.device("cpu"))
+    try:
+        return loader.in_order()
+    finally:
+        loader.close()
+
+
+def test_set(config: Config, limit: int | None) -> sets.ImageSet:
+    """The test images of a resolved config: see `still`."""
+    return still(config, "test", limit)
+
+
+def from_source(config: Config, path: str) -> Config:
+    """The config with its data set read from `path`, whatever prepared files there are: what `--data PATH` means."""
+    data = config.data.model_copy(update={"path": path, "prepared": None})
+    return config.model_copy(update={"data": data, "loader": "resident"})

@@ -1,0 +1,235 @@
+"""Writing prepared images: every size in one pass over the source, the same bytes whatever the number of workers.
+
+The command lines are data_prep/write_ffcv.py and data_prep/write_dali.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from fastrobust import __version__
+from fastrobust.data import sets
+from fastrobust.data.prepared import records
+from fastrobust.data.prepared.beton import BetonWriter
+from fastrobust.data.prepared.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
+from fastrobust.data.prepared.shards import ShardWriter
+from fastrobust.runtime.errors import ConfigError, DataError
+from fastrobust.runtime.files import write_json
+from fastrobust.runtime.progress import Progress, duration
+
+SIZES = {"imagenet": (160, 352, "original"), "imagenette": (80, 176, "original")}  # of the configs' phases
+KINDS = {"ffcv": BetonWriter, "webdataset": ShardWriter}
+SAMPLE = 48  # images from which --dry-run judges the whole
+
+
+class Picture(NamedTuple):
+    """An image as it is stored: bare pixels (raw), H x W x 3, or a JPEG."""
+
+    height: int
+    width: int
+    raw: bool
+    data: bytes
+
+
+def is_raw(storage: str, number: int) -> bool:
+    """Of `mixed`, a fixed half is raw: every image's number is scattered by Knuth's multiplicative hash."""
+    return storage == "raw" or (storage == "mixed" and number * 2654435761 % 2**32 < 2**31)
+
+
+def encode(image: Image.Image, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
+    """The image in every size, each resized from the original (bicubic)."""
+    pictures = []
+    for size in sizes:
+        shape = records.stored_size(*image.size, size, options.cap)
+        resized = image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)
+        raw = is_raw(options.storage, number)
+        if raw:
+            data = resized.tobytes()
+        else:
+            buffer = io.BytesIO()
+            resized.save(buffer, "JPEG", quality=options.quality)
+            data = buffer.getvalue()
+        pictures.append(Picture(resized.height, resized.width, raw, data))
+    return pictures
+
+
+def in_order(work: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
+    """work(0), work(1), … in this order, done in threads a little ahead. Pillow releases the interpreter as it works."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque = deque()
+        try:
+            for i in range(count):
+                ahead.append(pool.submit(work, i))
+                if len(ahead) > 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
+    """Write a split in all sizes that are not there yet. Nothing is left of it if that fails."""
+    folder = Path(options.output)
+    facts = {"format": MANIFEST_FORMAT, "kind": kind, "dataset": options.dataset, "split": split}
+    facts |= {"storage": options.storage, "quality": options.quality, "cap": options.cap, "limit": options.limit}
+    facts |= {"source": source.source, "classes": list(source.classes)}
+    missing = tuple(size for size in sizes if not already_there(folder, split, size, facts))
+    if not missing:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for size in missing:
+        for left in leftovers(folder, split, size):
+            print(f"{left} was left by an interrupted write: starting over", flush=True)
+            left.unlink()
+    writers, skipped, total = [], [], len(source.labels)
+    stems = [folder / f"{split}_{size}" for size in missing]
+    indices = [np.zeros(total, records.ROW) for _ in missing]
+    try:
+        for stem in stems:
+            name = stem.with_name(f"{stem.name}.beton.partial") if kind == "ffcv" else stem
+            writers.append(KINDS[kind](name, total))
+
+        def work(i: int) -> list[Picture] | DataError:
+            try:
+                return encode(source.image(i), i, missing, options)
+            except DataError as error:
+                if not options.skip_corrupt:
+                    raise
+                return error
+
+        with Progress(f"{split} {' '.join(map(str, missing))}", total) as bar:
+            for i, pictures in enumerate(in_order(work, total, options.workers)):
+                if isinstance(pictures, DataError):
+                    skipped.append(str(pictures))
+                    bar.line(f"skipped: {pictures}")
+                else:
+                    label = int(source.labels[i])
+                    for writer, picture, index in zip(writers, pictures, indices, strict=True):
+                        try:
+                            file, offset, data = writer.add(label, *picture)
+                            shape = picture.height, picture.width, picture.raw
+                            row = (file, offset, len(data), *shape, label, zlib.crc32(data))
+                            index[i - len(skipped)] = row
+                        except DataError as error:
+                            raise DataError(f"{source.where(i)}: {error}") from None
+                bar.advance(1, "" if bar.due() else None)
+        count = total - len(skipped)
+        if not count:
+            raise DataError(f"{source.source}: not one image of {split} is usable")
+        for size, stem, writer, index in zip(missing, stems, writers, indices, strict=True):
+            paths = [*writer.close(), stem.with_name(f"{stem.name}.index.npy.partial")]
+            with open(paths[-1], "wb") as file:
+                np.save(file, index[:count])
+            files = [finish(path) for path in paths]
+            manifest = facts | {"size": size, "count": count, "skipped": skipped}
+            manifest |= {"files": files, "fastrobust": __version__, "pillow": PIL.__version__}
+            write_json(manifest_path(folder, split, size), records.seal(manifest))
+            length = sum(file["bytes"] for file in files)
+            print(f"{manifest_path(folder, split, size)}: {count} images, {length / 1e6:,.1f} MB", flush=True)
+    except BaseException as error:
+        for writer in writers:
+            with contextlib.suppress(OSError):  # a full disk is still full
+                writer.abandon()
+        for size in missing:
+            for left in leftovers(folder, split, size):
+                left.unlink()
+        if isinstance(error, OSError):  # what goes wrong with the source is a DataError
+            raise DataError(f"{folder} cannot be written to: {error.strerror or error}") from None
+        raise
+
+
+def leftovers(folder: Path, split: str, size: Size) -> list[Path]:
+    """What is there of a split in a size that has no manifest: a killed process left it."""
+    if manifest_path(folder, split, size).exists():
+        return []
+    name = f"{split}_{size}"
+    patterns = [f"{name}[-.]*.partial", f"{name}.beton", f"{name}-*.tar", f"{name}.index.npy", f".{name}.json.*"]
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
+
+
+def finish(path: Path) -> dict[str, Any]:
+    """Flush a .partial file to the disk, give it its name, and return what the manifest says about it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    final = path.with_name(path.name.removesuffix(".partial"))
+    os.replace(path, final)
+    return file_facts(final)
+
+
+def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -> bool:
+    """Whether a size was written whole with these settings. Raises ConfigError if it was with others."""
+    path = manifest_path(folder, split, size)
+    if not path.exists():
+        return False
+    try:
+        manifest = read_manifest(folder, split, size)
+        records.verify(folder, manifest)
+    except DataError as error:
+        print(f"{error}: starting over", flush=True)
+        path.unlink()
+        return False
+    odd = [f"{key} {manifest.get(key)!r} instead of {facts[key]!r}" for key in facts if manifest.get(key) != facts[key]]
+    if odd:
+        raise ConfigError(f"{path} was written with {'; '.join(odd)[:500]}: remove it, or choose another --output")
+    print(f"{path} is there already, with the same settings: left as it is", flush=True)
+    return True
+
+
+def estimate(split: str, source: sets.Pictures, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
+    """Print what a split would take, judged from an even sample. Nothing is written."""
+    numbers = sets.evenly_spaced(len(source.labels), SAMPLE).tolist()
+    began = time.perf_counter()
+    pictures = list(
+        in_order(lambda k: encode(source.image(numbers[k]), numbers[k], sizes, options), len(numbers), options.workers)
+    )
+    seconds = (time.perf_counter() - began) / len(numbers) * len(source.labels)
+    print(f"{split}: {len(source.labels)} images of {len(source.classes)} classes from {source.source}")
+    for k, size in enumerate(sizes):
+        mean = sum(len(made[k].data) for made in pictures) / len(pictures)
+        print(f"  {split}_{size}: about {mean * len(source.labels) / 1e9:.3g} GB ({mean / 1e3:.1f} kB an image)")
+    print(f"  about {duration(seconds)} with {options.workers} workers, judged from {len(numbers)} images")
+
+
+def command(options) -> int:
+    """The prepare command."""
+    kind = {"ffcv": "ffcv", "dali": "webdataset"}[options.kind]
+    small = sets.known(options.dataset).size is not None
+    sizes = tuple(size if size == "original" else whole(size, "--sizes") for size in options.sizes or ())
+    sizes = sizes or (("original",) if small else SIZES.get(options.dataset, ("original",)))
+    if len(set(sizes)) < len(sizes):
+        raise ConfigError(f"--sizes names a size twice: {' '.join(options.sizes)}")
+    if not 1 <= options.quality <= 95:
+        raise ConfigError(f"--quality must lie between 1 and 95, not {options.quality}")
+    for name in ("cap", "limit", "workers"):
+        if getattr(options, name) is not None:
+            whole(getattr(options, name), f"--{name}")
+    options.storage = options.storage or ("raw" if small else "jpeg")
+    options.output = options.output or records.prepared_folder(options.dataset, kind)
+    for split in options.splits:
+        source = sets.pictures(options.dataset, split, options.data, options.limit)
+        # the test images are wanted once, in the largest size: evaluation resizes them
+        wanted = sizes if split == "train" else sizes[-1:]
+        (estimate if options.dry_run else lambda *a: write_split(kind, *a))(split, source, wanted, options)
+    return 0
+
+
+def whole(text: str | int, what: str) -> int:
+    if not str(text).isdecimal() or int(text) < 1:
+        raise ConfigError(f"{what} must be a whole number of at least 1, not {text}")
+    return int(text)

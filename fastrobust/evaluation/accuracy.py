@@ -1,0 +1,233 @@
+"""Clean and robust accuracy of a model on a test set: what `summary.json` and the evaluate command report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.attack import base
+from fastrobust.attack.autoattack import PARTS
+from fastrobust.attack.pgd import pgd
+from fastrobust.attack.rounds import Place, run_rounds
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import classified, evaluating
+from fastrobust.config.numbers import describe
+from fastrobust.data import sets
+from fastrobust.evaluation import results
+from fastrobust.models.weights import weights_digest
+from fastrobust.runtime import memory
+from fastrobust.runtime.distributed import ALONE, World
+from fastrobust.runtime.progress import Progress
+
+GROUPS = {"autoattack": PARTS, "apgd": ("apgd-ce", "apgd-t")}
+SAVE_EVERY = 10.0  # seconds
+
+
+def evaluate(
+    model: nn.Module,
+    data: sets.ImageSet,
+    *,
+    epsilon: float,
+    alpha: float,
+    steps: int,
+    restarts: int,
+    batch_size: int,
+    seed: int = 0,
+    world: World = ALONE,
+) -> dict[str, Any]:
+    """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32, each with its 95 % confidence
+    interval. epsilon and alpha are in pixels of [0, 1]. The model may be on any device; its mode and gradients are left
+    as they are."""
+    name = f"pgd-{steps}-{restarts}"
+    settings = {"epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
+    return report(name, run_attacks(model, data, [name], **settings, world=world))
+
+
+def report(name: str, records: list[results.Record]) -> dict[str, Any]:
+    """The figures of attacks that ran one after the other, each on what the ones before left robust."""
+    n, settings = records[0].settings["examples"], records[0].settings
+    clean, robust = int(records[0].clean.sum()), int(results.worst_case(records).sum())
+    found = {
+        "clean_accuracy": clean / n,
+        "clean_interval": list(results.wilson(clean, n)),
+        "robust_accuracy": robust / n,
+        "robust_interval": list(results.wilson(robust, n)),
+        "examples": n,
+        "resolution": settings["resolution"],
+        "epsilon": settings["epsilon"],
+        "attack": name,
+        "alpha": next((r.settings["alpha"] for r in records if "alpha" in r.settings), None),
+        "seconds": round(sum(r.facts["seconds"] for r in records), 3),
+    }
+    if len(records) == 1 and name.startswith("pgd"):
+        found["robust_accuracy_after_one_restart"] = records[0].facts["after_one_restart"] / n
+    return found
+
+
+def attack_names(text: str) -> list[str]:
+    """`pgd-50-10,autoattack` -> its single attacks, in order and once each. Raises ConfigError."""
+    names: list[str] = []
+    for part in text.split(","):
+        word = part.strip() if ":" in part else part.strip().lower()
+        for name in GROUPS.get(word, (word,)):
+            names += [name] if name not in names else []
+    for name in names:
+        base.parse(name)
+    return names
+
+
+def run_attacks(
+    model: nn.Module,
+    data: sets.ImageSet,
+    names: list[str],
+    *,
+    epsilon: float,
+    alpha: float,
+    batch_size: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    fresh: bool = False,
+    world: World = ALONE,
+) -> list[results.Record]:
+    """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
+    it lies in the threat model and a plain forward pass in fp32 confirms it (`attack.verdicts.breaks`). With a folder,
+    records are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
+    was, with the same verdicts as without the interruption; `fresh` starts anew. In a world of several processes each
+    attacks its share, with the starts that it would have in one, and all get the records of the whole."""
+    device = next(model.parameters()).device
+    images = data.images.to(device).contiguous(memory_format=torch.channels_last)
+    labels = data.labels.to(device)
+    about = {"weights": weights_digest(model), "data": data.checksum()}
+    kinds = {name: base.parse(name)[0] for name in names}
+    clean = classified(model, images, labels, batch_size)
+    robust = clean.clone()
+    records = []
+    for name in names:
+        settings = {"attack": name, "epsilon": epsilon, "examples": len(labels), "batch_size": batch_size, "seed": seed}
+        if kinds[name].has_alpha:
+            settings["alpha"] = alpha
+        settings |= {"resolution": images.shape[-1], "device": device.type, "made_by": kinds[name].made_by(), **about}
+        record = results.Record(
+            {
+                "settings": settings,
+                "seconds": 0.0,
+                "refused": 0,
+                "after_one_restart": int(robust.sum()),
+                "finished": False,
+            },
+            clean.cpu(),
+            robust.cpu().clone(),
+            torch.zeros(len(labels), dtype=torch.bool),
+        )
+        record = world.first(lambda new=record: _kept(new, folder, fresh))
+        if not record.facts["finished"]:
+            part = record if world.size == 1 else _kept(_share(record, world), folder, fresh)
+            if not part.facts["finished"]:
+                attack = build(model, images, settings)
+                with evaluating(model):
+                    _run(attack, part, images, labels, folder)
+            if world.size > 1:
+                record = _put_together(record, world.gather(part))
+                world.first(lambda whole=record: None if folder is None else whole.save(folder))
+                if folder is not None:
+                    part.path(folder).unlink(missing_ok=True)
+        robust &= ~record.broken.to(device)
+        records.append(record)
+    return records
+
+
+def _kept(record: results.Record, folder: Path | None, fresh: bool) -> results.Record:
+    """What is kept of this record already, or else the record itself."""
+    if folder is not None and not fresh and record.path(folder).exists():
+        return results.read(record.path(folder))
+    return record
+
+
+def _share(record: results.Record, world: World) -> results.Record:
+    """The record of this process's part of an attack, not begun: every size-th image."""
+    attacked = record.attacked & (torch.arange(len(record.attacked)) % world.size == world.rank)
+    return results.Record(
+        record.facts | {"after_one_restart": int(attacked.sum())}, record.clean, attacked, torch.zeros_like(record.broken)
+    )
+
+
+def _put_together(record: results.Record, parts: list[results.Record]) -> results.Record:
+    """The record of the whole, from those of all processes."""
+    sums = {name: sum(part.facts[name] for part in parts) for name in ("refused", "after_one_restart")}
+    facts = record.facts | sums | {"seconds": max(part.facts["seconds"] for part in parts), "finished": True}
+    broken = torch.stack([part.broken for part in parts]).any(0)
+    return results.Record(facts, record.clean, record.attacked, broken)
+
+
+def build(model: nn.Module, images: Tensor, settings: dict[str, Any]) -> base.Attack:
+    """The attack that a record's settings describe. Raises ConfigError."""
+    kind, numbers = base.parse(settings["attack"])
+    threat, alpha = Threat(settings["epsilon"]), settings.get("alpha", 0.0)
+    return kind(base.Setting(model, images, threat, alpha, settings["batch_size"], settings["seed"]), numbers)
+
+
+def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder: Path | None) -> None:
+    """Run the attack to the end, from where the record stands, which is updated and saved on the way."""
+    name, epsilon = record.settings["attack"], record.settings["epsilon"]
+    robust = (record.attacked & ~record.broken).to(images.device)
+    place, earlier, began = record.place, record.facts["seconds"], time.monotonic()
+    if place is not None:
+        place = Place(place.round, place.batches, place.alive.to(images.device))
+    each = int(record.attacked.sum())  # examples in a round, at most
+    saved, label = began, f"{name.upper()} at epsilon {describe(epsilon)}"
+    before = 0 if place is None else each * place.round + _examples_done(attack, place)
+    with Progress(label, attack.rounds * each, done=before) as bar:
+        state = {"round": place.round if place else 0, "base": before}
+
+        def tick(share: float) -> None:
+            goal = state["base"] + int(share * min(record.settings["batch_size"], each))
+            bar.advance(max(0, goal - bar.done), "within a batch" if bar.due() else None)
+
+        def after(at: Place, examples: int, refused: int) -> None:
+            nonlocal saved
+            if at.round != state["round"]:  # the examples that no longer need attacking are done
+                state.update(round=at.round, base=at.round * each)
+            state["base"] += examples
+            bar.done = state["base"]
+            rounds = f"restart {at.round + 1} of {attack.rounds}, " if attack.rounds > 1 else ""
+            bar.advance(0, f"{rounds}{int(robust.sum())} of {len(labels)} still robust" if bar.due() else None)
+            record.place = at
+            record.facts["refused"] += refused
+            if at.round == 0:
+                record.facts["after_one_restart"] = int(robust.sum())
+            now = time.monotonic()
+            record.facts["seconds"] = earlier + now - began
+            if folder is not None and now - saved > SAVE_EVERY:
+                saved = now
+                keep()
+
+        def keep() -> None:
+            record.broken = (record.attacked.to(robust.device) & ~robust).cpu()
+            if record.place is not None:
+                record.place = Place(record.place.round, record.place.batches, record.place.alive.cpu())
+            if folder is not None:
+                record.save(folder)
+
+        def one_step(images: Tensor, labels: Tensor) -> None:
+            settings = {"threat": Threat(epsilon), "alpha": epsilon / 4, "steps": 1, "restarts": 1}
+            pgd(attack.model, images, labels, **settings, batch_size=len(images))
+
+        attack.tick = tick
+        try:
+            batch = images[: attack.batch_size], labels[: attack.batch_size]
+            with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
+                run_rounds(attack, images, labels, robust, threat=Threat(epsilon), place=place, after=after)
+            record.facts["finished"] = True
+            record.facts["seconds"] = earlier + time.monotonic() - began
+            record.place = None
+        finally:
+            keep()
+
+
+def _examples_done(attack, place: Place) -> int:
+    """How many examples of its round an attack has dealt with."""
+    return min(place.batches * attack.batch_size, int(place.alive.sum()))

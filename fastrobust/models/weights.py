@@ -1,0 +1,89 @@
+"""Weights files: plain tensors, with all that is needed to build the model in their header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from fastrobust import __version__
+from fastrobust.config import reading
+from fastrobust.config.schema import Config
+from fastrobust.models import create
+from fastrobust.runtime.errors import FastrobustError, RunError
+from fastrobust.runtime.files import write_atomically
+from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of the weights' names and values: what a result says it is about, whichever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tuple[str, ...]) -> None:
+
+    tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
+    metadata = {"fastrobust": __version__, "config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
+    metadata["sha256"] = weights_checksum(tensors, metadata)
+    content = save(tensors, metadata)
+    write_atomically(run / WEIGHTS, lambda file: file.write(content))
+
+
+def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of the weights, and of the config and classes in their file's header; safetensors has none of its own."""
+    digest = hashlib.sha256(f"{metadata['config']}\n{metadata['classes']}".encode())
+    for name, t in sorted(tensors.items()):
+        digest.update(f"\n{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        digest.update(t.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, ...]]:
+    """(model in eval mode on the CPU, config, class names) from a run directory or a .safetensors file. RunError."""
+
+    path = Path(path)
+    weights = path / WEIGHTS if path.is_dir() else path
+    if not weights.is_file():
+        hint = f"; the run is not finished: `--resume {path}`" if (path / CONFIG).is_file() else ""
+        raise RunError(f"there are no weights at {weights}{hint}")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        if metadata.get("sha256", "absent") not in ("absent", weights_checksum(tensors, metadata)):
+            raise ValueError("its checksum does not fit: it was changed after it was written")
+        config = reading.parse(json.loads(metadata["config"]), str(weights))
+        classes = tuple(json.loads(metadata["classes"]))
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise RunError(f"{weights} is damaged: {error}") from None
+    except KeyError as error:
+        raise RunError(f"{weights} was not written by fastrobust: its header has no {error}") from None
+    model = build_model(config, classes)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"the weights in {weights} do not fit {config.model.name}: {error}") from None
+    return model.eval(), config, classes
+
+
+def load(run: str | Path) -> torch.nn.Module:
+    """The trained model of a run directory or .safetensors file, ready to use: in eval mode, on the CPU, normalisation
+    inside. Takes images in [0, 1], float N x C x H x W, and gives logits N x classes. Raises RunError."""
+    try:
+        return read_weights(run)[0]
+    except FastrobustError as error:
+        raise RunError(str(error)) from None
+
+
+def build_model(config: Config, classes: tuple[str, ...]) -> torch.nn.Module:
+    channels = config.facts.channels
+    return create(config.model.name, channels=channels, classes=len(classes), mean=config.model.mean, std=config.model.std)

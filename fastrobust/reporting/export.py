@@ -1,0 +1,332 @@
+"""A trained model for use without fastrobust: fastrobust export RUN
+
+RUN/export/model.py          the network and `load()`, in plain PyTorch
+           weights.pt        its weights, a plain state_dict
+           model.onnx        the same network for ONNX runtimes, any batch size
+           README.md         the model card: data, threat model, every accuracy with its attack and n
+           robustbench.json  the same in the form of a RobustBench entry
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import inspect
+import io
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrobust.attack import autoattack
+from fastrobust.config.numbers import describe
+from fastrobust.evaluation import results
+from fastrobust.evaluation.results import wilson
+from fastrobust.models import Normalized, preact_resnet
+from fastrobust.models.mnist_net import mnist_net
+from fastrobust.models.torchvision_compat import import_torchvision
+from fastrobust.models.weights import read_weights, weights_digest
+from fastrobust.runtime.errors import FastrobustError, RunError, first_line
+from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
+from fastrobust.runtime.progress import duration
+
+
+def command(arguments) -> int:
+    """The export command."""
+    path = Path(arguments.run)
+    model, config, classes = read_weights(path)
+    if not arguments.output and not path.is_dir():
+        raise RunError(f"{path} is not a run directory: name a folder for the export with --output DIR")
+    folder = Path(arguments.output) if arguments.output else path / "export"
+    with explained(f"the folder {folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    facts = known(path, model, config)
+
+    buffer = io.BytesIO()
+    torch.save({name: t.contiguous() for name, t in model.state_dict().items()}, buffer)
+    write_atomically(folder / "weights.pt", lambda file: file.write(buffer.getvalue()))
+    write_text(folder / "model.py", snippet(config, classes))
+    images = examples(config)
+    check_snippet(folder, model, images)
+    difference = write_onnx(folder / "model.onnx", model, images)
+    write_text(folder / "README.md", card(config, classes, facts, onnx=difference is not None))
+    write_json(folder / "robustbench.json", robustbench(config, facts))
+
+    print(f"{folder}/: model.py with weights.pt (the same logits as the run's), README.md, robustbench.json", end="")
+    if difference is None:
+        print("\nmodel.onnx is left out: it needs onnx, onnxscript and onnxruntime: pip install 'fastrobust[export]'")
+    else:
+        print(f", model.onnx (logits differ by at most {difference:.1e} in onnxruntime)")
+    if arguments.json:
+        print(json.dumps({"folder": str(folder), "onnx_difference": difference, "accuracies": facts["accuracies"]}))
+    return 0
+
+
+def examples(config):
+    """16 random images as the model takes them, float 16 x C x H x W in [0, 1]."""
+
+    side = config.phases[-1].resolution
+    return torch.rand(16, config.facts.channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def known(path: Path, model, config) -> dict[str, Any]:
+    """`summary` (or {}), `accuracies` (rows of attack, epsilon, accuracy, interval, examples), `masking` (verdicts by
+    epsilon) and `autoattack` (its row, if all of it was run) from a run directory. Raises RunError."""
+
+    facts: dict[str, Any] = {"summary": {}, "accuracies": [], "masking": [], "autoattack": None}
+    if not path.is_dir():
+        return facts
+    weights = weights_digest(model)
+    with contextlib.suppress(FileNotFoundError):
+        facts["summary"] = read_json(path / "summary.json")
+    try:
+        for e in facts["summary"].get("evaluations", []):
+            n = e["examples"]
+            robust = round(e["robust_accuracy"] * n)
+            add(facts, "none", 0.0, round(e["clean_accuracy"] * n), n)
+            add(facts, e["attack"], e["epsilon"], robust, n)
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path / 'summary.json'} is damaged: {error!r}") from None
+    groups: dict[tuple, list] = {}
+    for record in results.read_all(path / results.FOLDER):
+        s = record.settings
+        if s["weights"] == weights and record.facts["finished"]:
+            groups.setdefault((s["epsilon"], s["data"]), []).append(record)
+    for (epsilon, _), records in sorted(groups.items()):
+        n = records[0].settings["examples"]
+        add(facts, "none", 0.0, int(records[0].clean.sum()), n)
+        for record in records:
+            if bool((record.attacked == record.clean).all()):
+                add(facts, record.settings["attack"], epsilon, int((record.clean & ~record.broken).sum()), n)
+        if len(records) > 1:
+            names = sorted({r.settings["attack"] for r in records})
+            add(facts, f"worst case over {', '.join(names)}", epsilon, int(results.worst_case(records).sum()), n)
+        whole = autoattack_of(records)
+        if whole is not None:
+            facts["autoattack"] = add(facts, "autoattack", epsilon, whole, n) | {"clean": int(records[0].clean.sum()) / n}
+    for file in sorted((path / results.FOLDER).glob("sanity_*.json")):
+        found = read_json(file)
+        if found.get("weights") == weights:
+            facts["masking"].append(found)
+    return facts
+
+
+def add(facts: dict, attack: str, epsilon: float, robust: int, n: int) -> dict:
+    """A row of the accuracies, once."""
+
+    row = {"attack": attack, "epsilon": epsilon, "accuracy": robust / n, "interval": list(wilson(robust, n)), "examples": n}
+    if row not in facts["accuracies"]:
+        facts["accuracies"].append(row)
+    return row
+
+
+def autoattack_of(records: list) -> int | None:
+    """How many examples all four parts of AutoAttack leave robust, if each was either broken by one or tried by all."""
+
+    parts = [r for r in records if r.settings["attack"] in autoattack.PARTS]
+    robust = results.worst_case(parts) if parts else None
+    for name in autoattack.PARTS:
+        tried = [r.attacked for r in parts if r.settings["attack"] == name]
+        if not any(bool((robust <= t).all()) for t in tried):
+            return None
+    return int(robust.sum())
+
+
+def read_json(path: Path) -> dict:
+
+    with explained(f"{path} cannot be read") if path.exists() else contextlib.nullcontext():
+        text = path.read_text(encoding="utf-8")
+    try:
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+        raise ValueError("it does not hold an object")
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+def snippet(config, classes: tuple[str, ...]) -> str:
+    """The source of model.py."""
+
+    name, channels, imports = config.model.name, config.facts.channels, ""
+    if name == "mnist_net":
+        source, make = inspect.getsource(mnist_net), f"mnist_net({channels}, {len(classes)})"
+    elif name.startswith("preact_resnet18"):
+        source = f"{inspect.getsource(preact_resnet.PreActBlock)}\n\n{inspect.getsource(preact_resnet.PreActResNet18)}"
+        width = 16 if name.endswith("_w16") else 64
+        make = f"PreActResNet18({channels}, {len(classes)}, width={width})"
+    elif name.startswith("timm/"):
+        source, imports = "", "import timm\n"
+        make = f"timm.create_model({name.removeprefix('timm/')!r}, num_classes={len(classes)}, in_chans={channels})"
+    else:
+        source, imports = "", "import torchvision\n"
+        extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
+        make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra})"
+    source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
+    return f'''"""{config.name}: {name}, trained with fastrobust. `load()` gives it in eval mode, ready to use:
+
+    logits = load()(images)   # images: float N x {channels} x H x W in [0, 1]; the normalisation is inside
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+{imports}import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CLASSES = {list(classes)!r}
+
+
+{source}
+
+def load(weights: str | Path = Path(__file__).with_name("weights.pt")) -> nn.Module:
+    model = Normalized({make}, {tuple(config.model.mean)!r}, {tuple(config.model.std)!r})
+    model = model.to(memory_format=torch.channels_last)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return model.eval()
+'''
+
+
+def check_snippet(folder: Path, model, images) -> None:
+    """model.py gives the model's logits. Raises RunError."""
+
+    with contextlib.suppress(ImportError):
+        import_torchvision()  # so that a snippet that needs it can import it beside any torch
+    spec = importlib.util.spec_from_file_location("fastrobust_exported_model", folder / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with torch.no_grad():
+        if not torch.equal(module.load()(images), model(images)):
+            raise RunError(f"{folder / 'model.py'} does not give the run's logits; please report this")
+
+
+def write_onnx(path: Path, model, images) -> float | None:
+    """Writes the model and returns by how much its logits in onnxruntime differ at most, or None without the packages.
+    Raises RunError, and leaves no file, if that is more than rounding."""
+
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError:
+        return None
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            shapes = ({0: torch.export.Dim("batch", min=1)},)
+            names = {"input_names": ["images"], "output_names": ["logits"]}
+            program = torch.onnx.export(plain, (images[:4],), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+        content = program.model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            expected = model(images)
+        found = [torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x in (images, images[:1])]
+    except Exception as error:  # the exporter and the runtime raise errors of many kinds
+        raise FastrobustError(f"the model cannot be exported to ONNX: {first_line(error)}") from None
+    difference = max((found[0] - expected).abs().max().item(), (found[1] - expected[:1]).abs().max().item())
+    if not difference <= 1e-4 * (1 + expected.abs().max().item()):
+        raise FastrobustError(f"the ONNX model's logits differ by {difference:.3g} from the run's: it is not written")
+    write_atomically(path, lambda file: file.write(content))
+    return difference
+
+
+def card(config, classes: tuple[str, ...], facts: dict[str, Any], onnx: bool) -> str:
+    """The model card, Markdown."""
+
+    used = f"{config.data.limit} of its training images" if config.data.limit else "all of its training images"
+    side = config.phases[-1].resolution
+    paragraphs = [
+        f"# {config.name}",
+        f"An image classifier ({config.model.name}, {len(classes)} classes) trained with fastrobust to withstand "
+        f"adversarial examples of radius {describe(config.epsilon)}.",
+        "## Data",
+        f"Trained on {config.data.dataset} ({used}), evaluated on its test images, {side} x {side} pixels.\n"
+        f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.",
+        "## Threat model",
+        "Pixels are in [0, 1]. An attacker knows the model and may change every pixel by at most epsilon (L-infinity), and\n"
+        "the changed image stays in [0, 1]. Nothing is claimed about other changes (other norms, rotations, blur,\n"
+        "corruptions), larger radii, or other data.",
+        "## Accuracy",
+        accuracy_table(facts["accuracies"]),
+        *map(masking, facts["masking"]),
+        *(["Checks for masked gradients were not made."] if not facts["masking"] else []),
+        "## Training",
+        training(config, facts["summary"]),
+        "## Use",
+        "```python\nfrom model import CLASSES, load\n\n"
+        "logits = load()(images)  # float N x C x H x W in [0, 1]; the normalisation is inside\n```",
+        *(["`model.onnx` takes the same images (input `images`, output `logits`)."] if onnx else []),
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def accuracy_table(rows: list[dict]) -> str:
+
+    if not rows:
+        return "None is known for these weights."
+    lines = ["| attack | epsilon | accuracy | 95 % interval | test images |", "|---|---|---|---|---|"]
+    for row in rows:
+        radius = "0" if row["attack"] == "none" else describe(row["epsilon"])
+        low, high = row["interval"]
+        cells = [row["attack"], radius, f"{row['accuracy']:.2%}", f"{low:.2%} to {high:.2%}", str(row["examples"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Accuracy under an attack is an upper bound: a stronger attack may find more. The interval (Wilson) is about",
+    ]
+    return "\n".join([*lines, "the choice of test images alone."])
+
+
+def masking(found: dict) -> str:
+
+    failed = f": {', '.join(found['failed'])} failed" if found["failed"] else ", all passed"
+    where = f"at epsilon {describe(found['epsilon'])} ({found['examples']} images)"
+    return f"Checks for masked gradients {where}: {found['verdict']}{failed}."
+
+
+def training(config, summary: dict) -> str:
+
+    plain = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
+    settings = "".join(f", {key} {plain(value)}" for key, value in vars(config.method).items() if key != "name")
+    radius = describe(config.epsilon)
+    lines = [f"Method {config.method.name}{settings}; epsilon {radius}, {config.epochs} epochs, seed {config.seed}."]
+    if summary.get("stopped"):
+        lines.append(f"It was {summary['stopped']}.")
+    if "train_seconds" in summary and "hardware" in summary:
+        lines.append(f"It took {duration(summary['train_seconds'])} on {summary['hardware']['device']}.")
+    return "\n".join(lines)
+
+
+def robustbench(config, facts: dict[str, Any]) -> dict[str, Any]:
+    """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null."""
+
+    percent = lambda value: None if value is None else f"{100 * value:.2f}"
+    summary, auto = facts["summary"], facts["autoattack"]
+    epsilon = auto["epsilon"] if auto else summary.get("epsilon", config.epsilon)
+    architecture = {
+        "preact_resnet18": "PreActResNet-18",
+        "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
+    }
+    clean = auto["clean"] if auto else summary.get("clean_accuracy")
+    n = auto["examples"] if auto else summary.get("examples")
+    return {
+        "link": None,
+        "name": config.name,
+        "authors": None,
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": config.data.dataset,
+        "venue": "Unpublished",
+        "architecture": architecture.get(config.model.name, config.model.name),
+        "eps": describe(epsilon),
+        "clean_acc": percent(clean),
+        "reported": percent(summary.get("robust_accuracy")),
+        "autoattack_acc": percent(auto["accuracy"] if auto else None),
+        "footnote": f"Measured on {n} test images." if n else None,
+    }

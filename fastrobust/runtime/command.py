@@ -1,0 +1,44 @@
+"""What the command lines share: errors as one message and an exit status, never a traceback."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+from fastrobust.runtime.errors import FastrobustError, first_line, is_out_of_memory
+
+
+def main_with_errors(command: Callable[[], int]) -> int:
+    """Run a command. Exit status 2 for a problem that the user can mend, 130 when stopped by the keyboard, 75 when a
+    scheduler or a lost terminal stopped a run that can be resumed."""
+    try:
+        return command()
+    except FastrobustError as error:
+        status = getattr(error, "status", 2)
+        if not getattr(error, "silent", False):
+            print(f"{'error: ' if status == 2 else ''}{error}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        return 130
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def to_paste(*words: object) -> str:
+    """A fastrobust command as it can be pasted into the shell that started this program."""
+    script = shutil.which("fastrobust")
+    ours = script is not None and Path(script).parent == Path(sysconfig.get_path("scripts"))
+    command = ["fastrobust"] if ours else [sys.executable, "-m", "fastrobust"]
+    return shlex.join([*command, *map(str, words)])

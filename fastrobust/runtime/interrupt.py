@@ -1,0 +1,56 @@
+"""Signals that ask a run to stop: from the keyboard, a scheduler, or a terminal that is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fastrobust.runtime.errors import FastrobustError
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # USR1: Slurm's warning before the time is up
+RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: stopped with everything kept, run --resume
+
+
+class Interrupted(FastrobustError):
+    """Stopped by a signal; the run can be resumed. `status` is the exit status that says so."""
+
+    def __init__(self, signum: int, run: Path):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; go on with: python -m fastrobust.train --resume {run}")
+        self.signum = signum
+        self.status = 128 + signum if signum == signal.SIGINT else RESUME_ME
+
+
+class Stop(BaseException):
+    """A signal, on its way out of `resumable`. No Exception: readers take any of those for damage to their file."""
+
+    def __init__(self, signum: int):
+        self.signum, self.status = signum, RESUME_ME
+
+
+@contextlib.contextmanager
+def handled(handler: Callable) -> Iterator[None]:
+    """Inside, the handler gets the signals that ask to stop, but for those that are ignored (`nohup` ignores SIGHUP)."""
+    asked = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {s: signal.signal(s, handler) for s in asked}
+    try:
+        yield
+    finally:
+        for s, before in previous.items():
+            signal.signal(s, before)
+
+
+@contextlib.contextmanager
+def resumable(run: Path) -> Iterator[None]:
+    """Inside, a signal raises Interrupted at once: for the parts of a run that keep nothing that must be saved first."""
+
+    def stop(signum: int, frame) -> None:
+        raise Stop(signum)
+
+    try:
+        with handled(stop):
+            yield
+    except Stop as stopped:
+        raise Interrupted(stopped.signum, run) from None

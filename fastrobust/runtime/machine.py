@@ -1,0 +1,80 @@
+"""What this machine is: processors, memory, versions, and the commit of the source tree."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrobust import __version__
+from fastrobust.runtime.errors import DataError
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> float:
+    """In bytes; infinite where the system does not tell."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
+
+
+def check_memory(needed: int, what: str | Path) -> None:
+    """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
+    available = available_memory()
+    if needed > 0.8 * available:
+        raise DataError(
+            f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "
+            "available: set a `limit`, lower the resolution or use a machine with more memory"
+        )
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, hardware and the commit that a result belongs to."""
+    versions = {"python": platform.python_version(), "fastrobust": __version__, "torch": torch.__version__}
+    for package in ("torchvision", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    cuda = torch.cuda.is_available() and device != "cpu"
+    hardware = {
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    return {"versions": versions, "hardware": hardware, "commit": _commit()}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that this package runs from, with `+` if it has changes; None when installed."""
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root)]
+    try:
+        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10)
+        if top.returncode or Path(top.stdout.strip()) != root:
+            return None
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,187 @@
+"""The run directory: everything that a run leaves behind, written so that a file that is there is whole.
+
+    runs/NAME/config.yaml          the resolved config
+              environment.json     versions, hardware, commit
+              metrics.jsonl        a line per epoch
+              events.out.tfevents… the same for TensorBoard
+              checkpoint.pt        all state, as plain tensors and JSON
+              checkpoint.previous.pt  the one before
+              model.safetensors    the weights; its header holds what is needed to build the model
+              summary.json         what came out
+
+Files are replaced in one piece: written beside their place, flushed to disk, then renamed. A checkpoint ends with its own
+checksum; where that does not fit, the one before is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from fastrobust.config import reading
+from fastrobust.config.schema import Config
+from fastrobust.runtime.errors import RunError, first_line
+from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
+from fastrobust.runtime.machine import environment
+
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SUMMARY = FILES = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+    "model.safetensors",
+    "summary.json",
+)
+
+
+def taken(run: Path) -> RunError:
+    return RunError(f"{run} holds a run already; continue it with `--resume {run}`, or choose another with `name=NAME`")
+
+
+def create(config: Config) -> Path:
+    """Make the directory of a new run. Raises RunError if one is there already, or cannot be made."""
+    run = Path(config.output) / config.name
+    if (run / CONFIG).exists():
+        raise taken(run)
+    with explained(f"the run directory {run} cannot be made"):
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / ENVIRONMENT, environment(config.device))
+        write_text(run / CONFIG, config.to_yaml())  # last: where it is, there is a run to resume
+    return run
+
+
+def open_run(run: str | Path) -> tuple[Path, Config]:
+    """An existing run directory and its config. Raises RunError."""
+    run = Path(run)
+    if not (run / CONFIG).is_file():
+        raise RunError(f"{run} is not a run directory: it has no {CONFIG}")
+    with explained(f"{run / CONFIG} cannot be read"):
+        text = (run / CONFIG).read_text(encoding="utf-8")
+    return run, reading.parse(reading.read_yaml(text, str(run / CONFIG)), str(run / CONFIG))
+
+
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Inside, this process alone trains the run, and what a killed one left half-written is gone. Raises RunError."""
+    with explained(f"{run} cannot be opened"):
+        handle = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except BlockingIOError:
+            raise RunError(f"{run} is being trained by another process: wait for it, or stop it first") from None
+        except OSError:  # a file system without locks
+            pass
+        for name in FILES:
+            for left in run.glob(f".{name}.*"):
+                with contextlib.suppress(OSError):
+                    left.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+def write_metrics(run: Path, history: list[dict]) -> None:
+    """A line of JSON per epoch. A number that is none (a loss of fp16, whose update was skipped) becomes null."""
+
+    def plain(value):
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lines = [json.dumps({key: plain(value) for key, value in record.items()}) + "\n" for record in history]
+    write_text(run / METRICS, "".join(lines))
+
+
+class _Hashed:
+    """A file that keeps the SHA-256 checksum of what is written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.sum, self.flush = file, hashlib.sha256(), file.flush
+
+    def write(self, data) -> int:
+        self.sum.update(data)
+        return self.file.write(data)
+
+
+def _seal(digest: str) -> bytes:
+    """The end of a checkpoint: the length of the zip file's comment and the comment, which is the checksum of the file as it
+    was without one (that is, with a length of 0)."""
+    comment = f"sha256 {digest}".encode()
+    return struct.pack("<H", len(comment)) + comment
+
+
+def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """`tensors` and `facts` (anything JSON can hold) in one file that `torch.load(weights_only=True)` can read. The
+    checkpoint before is kept beside it."""
+    buffer = {"tensors": tensors, "facts": json.dumps(facts)}
+
+    def write(file: BinaryIO) -> None:
+        hashed = _Hashed(file)
+        try:
+            torch.save(buffer, hashed)
+        except RuntimeError as error:  # torch's writer reports a full disk in its own words
+            raise OSError(errno.ENOSPC, f"no space left, or the disk failed ({first_line(error)})") from None
+        file.seek(-2, os.SEEK_END)
+        file.write(_seal(hashed.sum.hexdigest()))
+
+    write_atomically(run / CHECKPOINT, write, run / PREVIOUS)
+
+
+def load_checkpoint(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """The last checkpoint, or with a warning the one before if the last is torn; None if the run was stopped before its
+    first. Raises RunError when there are only damaged ones."""
+    last, previous = run / CHECKPOINT, run / PREVIOUS
+    if not last.exists() and not previous.exists():
+        return None
+    problem = "is missing"
+    if last.exists():
+        try:
+            return _read_checkpoint(last)
+        except Exception as error:  # a damaged file can raise anything
+            problem = f"is damaged ({first_line(error)})"
+            if not previous.exists():
+                raise RunError(
+                    f"{last} is damaged and cannot be resumed from: {first_line(error)}. "
+                    "To start from the beginning, delete it"
+                ) from None
+    try:
+        found = _read_checkpoint(previous)
+    except Exception as error:
+        raise RunError(
+            f"{last} {problem}, and {previous} is damaged too ({first_line(error)}): the run cannot be resumed. "
+            "To start from the beginning, delete both"
+        ) from None
+    print(f"warning: {last} {problem}; going on from the one before, {previous}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # so that it never takes the place of the whole one
+        os.replace(last, run / "checkpoint.damaged.pt")
+    return found
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Raises ValueError if the checksum does not fit, and anything at all for a file that was made to harm."""
+    length, digest = len(_seal(64 * "0")), hashlib.sha256()
+    left = path.stat().st_size - length
+    with open(path, "rb") as file:
+        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+            digest.update(chunk)
+            left -= len(chunk)
+        digest.update(bytes(2))
+        if left or file.read() != _seal(digest.hexdigest()):
+            raise ValueError("its checksum does not fit: it was cut short or changed")
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    tensors, facts = stored["tensors"], json.loads(stored["facts"])
+    if not all(isinstance(t, torch.Tensor) for t in tensors.values()) or not isinstance(facts, dict):
+        raise ValueError("it does not hold tensors and facts")
+    return tensors, facts

@@ -1,0 +1,136 @@
+"""What a checkpoint holds, and whether it belongs to a run: its config, its data, and a place in it that there is.
+
+One file serves any number of processes: what a method keeps for each place in the batch is that of the whole batch, the
+sums are over all processes, and what else process r has of its own (random generators, BatchNorm's running averages, other
+state of the method) is stored as `rank{r}.…`, for r = 0 plainly.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrobust.config import reading
+from fastrobust.config.schema import Config
+from fastrobust.runtime.errors import RunError
+from fastrobust.runtime.run_directory import CONFIG
+from fastrobust.train.step import seed_of_rank
+
+
+def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a run in all its processes, which must call this together: (tensors, facts for JSON)."""
+    stored, world, learner = training.step.state_dict(), training.world, training.learner
+    tensors = {f"learner.{name}": t for name, t in stored["tensors"].items()}
+    tensors |= {f"state.{name}": t for name, t in stored["state"].items()}
+    tensors |= {f"good.{name}": t for name, t in training.good.items()} | _generators(training)
+    if world.size > 1:
+        totals = world.total(*learner.read_sums())
+        for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
+            tensors[f"learner.sums.{name}"].fill_(total)
+        own = _generators(training) | {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
+        own |= {f"state.{name}": t.cpu() for name, t in stored["state"].items()}
+        every = world.gather(own)
+        for name in stored["state"].keys() & set(training.step.method.by_slot):
+            tensors[f"state.{name}"] = torch.cat([part.pop(f"state.{name}") for part in every])
+        tensors |= {f"rank{r}.{name}": t for r, part in enumerate(every) if r for name, t in part.items()}
+    return tensors, {
+        "format": 3,
+        "config": training.config.to_dict(),
+        "position": training.position.facts(),
+        "history": training.history,
+        "scaler": stored["scaler"],
+        "good_epoch": training.good_epoch,
+        "data": training.data_checksum,
+        "examples": len(training.loader),
+        "processes": world.size,
+    }
+
+
+def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Put a run where a checkpoint stands. Raises RunError if it belongs to another config or other data. With another
+    number of processes than before, training goes on at the same place, with other random numbers."""
+    directory, step, (rank, size) = training.directory, training.step, (training.world.rank, training.world.size)
+    check(directory, facts, training.config, training.loader)
+    before = facts.get("processes", 1)
+    if before != size:
+        print(f"{directory}: begun by {before} process(es), now {size}: other random numbers", flush=True)
+    own = {name.removeprefix(f"rank{rank}."): t for name, t in tensors.items() if name.startswith(f"rank{rank}.")}
+    tensors = tensors | own
+    if "delta" in tensors:  # format 2 called the state of `free` and `previous` so
+        tensors["state.delta"] = tensors.pop("delta")
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    try:
+        training.position = training.position.from_facts(facts["position"])
+        training.history, training.good_epoch = facts["history"], facts["good_epoch"]
+        training.enter_phase()
+        state = part("state.")
+        for name in step.state.keys() & set(step.method.by_slot):
+            whole, mine = state[name], len(step.state[name])
+            if len(whole) != mine * size:
+                raise RuntimeError(f"{name} is for a batch of {len(whole)}, not {mine * size}")
+            state[name] = whole[rank * mine : (rank + 1) * mine]
+        step.load_state_dict({"tensors": part("learner."), "scaler": facts["scaler"], "state": state})
+        torch.set_rng_state(tensors["rng.cpu"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise RunError(f"the checkpoint in {directory} does not fit its config: {error}") from None
+    training.good = {name: t.to(training.device) for name, t in part("good.").items()}
+    if training.device.type == "cuda" and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"], training.device)
+    if rank:
+        training.learner.reset_sums()  # process 0 has the sums of all
+        if not own:
+            seed_of_rank(training.config, training.world, int(training.learner.updates))
+
+
+def _generators(training) -> dict[str, Tensor]:
+    found = {"rng.cpu": torch.get_rng_state()}
+    if training.device.type == "cuda":
+        found["rng.cuda"] = torch.cuda.get_rng_state(training.device)
+    return found
+
+
+def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
+    """Raise RunError if a checkpoint's facts come from another config or other training data than those of the loader, or
+    are not those of a run."""
+    odd = reading.changed_since(facts.get("config"), config)
+    if odd:
+        raise RunError(
+            f"{run / CONFIG} was changed since its checkpoint was written:\n  "
+            + "\n  ".join(odd[:8])
+            + "\nPut it back, or start a new run with `name=NAME`"
+        )
+    if facts.get("examples") != len(loader):
+        raise RunError(
+            f"the run was begun on {facts.get('examples')} images, but there are {len(loader)} now in {loader.source}"
+        )
+    if facts.get("data") != loader.checksum:
+        raise RunError(
+            f"the images or labels in {loader.source} are not those that the run was begun on: their checksum was "
+            f"{str(facts.get('data'))[:12]}, now it is {loader.checksum[:12]}. "
+            "Put them back, or start a new run with `name=NAME`"
+        )
+    if not is_position(facts.get("position"), config) or not is_history(facts.get("history")):
+        raise RunError(f"the checkpoint in {run} does not fit its config: it stands at {facts.get('position')!r:.200}")
+
+
+def is_position(position: Any, config: Config) -> bool:
+    """Whether this is the `position` of a trainer of such a run."""
+    return (
+        isinstance(position, dict)
+        and position.keys() == {"phase", "pass", "step", "epoch_seconds", "train_seconds", "stopped"}
+        and all(type(position[key]) is int and position[key] >= 0 for key in ("phase", "pass", "step"))
+        and all(type(position[key]) is float and math.isfinite(position[key]) for key in ("epoch_seconds", "train_seconds"))
+        and position["phase"] <= len(config.phases)
+        and (position["stopped"] is None or isinstance(position["stopped"], str))
+    )
+
+
+def is_history(history: Any) -> bool:
+    return isinstance(history, list) and all(isinstance(record, dict) and "epoch" in record for record in history)

@@ -1,0 +1,143 @@
+"""How a training step is run: eagerly, compiled, or captured whole as one CUDA graph. The step is the same function.
+
+A step takes a batch and changes tensors in place; nothing else leaves it. So it can be run on static buffers,
+recorded once on a CUDA stream, and replayed: learning rate, loss scale, random numbers and sums are device tensors that
+move on inside the graph.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+from fastrobust.data.batch import Batch
+from fastrobust.runtime.cuda_graph import record
+from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
+
+WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
+WARM_UP_SHARED = 11  # and DistributedDataParallel's buckets
+Run = Callable[[Batch], None]
+
+
+def choose(engine: str, device: torch.device) -> str:
+    """What `auto` stands for: the graph on a GPU; on a CPU eager, which starts at once (compiling takes a minute)."""
+    if engine == "auto":
+        return "cuda_graph" if device.type == "cuda" else "eager"
+    if "cuda_graph" in engine and device.type != "cuda":
+        raise ConfigError(f"engine: {engine} needs a CUDA device, this is {device}; use auto, eager or compile")
+    return engine
+
+
+def available(engine: str, device: torch.device) -> str:
+    """The engine of a run that is resumed on this device: a run begun on a GPU goes on without graphs on a CPU."""
+    return (
+        engine.replace("compile+cuda_graph", "compile").replace("cuda_graph", "eager") if device.type != "cuda" else engine
+    )
+
+
+def set_deterministic(on: bool) -> None:
+    """Whether torch may use kernels whose result depends on the order in which threads finish."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's libraries start
+    if on != torch.are_deterministic_algorithms_enabled():  # the call below imports the compiler, which takes seconds
+        torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not on  # shapes are fixed: the fastest convolutions are looked for once
+
+
+def prepare(engine: str, run: Run, batch: Batch, owner) -> Run:
+    """`run`, which takes one training step, as the engine runs it. `batch` is an example of its batches, which must all have
+    one shape. `owner` gives `state_dict()` and `load_state_dict(state)` for everything a step changes, and the `learner`
+    whose forward pass is compiled. What the engine cannot do is said once, and steps are run eagerly."""
+    if "compile" in engine:
+        run = CompiledStep(run, owner)
+    if "cuda_graph" not in engine:
+        return run
+    try:
+        return GraphStep(run, batch, owner)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(f"warning: no CUDA graph could be captured, training eagerly: {first_line(error)}", file=sys.stderr)
+        return run
+
+
+class CompiledStep:
+    """The forward pass is compiled with its backward pass, once for attacks and once for updates, and the elementwise
+    work around them (crop, start, sign, clamps) becomes a few fused kernels. Gradients and the optimiser stay outside.
+    Compilation happens in the first call: if it fails there (no C++ compiler, say), what that call changed is put
+    back, it is said, and steps are run eagerly from then on."""
+
+    def __init__(self, run: Run, owner):
+        self.eager, self.owner, self.tried = run, owner, False
+        learner = owner.learner
+        if "forward" not in vars(learner):  # another phase has compiled it
+            learner.forward = torch.compile(learner.forward, dynamic=False)
+            for name in OUTSIDE:
+                setattr(learner, name, torch.compiler.disable(getattr(learner, name)))
+        self.run = torch.compile(run, dynamic=False)
+
+    def __call__(self, batch: Batch) -> None:
+        if self.tried:
+            return self.run(batch)
+        self.tried = True
+        put_back = keep_state(self.owner, batch.images.device)
+        try:
+            self.run(batch)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            put_back()
+            print(f"warning: the step could not be compiled, training eagerly: {first_line(error)}", file=sys.stderr)
+            for name in ("forward", *OUTSIDE):
+                vars(self.owner.learner).pop(name, None)
+            self.run = self.eager
+            self.run(batch)
+
+
+OUTSIDE = ("input_gradient", "update", "update_with_input_gradient", "now")  # of what the compiler sees
+
+
+def keep_state(owner, device: torch.device) -> Callable[[], None]:
+    """A function that puts back all that steps change from here on, the random generators included."""
+    before, cpu = owner.state_dict(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def put_back() -> None:
+        owner.load_state_dict(before)
+        owner.learner.optimizer.zero_grad(set_to_none=True)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+    return put_back
+
+
+class StaticStep:
+    """The step on buffers of its own: a batch is copied in, then the step runs on them."""
+
+    def __init__(self, run: Run, batch: Batch):
+        self.eager, self.batch = run, Batch(*(t.clone() for t in batch))
+
+    def __call__(self, batch: Batch) -> None:
+        for mine, given in zip(self.batch, batch, strict=True):
+            mine.copy_(given)
+        self.run()
+
+    def run(self) -> None:
+        self.eager(self.batch)
+
+
+class GraphStep(StaticStep):
+    """The step recorded as one CUDA graph. Recording trains a little; everything that changed is put back, the random
+    generator included, so that the first replay is the first step. Raises RuntimeError where it cannot be captured."""
+
+    def __init__(self, run: Run, batch: Batch, owner):
+        super().__init__(run, batch)
+        put_back = keep_state(owner, batch.images.device)
+        try:
+            warm_up = WARM_UP if owner.learner.shared is None else WARM_UP_SHARED
+            self.run = record(super().run, batch.images.device, put_back, warm_up)
+        finally:
+            put_back()

@@ -1,0 +1,102 @@
+"""What every training method offers: a section of a config, its state, and one training step."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.attack.threat import Threat
+from fastrobust.config.fields import Section
+
+Scale = float | Tensor  # where the warm-up of epsilon stands, from 0 to 1
+
+
+class Learner(Protocol):
+    """What a method may ask of the model that is being trained (`fastrobust.train.learner.Learner`)."""
+
+    def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def update(self, x: Tensor, y: Tensor, box: tuple[Tensor, Tensor] | None = None, ibp_weight: float = 0.0) -> None: ...
+
+    def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor: ...
+
+
+class Inputs(NamedTuple):
+    """What a step is made of. x: images in [0, 1], float N x C x H x W, cropped and mirrored; y: labels, int64 N; index: the
+    images' numbers in the data set, int64 N. All on the training device, and of one shape within a phase."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor
+
+
+class Shapes(NamedTuple):
+    """What a method's state may depend on: the shape of x, the number of classes and of training images, the device."""
+
+    batch: tuple[int, int, int, int]
+    classes: int
+    examples: int
+    device: torch.device
+
+
+class Method(Section):
+    """The base of all methods. A method of one's own derives from it, in a module that the config names
+    (`method: {name: package.module:Class}`), and its fields are the keys of the config's `method` section.
+
+    `attacks`: whether it trains on adversarial examples, so that the guard has something to watch. `by_slot`: the tensors
+    of the state whose first dimension is the place in the batch; of several processes each keeps its own part."""
+
+    attacks: ClassVar[bool] = True
+    by_slot: ClassVar[tuple[str, ...]] = ()
+    name: str
+
+    @property
+    def updates_per_batch(self) -> int:
+        return 1
+
+    @property
+    def batchnorm_in_attack(self) -> Literal["train", "eval"]:
+        return "train"
+
+    def resolve(self, epsilon: float) -> None:
+        """Fill in the defaults that depend on epsilon."""
+
+    def check(self, model: nn.Module, x: Tensor) -> None:
+        """Raise ConfigError if the method cannot train this model on images of the form of x."""
+
+    def state(self, shapes: Shapes) -> dict[str, Tensor]:
+        """The tensors that the method keeps between steps, by name, as they are at the start of a phase."""
+        return {}
+
+    def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
+        """One training step. `threat` has the config's epsilon; what depends on epsilon is multiplied by `scale`. The state
+        is written in place."""
+        raise NotImplementedError(f"{type(self).__name__} has no step")
+
+    def describe(self) -> str:
+        """The method and its hyperparameters in a few words, for a report."""
+        keys = ", ".join(f"{key} {value}" for key, value in self.model_dump(exclude={"name"}).items())
+        return f"{self.name}, {keys}" if keys else self.name
+
+
+class Attacked(Method):
+    """`attack_batchnorm`: `train` (the authors' code) lets the attack pass use batch statistics and move the running
+    averages; `eval` makes it use the running averages and leave them alone."""
+
+    attack_batchnorm: Literal["train", "eval"] = "train"
+
+    @property
+    def batchnorm_in_attack(self) -> Literal["train", "eval"]:
+        return self.attack_batchnorm
+
+
+def start(x: Tensor, previous: Tensor | None, threat: Threat, init: str, clip: bool = True) -> Tensor:
+    """The start of an attack: zeros, uniform in the ball, or the last minibatch's delta; cut with the pixel box, but for
+    random starts without `clip` (paper, section 4.1)."""
+    if init == "zero":
+        return torch.zeros_like(x)
+    if init == "previous":
+        return threat.clip(previous, x)
+    return threat.start(x, clip)

@@ -1,0 +1,37 @@
+"""N-FGSM (de Jorge et al., 2022, "Make Some Noise"): FGSM with stronger noise and without clipping to the ball."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from fastrobust.attack.threat import Radius, Threat
+from fastrobust.config.fields import Pixels, Positive
+from fastrobust.config.numbers import describe
+from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale
+
+
+def n_fgsm(learner: Learner, x: Tensor, y: Tensor, *, noise: Threat, alpha: Radius) -> None:
+    """N-FGSM (de Jorge et al., 2022, Algorithm 1): a start in the larger ball `noise`, a step of alpha = epsilon, and no
+    clipping but to the pixel box."""
+    delta = noise.start(x)
+    gradient, _ = learner.input_gradient(x + delta, y)
+    delta = noise.clip(noise.step(delta, gradient, alpha), x)
+    learner.update(x + delta, y)
+
+
+class NFgsm(Attacked):
+    name: Literal["n_fgsm"]
+    noise: Positive = 2.0  # the start is U(-noise * epsilon, noise * epsilon)
+    alpha: Pixels | None = None  # default epsilon
+
+    def resolve(self, epsilon: float) -> None:
+        self.alpha = epsilon if self.alpha is None else self.alpha
+
+    def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
+        noise = threat.scaled(self.noise).scaled(scale)
+        n_fgsm(learner, batch.x, batch.y, noise=noise, alpha=self.alpha * scale)
+
+    def describe(self) -> str:
+        return f"n_fgsm, noise {self.noise:g} epsilon, alpha {describe(self.alpha)}"

@@ -1,0 +1,18 @@
+"""Standard training: no attack."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from fastrobust.attack.threat import Threat
+from fastrobust.train.methods.base import Inputs, Learner, Method, Scale
+
+
+class Standard(Method):
+    attacks: ClassVar[bool] = False
+    name: Literal["standard"]
+
+    def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
+        learner.update(batch.x, batch.y)

@@ -1,0 +1,135 @@
+"""Learning rates as pure functions of training time, which is counted in epochs and may be fractional; and the tables of
+what they are at every weight update of a run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
+
+from fastrobust.config.fields import NonNegative, Number, Positive, Section, some
+from fastrobust.config.schema import Config
+from fastrobust.data.order import end_of_pass
+
+
+def interpolate(points: Sequence[tuple[float, float]], epoch: float) -> float:
+    """Piecewise-linear through (epoch, learning rate) points; constant before the first and after the last. Where two
+    points share an epoch the rate jumps, and the later one holds from there on."""
+    if epoch < points[0][0]:
+        return points[0][1]
+    for (e0, lr0), (e1, lr1) in itertools.pairwise(points):
+        if e0 <= epoch < e1:
+            return lr0 + (lr1 - lr0) * (epoch - e0) / (e1 - e0)
+    return points[-1][1]
+
+
+def cyclic(epoch: float, epochs: float, max_lr: float, peak: float = 0.4) -> float:
+    """0 -> max_lr at `peak` x epochs -> 0 (paper, section 5.2 and Figure 1). Only the learning rate cycles: the momentum
+    stays as it is."""
+    return interpolate([(0.0, 0.0), (peak * epochs, max_lr), (epochs, 0.0)], epoch)
+
+
+def multistep(epoch: float, epochs: float, lr: float, milestones: Sequence[float], factor: float = 0.1) -> float:
+    """lr, times `factor` for every milestone (a fraction of training) that has been reached."""
+    return lr * math.prod(factor for m in milestones if epoch >= m * epochs)
+
+
+class Schedule(Section):
+    """The base of all schedules: a section of a config that gives the learning rate at every time of the training. One of
+    one's own derives from it and is named `package.module:Class` in a config."""
+
+    name: str
+
+    def rate(self, epoch: float, epochs: float) -> float:
+        """The learning rate at `epoch` (fractional) of `epochs`."""
+        raise NotImplementedError(f"{type(self).__name__} has no rate")
+
+    def highest(self) -> float:
+        """The highest rate of all."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its highest rate")
+
+    def check(self, epochs: int) -> None:
+        """Raise ValueError if the schedule is not one for so many epochs."""
+
+
+class Cyclic(Schedule):
+    """0 -> max_lr at `peak` (a fraction of training) -> 0, linear in between (paper, section 5.2: 2/5)."""
+
+    max_lr: Positive
+    peak: Annotated[Number, Field(gt=0, lt=1)] = 0.4
+
+    def rate(self, epoch: float, epochs: float) -> float:
+        return cyclic(epoch, epochs, self.max_lr, self.peak)
+
+    def highest(self) -> float:
+        return self.max_lr
+
+
+class Multistep(Schedule):
+    """`lr`, multiplied by `factor` at each milestone (fractions of training)."""
+
+    lr: Positive
+    milestones: tuple[Annotated[Number, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    factor: Positive = 0.1
+
+    def rate(self, epoch: float, epochs: float) -> float:
+        return multistep(epoch, epochs, self.lr, self.milestones, self.factor)
+
+    def highest(self) -> float:
+        return self.lr
+
+
+class Points(Schedule):
+    """Linear interpolation between (epoch, learning rate) pairs."""
+
+    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(some)]
+
+    @model_validator(mode="after")
+    def _sorted(self):
+        epochs = [epoch for epoch, _ in self.points]
+        if epochs != sorted(epochs):
+            raise ValueError("the epochs of the points must not decrease")
+        return self
+
+    def rate(self, epoch: float, epochs: float) -> float:
+        return interpolate(self.points, epoch)
+
+    def highest(self) -> float:
+        return max(rate for _, rate in self.points)
+
+    def check(self, epochs: int) -> None:
+        last = self.points[-1][0]
+        if last < epochs:
+            raise ValueError(f"schedule.points end at epoch {last:g}, but the phases last {epochs} epochs")
+
+
+def update_epochs(config: Config, examples: int) -> list[float]:
+    """When every weight update of a run takes place, in epochs. An update stands for its middle in time, so that neither
+    the first nor the last of a schedule from 0 to 0 is wasted."""
+    times, begun = [], 0
+    for phase in config.phases:
+        updates = steps_in(config, phase, examples) * config.replays
+        times += [begun + (u + 0.5) / updates * phase.epochs for u in range(updates)]
+        begun += phase.epochs
+    return times
+
+
+def lr_table(config: Config, examples: int) -> Tensor:
+    """The learning rate of every weight update of a run."""
+    return torch.tensor([config.schedule.rate(epoch, config.epochs) for epoch in update_epochs(config, examples)])
+
+
+def epsilon_scale_table(config: Config, examples: int) -> Tensor:
+    """What epsilon and alpha are multiplied by at every weight update: 1, but for the epochs of `epsilon_warmup`."""
+    warmup = config.epsilon_warmup
+    return torch.tensor([min(1.0, epoch / warmup) if warmup else 1.0 for epoch in update_epochs(config, examples)])
+
+
+def steps_in(config: Config, phase, examples: int) -> int:
+    """The number of batches in a phase."""
+    return end_of_pass(config.passes(phase) - 1, examples, phase.batch_size)

@@ -1,0 +1,194 @@
+"""Starting a run, going on with it, or finding it finished: one function for the train command, sweeps and benchmarks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fastrobust.config import reading
+from fastrobust.config.numbers import describe
+from fastrobust.config.schema import Config
+from fastrobust.data import loaders
+from fastrobust.evaluation.accuracy import evaluate
+from fastrobust.models.weights import save_weights
+from fastrobust.runtime import distributed, interrupt, run_directory
+from fastrobust.runtime.command import to_paste
+from fastrobust.runtime.distributed import World
+from fastrobust.runtime.errors import ConfigError, RunError
+from fastrobust.runtime.files import write_json
+from fastrobust.runtime.progress import duration
+from fastrobust.train import engine
+from fastrobust.train.plan import show_plan
+from fastrobust.train.training import Training, summarize
+
+
+def command(arguments) -> int:
+    """The train command."""
+    if arguments.resume and arguments.config and "=" in arguments.config:
+        arguments.overrides.insert(0, arguments.config)
+        arguments.config = None
+    if arguments.resume:
+        directory, config = run_directory.open_run(arguments.resume)
+        check_same(arguments, directory, config)
+    elif arguments.config:
+        config = reading.load(arguments.config, arguments.overrides)
+        directory = Path(config.output) / config.name
+    else:
+        raise ConfigError("name a config file, such as configs/mnist_fgsm.yaml, or use --resume RUN")
+    if arguments.resume and (directory / run_directory.SUMMARY).exists():
+        show_summary(read_summary(directory), directory)
+        print(f"{directory} is finished")
+        return 0
+    with distributed.joined(config.device) as (world, device):
+        warn_of_precision(config, device, world)
+        if arguments.dry_run:
+            show_plan(resolve(config, device, world), device, world)
+            return 0
+        again = bool(arguments.resume) or distributed.restarted()
+        show_summary(run(config, directory, device, world, again=again), directory)
+    return 0
+
+
+def check_same(arguments, directory: Path, config: Config) -> None:
+    """Raise RunError where a config that is named beside --resume is not the run's."""
+    if arguments.overrides and not arguments.config:
+        words = " ".join(arguments.overrides)
+        raise RunError(f"--resume goes on with the config in {directory}: {words} cannot change it")
+    if arguments.config:
+        odd = reading.differences(config, reading.load(arguments.config, arguments.overrides))
+        if odd:
+            raise RunError(
+                f"{directory} was begun with another config than {arguments.config}:\n  "
+                + "\n  ".join(odd[:8])
+                + f"\nResume without naming a config (`--resume {directory}`), or start a new run with `name=NAME`"
+            )
+
+
+def warn_of_precision(config: Config, device: torch.device, world: World) -> None:
+    if device.type == "cpu" and config.precision != "fp32" and world.rank == 0:
+        slow = "most CPUs emulate it, many times slower than fp32: set precision=fp32"
+        print(f"warning: precision {config.precision} is meant for GPUs; {slow}", file=sys.stderr, flush=True)
+
+
+def resolve(config: Config, device: torch.device, world: World) -> Config:
+    """The config with what `auto` stands for here; the same in all processes. Raises ConfigError or DataError."""
+    config = world.first(lambda: loaders.resolve(config, device))
+    return config.model_copy(update={"engine": engine.choose(config.engine, device)})
+
+
+def run(config: Config, directory: Path, device: torch.device, world: World, again: bool = False) -> dict[str, Any]:
+    """Train the run of a config in its directory to the end, evaluate it, and return what `summary.json` holds. With
+    `again` a run that is there already goes on from its last checkpoint, or is left as it is where it is finished; without,
+    it is refused. The processes of a world call this together; the first writes. Raises FastrobustError."""
+    begun = world.first((directory / run_directory.CONFIG).exists)
+    if begun and not again:
+        raise run_directory.taken(directory)
+    if begun:
+        stored = run_directory.open_run(directory)[1]
+        if odd := reading.differences(stored, config):
+            raise RunError(
+                f"{directory} was begun with another config:\n  " + "\n  ".join(odd[:8]) + "\nMove it away, or rename this"
+            )
+        config = stored.model_copy(update={"device": config.device, "engine": engine.available(stored.engine, device)})
+    if begun and world.first((directory / run_directory.SUMMARY).exists):
+        return read_summary(directory)
+    if not begun:
+        together = f", {world.size} processes" if world.size > 1 else ""
+        what = f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}"
+        print(what, flush=True)
+    config = resolve(config, device, world)
+    if begun:
+        with held(directory, world), interrupt.resumable(directory):
+            checkpoint = world.first(lambda: run_directory.load_checkpoint(directory))
+            made = training(config, directory, device, world)
+            if checkpoint is None:
+                print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
+            else:
+                made.restore(*checkpoint)
+                print(f"{directory}: going on after {made.learner.updates.item()} updates", flush=True)
+            return finish(made)
+    made = training(config, directory, device, world)
+    world.first(lambda: run_directory.create(config))
+    with held(directory, world), interrupt.resumable(directory):
+        return finish(made)
+
+
+def training(config: Config, directory: Path, device: torch.device, world: World) -> Training:
+    made = Training(config, directory, device, world)
+    print(f"loader: {config.loader}, {len(made.loader)} images of {len(made.loader.classes)} classes", flush=True)
+    return made
+
+
+@contextlib.contextmanager
+def held(directory: Path, world: World) -> Iterator[None]:
+    """`run_directory.held`, by the first process for all."""
+    with contextlib.ExitStack() as stack:
+        world.first(lambda: stack.enter_context(run_directory.held(directory)))  # which gives None
+        yield
+
+
+def finish(training: Training) -> dict[str, Any]:
+    """Train from where the run stands to the end; then evaluate and write what came out."""
+    config, directory, world = training.config, training.directory, training.world
+    training.train()
+    model = training.learner.model.eval()
+    world.first(lambda: save_weights(directory, model, config, training.loader.classes))
+    settings = config.evaluation
+    with world.one_after_the_other(config.data.download):
+        test = loaders.test_set(config, settings.limit)
+    began = time.monotonic()
+    common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
+    evaluations = [
+        evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
+        for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
+    ]
+    summary = summarize(training, evaluations)
+    summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
+    summary["processes"] = world.size
+    world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))
+    return summary
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """What a finished run's summary.json holds. Raises RunError."""
+    file = directory / run_directory.SUMMARY
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        table_of(summary)
+        return summary
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise RunError(f"{file} is damaged: delete it, and --resume evaluates again") from None
+
+
+def table_of(summary: dict[str, Any]) -> Table:
+    title = f"{summary['name']}: {summary['method']}, {summary['model']} on {summary['dataset']}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("images", "accuracy", "examples"):
+        table.add_column(heading, justify="left" if heading == "images" else "right")
+    table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
+    for e in summary["evaluations"]:
+        table.add_row(f"{e['attack']}, epsilon {describe(e['epsilon'])}", f"{e['robust_accuracy']:.2%}", str(e["examples"]))
+    return table
+
+
+def show_summary(summary: dict[str, Any], directory: Path) -> None:
+    console = Console(highlight=False)
+    console.print(table_of(summary))
+    if summary["stopped"]:
+        console.print(f"warning: {summary['stopped']}", markup=False, soft_wrap=True)
+    per_epoch = duration(summary["seconds_per_epoch"])
+    console.print(
+        f"trained in {duration(summary['train_seconds'])} ({per_epoch} per epoch); files in {directory}/",
+        soft_wrap=True,
+    )
+    console.print(f"evaluate again:  {to_paste('evaluate', directory)}", markup=False, soft_wrap=True)
+    console.print(f'use it:          model = fastrobust.load("{directory}")', markup=False, soft_wrap=True)

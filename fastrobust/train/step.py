@@ -1,0 +1,145 @@
+"""One training step: the model with its learner, the method with its state, the augmentation and the engine. It knows
+nothing of files, epochs or signals, and prepares itself on its first call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import evaluating
+from fastrobust.config.schema import Augment, Config
+from fastrobust.data.augment import augment, to_unit
+from fastrobust.data.batch import Batch
+from fastrobust.models.weights import build_model
+from fastrobust.runtime.distributed import ALONE, World
+from fastrobust.runtime.errors import ConfigError, first_line
+from fastrobust.train import engine, schedules
+from fastrobust.train.learner import Learner
+from fastrobust.train.methods.base import Inputs, Method, Shapes
+
+
+class Step:
+    """`step(batch)` trains on a batch (`fastrobust.data.batch.Batch`).
+
+    learner: the model that is trained, its optimiser and its learning rates. threat: the ball at the full epsilon. classes,
+    examples: how many of each the data set has. scale_table: what epsilon and alpha are multiplied by at every update.
+    augment: how images are cropped and mirrored, or None for images that the loader has cropped. engine: see `engine.py`.
+    Before the first batch of a phase `enter_phase` says its shapes.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        method: Method,
+        threat: Threat,
+        *,
+        classes: int,
+        examples: int,
+        scale_table: Tensor | None = None,
+        augment: Augment | None = None,
+        engine: str = "eager",
+    ):
+        self.learner, self.method, self.threat, self.augment, self.engine = learner, method, threat, augment, engine
+        self.classes, self.examples = classes, examples
+        self.scales = None if scale_table is None else scale_table.to(learner.device)
+        self.state: dict[str, Tensor] = {}
+        self.resolution = 0
+        self._run: engine.Run | None = None
+
+    def enter_phase(self, batch_size: int, channels: int, resolution: int) -> None:
+        """From here on batches have this size (of this process's part) and the model sees images of this resolution. The
+        method's state is made anew, and the engine prepares the step again."""
+        self.resolution, shape = resolution, (batch_size, channels, resolution, resolution)
+        self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device))
+        self._run = None
+
+    def __call__(self, batch: Batch) -> None:
+        if self._run is None:
+            self._run = engine.prepare(self.engine, self.take, batch, self)
+        self._run(batch)
+
+    def take(self, batch: Batch) -> None:
+        """The step itself, as it is run eagerly, compiled or captured."""
+        x = to_unit(batch.images) if self.augment is None else augment(batch.images, self.augment, self.resolution)
+        scale = 1.0 if self.scales is None else self.learner.now(self.scales)
+        self.method.step(self.learner, Inputs(x, batch.labels, batch.index), self.threat, scale, self.state)
+
+    def scale_now(self) -> float:
+        """What the next update multiplies epsilon and alpha by: less than 1 while epsilon warms up. Waits for the device."""
+        return 1.0 if self.scales is None else self.learner.now(self.scales).item()
+
+    def trial(self, *batch: Tensor) -> None:
+        """A step to see whether it fits into memory, with batches that only get smaller. It spoils the training."""
+        self._run, self.learner.shared, size = None, None, len(batch[0])
+        self.state = {name: t[:size] if name in self.method.by_slot else t for name, t in self.state.items()}
+        self.take(Batch(*batch))
+        self.learner.read_sums()  # waits for the device
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of everything that a step changes, the random generators aside."""
+        return self.learner.state_dict() | {"state": {name: t.clone() for name, t in self.state.items()}}
+
+    def load_state_dict(self, stored: dict[str, Any]) -> None:
+        """Writes in place. Raises KeyError or RuntimeError when names or shapes do not match."""
+        self.learner.load_state_dict(stored)
+        for name, mine in self.state.items():
+            given = stored["state"][name]
+            if given.shape != mine.shape:
+                raise RuntimeError(f"{name} has shape {tuple(mine.shape)}, stored {tuple(given.shape)}")
+            mine.copy_(given)
+
+
+def build(config: Config, loader, device: torch.device, world: World = ALONE) -> Step:
+    """The step of a config's run at the start of its first phase, on the images of `loader`. Seeds the random generators:
+    the first process's go on from the making of the model, every other has random numbers of its own."""
+    engine.set_deterministic(config.deterministic)
+    torch.manual_seed(config.seed)
+    model = build_model(config, loader.classes).to(device)
+    check_model(model, config, loader.channels)
+    learner = Learner(
+        model.train(),
+        config.optimizer,
+        schedules.lr_table(config, len(loader)),
+        precision=config.precision,
+        batchnorm_in_attack=config.method.batchnorm_in_attack,
+    )
+    if world.joined:
+        learner.share_gradients()
+    seed_of_rank(config, world, 0)
+    step = Step(
+        learner,
+        config.method,
+        Threat(config.epsilon),
+        classes=len(loader.classes),
+        examples=len(loader),
+        scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,
+        augment=None if loader.crops else config.data.augment,
+        engine=engine.choose(config.engine, device),
+    )
+    phase = config.phases[0]
+    step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
+    return step
+
+
+def seed_of_rank(config: Config, world: World, updates: int) -> None:
+    """Random numbers of its own for every process but the first."""
+    if world.rank:
+        torch.manual_seed(((config.seed * 1_000_003 + world.rank) * 1_000_003 + updates) % 2**63)
+
+
+def check_model(model: nn.Module, config: Config, channels: int) -> None:
+    """Raise ConfigError if the model cannot take the images of some phase, or the method not the model."""
+    device = next(model.parameters()).device
+    for resolution in {phase.resolution for phase in config.phases}:
+        x = torch.zeros(1, channels, resolution, resolution, device=device)
+        try:
+            with evaluating(model), torch.no_grad():
+                model(x)
+                config.method.check(model, x)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"model.name: {config.model.name} cannot take {resolution} x {resolution} pixels ({first_line(error)})"
+            ) from None

@@ -1,0 +1,334 @@
+"""A grid of runs (the sweep command; `fastrobust sweep --help` shows what a sweep file looks like)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from fastrobust.config import reading
+from fastrobust.config.numbers import parse_number
+from fastrobust.config.schema import Config, Section
+from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
+from fastrobust.reporting.stored import Run, read_run
+from fastrobust.runtime import distributed, run_directory
+from fastrobust.runtime.errors import ConfigError, FastrobustError, RunError
+from fastrobust.runtime.files import explained, write_json, write_text
+from fastrobust.runtime.interrupt import Interrupted
+from fastrobust.runtime.progress import Progress, duration
+from fastrobust.train.start import run
+
+MOST_POINTS = 10_000
+Values = Annotated[list[Any], Field(min_length=1)]  # of the key that the axis is called after
+Bundles = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {key: value, ...}
+
+
+class Sweep(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    config: str
+    output: str = "runs"
+    set: dict[str, Any] = Field(default_factory=dict)
+    grid: dict[str, Values | Bundles] = Field(default_factory=dict)
+    seeds: Annotated[int, Field(ge=1, le=1000)] | Annotated[list[int], Field(min_length=1)] = 1
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.output) / self.name
+
+
+@dataclass(frozen=True)
+class Point:
+    """`labels` says where on each axis (seed not included) the run stands."""
+
+    labels: tuple[tuple[str, str], ...]
+    seed: int
+    config: Config
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.config.output) / self.config.name
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """Raises ConfigError."""
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"sweep file {path} does not exist")
+    with explained(f"sweep file {path} cannot be read"):
+        data = reading.read_yaml(path.read_text(encoding="utf-8"), str(path))
+    data.setdefault("name", path.stem)
+    try:
+        return Sweep.model_validate(data)
+    except ValidationError as error:
+        lines = dict.fromkeys(
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
+        )
+        raise ConfigError(f"{path}:\n" + "\n".join(lines)) from None
+
+
+def points(sweep: Sweep) -> list[Point]:
+    """Every point of the grid, the seeds of one place side by side. Raises ConfigError."""
+
+    axes = []
+    for axis, values in sweep.grid.items():
+        bundles = values if isinstance(values, dict) else {as_text(value): {axis: value} for value in values}
+        if len(bundles) < len(values):
+            raise ConfigError(f"grid.{axis}: a value stands there twice")
+        axes.append([(axis, label, keys) for label, keys in bundles.items()])
+    seeds = list(range(sweep.seeds)) if isinstance(sweep.seeds, int) else sweep.seeds
+    if (size := math.prod(map(len, axes)) * len(seeds)) > MOST_POINTS:
+        raise ConfigError(f"the sweep has {size} points; at most {MOST_POINTS} are trained")
+    found: dict[str, Point] = {}
+    for place in itertools.product(*axes):
+        for seed in seeds:
+            keys: dict[str, Any] = dict(sweep.set)
+            for _, _, changes in place:
+                keys |= changes
+            parts = [f"{axis.split('.')[-1]}-{label}" for axis, label, _ in place] + [f"seed-{seed}"]
+            name = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
+            keys |= {"seed": seed, "name": name, "output": str(sweep.directory)}
+            config = reading.load(sweep.config, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+            if name in found:
+                raise ConfigError(
+                    f"two points of the sweep would be called {name}: name the values of an axis `name: {{keys}}`"
+                )
+            found[name] = Point(tuple((axis, label) for axis, label, _ in place), seed, config)
+    return list(found.values())
+
+
+def as_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "-".join(as_text(v) for v in value.values())
+    return "-".join(map(as_text, value)) if isinstance(value, list) else str(value)
+
+
+def train_point(config: Config) -> None:
+    """Train and evaluate one run: from the start, from its checkpoint, or not at all if it is finished."""
+    directory = Path(config.output) / config.name
+    run(config, directory, distributed.pick_device(config.device), distributed.ALONE, again=True)
+
+
+def train_here(sweep: Sweep, todo: list[Point], everything: list[Point]) -> dict[str, str]:
+    """Train one after the other. Returns what went wrong, by run name; the result is written after every run."""
+
+    failed: dict[str, str] = {}
+    for i, point in enumerate(todo):
+        print(f"[{i + 1}/{len(todo)}] {point.config.name}", flush=True)
+        try:
+            train_point(point.config)
+        except Interrupted as error:
+            stop = FastrobustError(f"{error}\nor with the whole sweep by the command that you gave")
+            stop.status = error.status
+            raise stop from None
+        except FastrobustError as error:
+            failed[point.config.name] = str(error)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        write_results(sweep, everything)
+    return failed
+
+
+def submit(sweep: Sweep, todo: list[Point], cluster: str, options: list[str]) -> dict[str, str]:
+    """Hand the runs to a scheduler through submitit and wait for them. Slurm's go on if the wait is interrupted; those
+    that an earlier call submitted and that are not over are waited for, not submitted again."""
+
+    try:
+        import submitit
+    except ImportError:
+        raise ConfigError("--cluster needs submitit: pip install 'fastrobust[slurm]'") from None
+    folder, ledger = sweep.directory / "jobs", sweep.directory / "submitted.json"
+    with explained(f"{folder} cannot be made"):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.AutoExecutor(folder, cluster=cluster)
+        given = dict(option.partition("=")[::2] for option in options)
+        executor.update_parameters(name=sweep.name, **{k: reading.read_yaml(f"v: {v}", k)["v"] for k, v in given.items()})
+    except (ValueError, TypeError, NameError, RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--cluster {cluster} {' '.join(options)}: {error}") from None
+    try:
+        before = dict(json.loads(ledger.read_text())) if ledger.exists() else {}
+    except (ValueError, TypeError):
+        raise RunError(f"{ledger} is damaged: delete it once no job of this sweep is queued") from None
+    jobs = {}
+    for point in todo if cluster == "slurm" else []:
+        if job_id := before.get(point.config.name):
+            job = submitit.SlurmJob(folder=folder, job_id=job_id)
+            if not job.done(force_check=True):
+                jobs[point.config.name] = job
+    new = [point for point in todo if point.config.name not in jobs]
+    submitted = executor.map_array(train_point, [point.config for point in new]) if new else []
+    jobs |= {point.config.name: job for point, job in zip(new, submitted, strict=True)}
+    write_json(ledger, before | {name: job.job_id for name, job in jobs.items()})
+    print(f"{len(new)} jobs submitted, {len(jobs) - len(new)} still at work; their logs are in {folder}/", flush=True)
+    failed, waiting = {}, dict(jobs)
+    with Progress("jobs", len(jobs)) as bar:
+        while waiting:
+            for name, job in list(waiting.items()):
+                if job.done():
+                    if (error := job.exception()) is not None:
+                        failed[name] = reason(error)
+                    del waiting[name]
+                    bar.advance(1, name)
+            if waiting:
+                time.sleep(1)
+    return failed
+
+
+def reason(error: BaseException) -> str:
+    """What a job died of: the last line that names an exception, or else what submitit says."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Interrupted|Exception)\b: ", line)]
+    return (named[-1] if named else " ".join(lines))[:500]
+
+
+def gather(everything: list[Point]) -> dict[tuple, list[Run]]:
+    """The finished runs by place on the grid, in the grid's order. A damaged one raises RunError."""
+
+    found: dict[tuple, list[Run]] = {}
+    for point in everything:
+        runs = found.setdefault(point.labels, [])
+        if (point.directory / run_directory.SUMMARY).exists():
+            runs.append(read_run(point.directory))
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """`43.1% (42.0 to 44.3)`: the mean, and the range where there are several."""
+    mean = f"{statistics.fmean(values):.2%}"
+    return mean if len(values) == 1 else f"{mean} ({min(values) * 100:.2f} to {max(values) * 100:.2f})"
+
+
+def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of the table: a row per place on the grid."""
+
+    axes = [axis for axis, _ in next(iter(results), ())]
+    rows = []
+    for labels, runs in results.items():
+        row = [label for _, label in labels] + [str(len(runs))]
+        if runs:
+            first = runs[0].summary.evaluations[0]
+            row += [spread([r.summary.clean_accuracy for r in runs])]
+            row += [
+                spread([r.summary.evaluations[0].robust_accuracy for r in runs]),
+                f"{first.attack}, n = {first.examples:,}",
+            ]
+            row += [duration(statistics.fmean(r.summary.train_seconds for r in runs))]
+            row += [f"{sum(r.summary.stopped is not None for r in runs) or ''}"]
+        else:
+            row += ["", "", "", "", ""]
+        rows.append(row)
+    return [
+        *axes,
+        "seeds",
+        "clean, mean (range)",
+        "robust, mean (range)",
+        "attack",
+        "training",
+        "stopped by the guard",
+    ], rows
+
+
+def figures(results: dict[tuple, list[Run]]) -> list[str]:
+    """For every axis of numbers: clean and robust accuracy along it, a line for each combination of the others."""
+
+    drawn = []
+    for i, (axis, _) in enumerate(next(iter(results), ())):
+        groups: dict[str, list[tuple[float, list[Run]]]] = {}
+        try:
+            for labels, runs in results.items():
+                others = ", ".join(f"{a.split('.')[-1]} {label}" for k, (a, label) in enumerate(labels) if k != i) or "all"
+                if runs:
+                    groups.setdefault(others, []).append((float(parse_number(labels[i][1])), runs))
+        except (ValueError, TypeError):
+            continue
+        for title, get in (
+            ("Robust accuracy", lambda r: r.summary.evaluations[0].robust_accuracy),
+            ("Clean accuracy", lambda r: r.summary.clean_accuracy),
+        ):
+            lines = []
+            for colour, (others, found) in enumerate(groups.items()):
+                values = [(x, [get(r) for r in runs]) for x, runs in found]
+                band = [(x, min(v), max(v)) for x, v in values if len(v) > 1]
+                lines.append(Line(others, [(x, statistics.fmean(v)) for x, v in values], colour, band))
+            if any(len(line.points) > 1 for line in lines):
+                drawn.append(chart(title, lines, x=axis, percent=True, y_range=(0.0, 1.0)))
+    return drawn
+
+
+def write_results(sweep: Sweep, everything: list[Point]) -> dict[tuple, list[Run]]:
+    """`results.csv`, a row per finished run, and `results.html`."""
+
+    results = gather(everything)
+    text = io.StringIO()
+    axes = [axis for axis, _ in everything[0].labels]
+    writer = csv.writer(text)
+    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "epsilon"]
+    writer.writerow([*axes, "seed", *evaluated, "epochs", "train_seconds", "stopped", "run"])
+    for labels, runs in results.items():
+        for one in runs:
+            s, e = one.summary, one.summary.evaluations[0]
+            row = [
+                s.clean_accuracy,
+                e.robust_accuracy,
+                e.examples,
+                e.attack,
+                e.epsilon,
+                s.epochs,
+                s.train_seconds,
+                s.stopped,
+            ]
+            writer.writerow([*(label for _, label in labels), one.config.seed, *row, one.name])
+    sweep.directory.mkdir(parents=True, exist_ok=True)
+    write_text(sweep.directory / "results.csv", text.getvalue())
+    head, rows = rows_of(results)
+    drawn = figures(results)
+    body = f"<h1>Sweep {escape(sweep.name)}</h1>" + (f'<div class="grid">{"".join(drawn)}</div>' if drawn else "")
+    done = sum(map(len, results.values()))
+    hardware = {str(r.environment.hardware.get("device", "?")) for runs in results.values() for r in runs}
+    body += f"<p>{done} of {len(everything)} runs are finished. Bands and brackets: the range over seeds.</p>"
+    body += table([list(map(ranged, row)) for row in rows], list(map(escape, head)))
+    body += f'<p class="note">hardware: {escape(", ".join(sorted(hardware)) or "none yet")}</p>'
+    write_text(sweep.directory / "results.html", page(f"Sweep {sweep.name}", body))
+    return results
+
+
+def command(arguments) -> int:
+    """The sweep command."""
+    sweep = read_sweep(arguments.sweep)
+    everything = points(sweep)
+    todo = [point for point in everything if not (point.directory / run_directory.SUMMARY).exists()]
+    if arguments.dry_run:
+        for point in everything:
+            print(f"{point.directory}  {'open' if point in todo else 'finished'}")
+        print(f"{len(everything)} runs, {len(todo)} of them open; nothing was written")
+        return 0
+    failed = {}
+    if todo:
+        failed = (
+            submit(sweep, todo, arguments.cluster, arguments.options)
+            if arguments.cluster
+            else train_here(sweep, todo, everything)
+        )
+    results = write_results(sweep, everything)
+    head, rows = rows_of(results)
+    shown = Table(*head, title=f"sweep {sweep.name}", title_justify="left")
+    for row in rows:
+        shown.add_row(*row)
+    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(shown)
+    print(f"files in {sweep.directory}/: results.html, results.csv, and the runs")
+    for name, why in failed.items():
+        print(f"error: {name}: {why}", file=sys.stderr)
+    return 1 if failed else 0

@@ -1,0 +1,105 @@
+"""The verify command: every test image decided exactly, on all cores."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fastrobust.data import sets
+from fastrobust.evaluation.trained import open_trained
+from fastrobust.runtime import machine, run_directory
+from fastrobust.runtime.errors import FastrobustError
+from fastrobust.runtime.files import write_json
+from fastrobust.verification.store import VERDICTS, Verdicts
+
+
+def command(arguments) -> int:
+    """The verify command."""
+    try:
+        from fastrobust.verification import workers  # which needs scipy and HiGHS
+    except ImportError as error:
+        raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
+
+    if arguments.epsilon == 0 or not 0 < arguments.timeout < 1e7:
+        raise FastrobustError("--epsilon and --timeout must be larger than 0")
+    trained = open_trained(arguments.run, arguments.data)
+    weights = trained.path / run_directory.WEIGHTS if trained.path.is_dir() else trained.path
+    data = trained.images()
+    shape = tuple(data.images.shape[1:])
+    workers.check(trained.model, shape)  # says at once what cannot be verified
+    chosen = sets.evenly_spaced(len(data.labels), arguments.limit).tolist()
+    place = f"epsilon-{arguments.epsilon:g}"
+    folder = Path(arguments.output) if arguments.output else weights.parent / "verification" / place
+    about = {"dataset": trained.config.data.dataset, "epsilon": arguments.epsilon}
+    settings = about | {"weights": trained.digest, "images": data.checksum()}
+    verdicts = Verdicts(folder, settings, about | digests_of_version_0_1(weights, data))
+    began = time.monotonic()
+    todo = [i for i in chosen if not settled(verdicts.found.get(i), arguments.timeout)]
+    if len(todo) < len(chosen):
+        print(f"{len(chosen) - len(todo)} of {len(chosen)} images have been decided before")
+    try:
+        workers.decide_all(arguments, verdicts, weights, data, todo, chosen)
+    except KeyboardInterrupt:
+        print(f"stopped; the verdicts so far are in {folder}: run the same command to go on", file=sys.stderr)
+        return 130
+    records = [verdicts.found[i] for i in chosen]
+    summary = settings | summarize(records, arguments, time.monotonic() - began, len(todo))
+    summary["images"] = data.take(chosen).checksum()
+    write_json(folder / "summary.json", summary | machine.environment("cpu"))
+    show(summary, folder)
+    if arguments.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def digests_of_version_0_1(weights: Path, data: sets.ImageSet) -> dict[str, str]:
+    """What weights and images were told by in settings.json before they had one digest each."""
+    return {
+        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "images_sha256": hashlib.sha256(data.images.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest(),
+    }
+
+
+def settled(record: dict[str, Any] | None, timeout: float) -> bool:
+    """A timeout is tried again when there is more time for it now."""
+    return record is not None and (record["verdict"] != "timeout" or record["seconds"] >= 0.95 * timeout)
+
+
+def summarize(records: list[dict[str, Any]], arguments, seconds: float, decided_now: int) -> dict[str, Any]:
+    tally = Counter(record["verdict"] for record in records)
+    n = len(records)
+    return {
+        "examples": n,
+        **{name: tally[name] for name in VERDICTS},
+        "verified_accuracy": tally["verified"] / n,
+        "upper_bound": (tally["verified"] + tally["timeout"]) / n,
+        "epsilon": arguments.epsilon,
+        "timeout_seconds": arguments.timeout,
+        "workers": arguments.workers,
+        "seconds": round(seconds, 3),
+        "decided_now": decided_now,
+        "core_seconds": round(sum(record["seconds"] for record in records), 3),
+        "slowest_seconds": max(record["seconds"] for record in records),
+        "by": dict(Counter(f"{record['verdict']} by {record['by']}" for record in records)),
+    }
+
+
+def show(summary: dict[str, Any], folder: Path) -> None:
+
+    n = summary["examples"]
+    table = Table("verdict", "images", "of all")
+    for name in VERDICTS:
+        table.add_row(name, str(summary[name]), f"{summary[name] / n:.2%}")
+    Console().print(table)
+    bound = "" if not summary["timeout"] else f" (at most {summary['upper_bound']:.2%}: {summary['timeout']} undecided)"
+    print(f"verified accuracy  {summary['verified_accuracy']:.2%}{bound}  epsilon {summary['epsilon']:g}, {n} test images")
+    print(f"seconds            {summary['seconds']:.1f} for {summary['decided_now']} images")
+    print(f"verdicts           {folder}")

@@ -1,0 +1,179 @@
+"""Tests of fastrobust.models: parameter counts by formula, networks against the same layers written out."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastrobust.models import create
+from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.models.torchvision_compat import import_torchvision
+from fastrobust.runtime.errors import ConfigError
+
+CIFAR = {"channels": 3, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
+MNIST = {"channels": 1, "mean": (0.0,), "std": (1.0,)}
+
+
+def create(name: str, facts: dict = CIFAR, classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return create(name, classes=classes, **facts)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def preact_resnet18_parameters(channels: int, classes: int, width: int) -> int:
+    """Convolutions without bias, two numbers per normalised channel, a linear layer with bias."""
+    total = channels * width * 9
+    inputs = width
+    for stage in range(4):
+        outputs = width * 2**stage
+        total += 2 * inputs + 9 * inputs * outputs + 2 * outputs + 9 * outputs * outputs  # the block that widens
+        total += inputs * outputs if inputs != outputs else 0  # its shortcut
+        total += 2 * (2 * outputs + 9 * outputs * outputs)
+        inputs = outputs
+    return total + 2 * inputs + inputs * classes + classes
+
+
+def test_preact_resnet18_has_11_17_million_parameters():
+    count = parameters(create("preact_resnet18"))
+    assert count == preact_resnet18_parameters(3, 10, 64) == 11_172_170
+    assert parameters(create("preact_resnet18_w16")) == preact_resnet18_parameters(3, 10, 16) < count / 10
+    assert parameters(PreActResNet18(1, 100, width=8)) == preact_resnet18_parameters(1, 100, 8)
+
+
+def test_preact_resnet18_is_the_network_of_the_paper():
+    """The forward pass written out with functions on the same weights, in eval mode with moved statistics."""
+    model = PreActResNet18(3, 10, width=4)
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    weights = model.eval().state_dict()
+
+    def norm_relu(x, name):
+        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        return (x * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]).clamp(min=0)
+
+    x = torch.rand(2, 3, 32, 32)
+    out = F.conv2d(x, weights["conv.weight"], padding=1)
+    for k in range(8):
+        stride = 2 if k in (2, 4, 6) else 1
+        inner = norm_relu(out, f"blocks.{k}.bn1")
+        shortcut = F.conv2d(inner, weights[f"blocks.{k}.shortcut.weight"], stride=stride) if stride == 2 else out
+        inner = F.conv2d(inner, weights[f"blocks.{k}.conv1.weight"], stride=stride, padding=1)
+        inner = norm_relu(inner, f"blocks.{k}.bn2")
+        out = F.conv2d(inner, weights[f"blocks.{k}.conv2.weight"], padding=1) + shortcut
+    assert out.shape == (2, 32, 4, 4)
+    out = norm_relu(out, "bn").mean((2, 3)) @ weights["linear.weight"].T + weights["linear.bias"]
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "classes"), [("preact_resnet18_w16", 7), ("resnet18", 5)])
+def test_logits_and_memory_layout(name, classes):
+    model = create(name, classes=classes)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, classes)
+    kernels = [p for p in model.parameters() if p.dim() == 4]
+    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_normalisation_inside_is_normalisation_outside():
+    model = create("preact_resnet18_w16").eval()
+    x = torch.rand(4, 3, 32, 32)
+    outside = torch.stack([(x[:, c] - CIFAR["mean"][c]) / CIFAR["std"][c] for c in range(3)], 1)
+    torch.testing.assert_close(model(x), model.network(outside), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x), model.network(x), atol=1e-3)
+
+
+def test_normalisation_is_stored_but_not_trained():
+    model = create("preact_resnet18_w16")
+    state = model.state_dict()
+    assert state["mean"].flatten().tolist() == pytest.approx(CIFAR["mean"])
+    assert state["std"].flatten().tolist() == pytest.approx(CIFAR["std"])
+    assert not {"mean", "std"} & {name for name, _ in model.named_parameters()}
+
+
+def test_mnist_net_is_the_network_of_the_paper():
+    """Its ReLU stands behind the flattening; in the paper it stands before."""
+    model = create("mnist_net", MNIST)
+    paper = nn.Sequential(
+        nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 100), nn.ReLU(),
+        nn.Linear(100, 10),
+    )  # fmt: skip
+    for p, q in zip(paper.parameters(), model.parameters(), strict=True):
+        p.data = q.detach().clone()
+    x, y = torch.rand(6, 1, 28, 28, requires_grad=True), torch.arange(6)
+    torch.testing.assert_close(model(x), paper(x), rtol=1e-5, atol=1e-6)
+    (found,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    (expected,) = torch.autograd.grad(F.cross_entropy(paper(x), y), x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+    assert parameters(model) == (16 * 16 + 16) + (32 * 16 * 16 + 32) + (1568 * 100 + 100) + (100 * 10 + 10)
+
+
+def test_weights_depend_on_the_seed():
+    a, b = create("mnist_net", MNIST), create("mnist_net", MNIST)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    other = create("mnist_net", classes=10, **MNIST)
+    assert not torch.equal(other.network[0].weight, a.network[0].weight)
+
+
+def test_torchvision_by_name():
+    """Torchvision's ResNet-18: 11,689,512 parameters with 1000 classes."""
+    assert parameters(create("resnet18", classes=1000)) == 11_689_512
+    assert parameters(create("resnet18", classes=10)) == 11_689_512 - 513 * 990
+
+
+def test_torchvision_can_be_imported_again():
+    first = import_torchvision()
+    assert import_torchvision() is first and first.__name__ == "torchvision"
+    assert "resnet50" in first.models.list_models()
+
+
+def test_torchvision_models_take_three_channels():
+    with pytest.raises(ConfigError, match=r"model\.name: torchvision's resnet18 takes 3 channels, the images have 1"):
+        create("resnet18", MNIST)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("preact_resnet81", "preact_resnet18"),
+        ("mnist-net", "mnist_net"),
+        ("resnet-18", "resnet18"),
+        ("ResNet50", "resnet50"),
+    ],
+)
+def test_an_unknown_model_names_the_nearest(name, near):
+    with pytest.raises(ConfigError, match=rf"there is no model '{name}'; did you mean '{near}'"):
+        create(name)
+
+
+def test_a_model_like_no_other_lists_ours():
+    with pytest.raises(ConfigError, match=r"no model '0000'; ours: mnist_net, preact_resnet18, .*timm/NAME"):
+        create("0000")
+
+
+def test_timm_by_name():
+    pytest.importorskip("timm")
+    model = create("timm/resnet10t", classes=7)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    grey = create("timm/resnet10t", MNIST, classes=4)
+    assert grey(torch.rand(2, 1, 32, 32)).shape == (2, 4)
+    with pytest.raises(ConfigError, match=r"timm has no model 'resnet10'; did you mean 'timm/resnet"):
+        create("timm/resnet10")
+
+
+def test_timm_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)  # makes `import timm` an ImportError
+    with pytest.raises(ConfigError, match=r"timm/resnet18 needs timm: pip install 'fastrobust\[timm\]'"):
+        create("timm/resnet18")

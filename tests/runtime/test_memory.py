@@ -1,0 +1,103 @@
+"""Tests of fastrobust.memory. Lack of memory is made up here, but for the CPU allocator's; `endure` has it for real."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from fastrobust.attack import pgd, verdicts
+from fastrobust.attack.pgd import attack_step
+from fastrobust.data import sets
+from fastrobust.evaluation.accuracy import evaluate
+from fastrobust.models import create
+from fastrobust.runtime import memory
+from fastrobust.runtime.command import main_with_errors
+from fastrobust.runtime.errors import FastrobustError, is_out_of_memory
+
+IMAGES, LABELS = torch.zeros(100, 3, 4, 4), torch.zeros(100, dtype=torch.int64)
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("fits, found", [(100, 50), (50, 50), (49, 25), (5, 3), (0, 0)])
+def test_the_largest_batch_of_the_halves_that_fits(fits, found):
+    def step(images, labels):
+        assert len(images) == len(labels)
+        if len(images) > fits:
+            out_of_memory()
+
+    assert memory.largest_that_fits(step, IMAGES, LABELS) == found
+
+
+def test_the_words_of_the_cpu_allocator_are_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN: no memory for a kernel's code
+    unsupported = "could not create a primitive descriptor for the matmul primitive. Run workload with environment variable"
+    assert not is_out_of_memory(RuntimeError(unsupported))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+def test_the_reason_is_given_where_nothing_fits():
+    """So that what is no lack of memory after all can be seen."""
+
+    def fails(*batch):
+        raise RuntimeError("could not create a primitive")
+
+    with (
+        pytest.raises(FastrobustError, match=r"not even 1 fits \(could not create a primitive\): use a smaller model"),
+        memory.explained("a run", "batch_size", fails, IMAGES, LABELS),
+    ):
+        fails()
+
+
+def test_the_tensors_of_what_failed_are_gone_when_smaller_batches_are_tried():
+    """Else they would fill the memory that the trial needs."""
+    held = []
+
+    def fails():
+        large = torch.zeros(1000)
+        held.append(weakref.ref(large))
+        out_of_memory()
+
+    def step(images, labels):
+        gc.collect()
+        assert held[0]() is None
+
+    message = "a run: out of memory on cpu with 100 images at once; 50 was tried and fits: set batch_size=50"
+    with (
+        pytest.raises(FastrobustError, match=message),
+        memory.explained("a run", "batch_size", step, IMAGES, LABELS),
+    ):
+        fails()
+
+
+def test_an_evaluation_names_a_batch_size_that_fits(monkeypatch):
+    images = torch.randint(0, 256, (40, 3, 28, 28), dtype=torch.uint8)
+    data = sets.ImageSet(images, torch.arange(40) % 10, tuple("0123456789"), "made up")
+    model = create("mnist_net", channels=3, classes=10, mean=(0.0,) * 3, std=(1.0,) * 3)
+    step = attack_step
+
+    def hungry(model, x, *rest):
+        return out_of_memory() if len(x) > 6 else step(model, x, *rest)
+
+    monkeypatch.setattr(pgd, "attack_step", hungry)
+    monkeypatch.setattr(
+        verdicts, "correct", lambda logits, y: torch.ones(len(y), dtype=torch.bool)
+    )  # so that all are attacked
+    settings = {"epsilon": 0.1, "alpha": 0.05, "steps": 2, "restarts": 1}
+    with pytest.raises(FastrobustError, match=r"with 24 images at once; 6 was tried and fits: set evaluation\.batch_size=6"):
+        evaluate(model, data, batch_size=24, **settings)
+    assert evaluate(model, data, batch_size=6, **settings)["examples"] == 40
+
+
+def test_any_other_lack_of_memory_is_one_line(capsys):
+    assert main_with_errors(out_of_memory) == 2
+    assert capsys.readouterr().err == "error: out of memory: CUDA out of memory. Tried to allocate 20.00 GiB\n"

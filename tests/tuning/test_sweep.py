@@ -1,0 +1,242 @@
+"""Sweeps: the grid, resuming, schedulers, and the table against the runs' own files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastrobust.__main__ import main as cli
+from fastrobust.models.weights import read_weights
+from fastrobust.train import start, sweep
+
+
+@pytest.fixture
+def sweep_file(config_file, few_bars, tmp_path):
+    """sweep_file(stem, **changes) -> a sweep of four quick runs in tmp_path/runs/grid: two learning rates, two seeds."""
+
+    def make(stem: str = "grid", **changes):
+        quick = {"data__path": str(few_bars), "phases": [{"epochs": 1, "batch_size": 35, "resolution": 28}]}
+        base = config_file(tmp_path, evaluation={"steps": 2, "restarts": 1}, **quick)
+        content = {
+            "config": str(base),
+            "output": str(tmp_path / "runs"),
+            "set": {"data.limit": 70},
+            "grid": {"schedule.max_lr": [0.001, 0.01]},
+            "seeds": 2,
+        } | changes
+        file = tmp_path / f"{stem}.yaml"
+        file.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}))  # its keys are sorted
+        return file
+
+    return make
+
+
+def state(directory):
+    return {file: file.stat().st_mtime_ns for file in sorted(directory.rglob("*")) if file.is_file()}
+
+
+def test_the_grid_is_every_combination(sweep_file, tmp_path):
+    grid = {
+        "method": {
+            "fgsm": {"method.alpha": "10/255"},
+            "pgd": {"method": {"name": "pgd", "steps": 2, "alpha": 0.02}, "schedule.max_lr": 0.5},
+        },
+        "phases.0.epochs": [1, 2, 5],
+        "epsilon": ["4/255"],
+    }
+    found = sweep.points(sweep.read_sweep(sweep_file(grid=grid, seeds=[3, 8])))
+    assert len(found) == 2 * 3 * 1 * 2
+    assert len({p.config.name for p in found}) == len(found)
+    for point in found:
+        labels, c = dict(point.labels), point.config
+        assert c.seed == point.seed and c.data.limit == 70
+        assert c.phases[0].epochs == int(labels["phases.0.epochs"])
+        assert c.epsilon == pytest.approx(4 / 255)
+        assert c.method.name == labels["method"]
+        assert c.schedule.max_lr == (0.5 if labels["method"] == "pgd" else 0.005)
+        assert point.directory.parent == tmp_path / "runs" / "grid"
+    assert found[0].config.method.alpha == pytest.approx(10 / 255)
+    assert found[0].config.name == "epsilon-4-255_method-fgsm_epochs-1_seed-3"
+
+
+def test_a_sweep_trains_and_tells(sweep_file, tmp_path, capsys):
+    file, directory = sweep_file(), tmp_path / "runs" / "grid"
+    assert cli(["sweep", str(file), "--dry-run"]) == 0
+    assert "4 runs, 4 of them open" in capsys.readouterr().out and not directory.exists()
+    assert cli(["sweep", str(file)]) == 0
+    out = capsys.readouterr().out
+    summaries = {}
+    for lr in ("0.001", "0.01"):
+        for seed in (0, 1):
+            one = directory / f"max_lr-{lr}_seed-{seed}"
+            summaries[lr, seed] = json.loads((one / "summary.json").read_text())
+            assert yaml.safe_load((one / "config.yaml").read_text())["schedule"]["max_lr"] == float(lr)
+            assert summaries[lr, seed]["seed"] == seed
+    rows = list(csv.DictReader((directory / "results.csv").open()))
+    assert [(r["schedule.max_lr"], int(r["seed"])) for r in rows] == list(summaries)
+    for row in rows:
+        summary = summaries[row["schedule.max_lr"], int(row["seed"])]
+        assert float(row["robust_accuracy"]) == summary["robust_accuracy"]
+        assert float(row["clean_accuracy"]) == summary["clean_accuracy"] and row["examples"] == "20"
+    page = (directory / "results.html").read_text()
+    for lr in ("0.001", "0.01"):
+        values = [summaries[lr, seed]["robust_accuracy"] for seed in (0, 1)]
+        cell = f"{statistics.fmean(values):.2%} ({min(values) * 100:.2f} to {max(values) * 100:.2f})"
+        assert cell.replace(" (", " <small>(") in page and cell in out
+    assert "4 of 4 runs are finished" in page
+    assert page.count("<polyline") == 2 and page.count("<polygon") == 2
+
+    before = state(directory)  # again: nothing is trained, and the results are the same
+    content = (directory / "results.csv").read_text(), page
+    assert cli(["sweep", str(file)]) == 0
+    after = state(directory)
+    changed = {f.name for f in after if before.get(f) != after[f]}
+    assert changed <= {"results.csv", "results.html"}
+    assert ((directory / "results.csv").read_text(), (directory / "results.html").read_text()) == content
+
+
+def test_an_interrupted_sweep_goes_on(sweep_file, tmp_path, monkeypatch):
+    """Stopped in its second run after an epoch's checkpoint: the first is left alone, the second resumes, and all give the
+    weights of a sweep that was not stopped."""
+    whole = tmp_path / "runs" / "whole"
+    assert cli(["sweep", str(sweep_file("whole"))]) == 0
+    file, directory = sweep_file(), tmp_path / "runs" / "grid"
+    real, calls = start.finish, []
+
+    def stops(job):
+        calls.append(job.learner.updates.item())
+        if len(calls) == 2:
+            job.train()
+            raise KeyboardInterrupt
+        return real(job)
+
+    monkeypatch.setattr(start, "finish", stops)
+    assert cli(["sweep", str(file)]) == 130
+    assert (directory / "max_lr-0.001_seed-0" / "summary.json").exists()
+    assert not (directory / "max_lr-0.001_seed-1" / "summary.json").exists()
+    first = state(directory / "max_lr-0.001_seed-0")
+    assert cli(["sweep", str(file)]) == 0
+    assert calls == [0, 0, 2, 0, 0]  # the second went on after its two updates
+    assert state(directory / "max_lr-0.001_seed-0") == first
+    for one in whole.iterdir():
+        if one.is_dir():
+            a, b = (read_weights(d / one.name)[0].state_dict() for d in (whole, directory))
+            assert all((a[k] == b[k]).all() for k in a)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(sweep_file, tmp_path, capsys):
+    file = sweep_file(grid={"optimizer": {"wild": {"schedule.max_lr": 1e30}, "fine": {}}}, seeds=1)
+    assert cli(["sweep", str(file)]) == 1
+    captured = capsys.readouterr()
+    assert "optimizer-wild_seed-0" in captured.err and "loss" in captured.err
+    rows = list(csv.DictReader((tmp_path / "runs" / "grid" / "results.csv").open()))
+    assert [row["optimizer"] for row in rows] == ["fine"]
+
+
+def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
+    file = sweep_file(seeds=1, grid={"schedule.max_lr": [0.001]})
+    assert cli(["sweep", str(file)]) == 0
+    (tmp_path / "runs" / "grid" / "max_lr-0.001_seed-0" / "summary.json").unlink()
+    assert cli(["sweep", str(sweep_file(seeds=1, grid={"schedule.max_lr": [0.001]}, set={"data.limit": 50}))]) == 1
+    assert "data.limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"config": None}, "config"),
+        ({"gird": {}}, "gird"),
+        ({"seeds": 0}, "seeds"),
+        ({"grid": {"epsilon": []}}, "grid.epsilon"),
+        ({"grid": {"epsilom": [0.1]}}, "epsilom"),
+        ({"grid": {"epsilon": [0.1, 0.1]}}, "twice"),
+        ({"grid": {"model.name": ["a b", "a/b"]}}, "name the values"),
+        ({"grid": {"seed": list(range(200)), "epsilon": [i / 1000 for i in range(1, 200)]}}, "points"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml"),
+        ({"name": "../up"}, "name"),
+    ],
+)
+def test_mistakes_are_explained(sweep_file, tmp_path, capsys, changes, words):
+    assert cli(["sweep", str(sweep_file(**changes))]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_sweep_file(tmp_path, capsys):
+    assert cli(["sweep", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml" in capsys.readouterr().err
+
+
+def test_a_scheduler_trains_the_same_weights_and_names_what_fails(sweep_file, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the jobs, as here: sums depend on the number of threads
+    grid = {"optimizer": {"fine": {}, "wild": {"schedule.max_lr": 1e30}}}
+    assert cli(["sweep", str(sweep_file("there", seeds=1, grid=grid)), "--cluster", "local", "--with", "timeout_min=5"]) == 1
+    captured = capfd.readouterr()
+    assert "2 jobs submitted" in captured.out and (tmp_path / "runs/there/jobs").is_dir()
+    assert re.search("error: optimizer-wild_seed-0: .*loss became", captured.err)
+    assert "fine" not in captured.err
+    assert cli(["sweep", str(sweep_file("here", seeds=1, grid={"optimizer": {"fine": {}}}))]) == 0
+    a, b = (read_weights(tmp_path / "runs" / d / "optimizer-fine_seed-0")[0].state_dict() for d in ("here", "there"))
+    assert all((a[k] == b[k]).all() for k in a)
+    ledger = json.loads((tmp_path / "runs/there/submitted.json").read_text())
+    assert ledger.keys() == {"optimizer-fine_seed-0", "optimizer-wild_seed-0"}
+
+
+SBATCH = """#!/bin/bash
+folder=$(dirname "$0"); id=$((1000 + $(cat $folder/count 2>/dev/null | wc -l))); echo $id >> $folder/count
+echo "Submitted batch job $id"
+"""
+SACCT = """#!/bin/bash
+folder=$(dirname "$0"); echo "JobID|State|NodeList"
+for id in $(cat $folder/count); do for task in "" _0 _1; do echo "$id$task|$(cat $folder/state)|here"; done; done
+"""
+
+
+def test_slurm_is_given_an_array_and_no_job_twice(sweep_file, tmp_path, monkeypatch, capfd):
+    """With stand-ins for sbatch and sacct, which run nothing; the files and commands are submitit's own."""
+    pytest.importorskip("submitit")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in {"sbatch": SBATCH, "srun": "", "sacct": SACCT}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    file = sweep_file(seeds=1)
+    (tools / "state").write_text("PENDING")
+    with monkeypatch.context() as patched:
+        patched.setattr(sweep.time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(["sweep", str(file), "--cluster", "slurm", "--with", "timeout_min=5", "slurm_partition=gpu"]) == 130
+        assert "2 jobs submitted, 0 still" in capfd.readouterr().out
+        script = next((tmp_path / "runs/grid/jobs").glob("*.sh")).read_text()
+        assert "--array=0-1" in script and "--partition=gpu" in script
+        assert cli(["sweep", str(file), "--cluster", "slurm"]) == 130
+        assert "0 jobs submitted, 2 still" in capfd.readouterr().out
+    (tools / "state").write_text("FAILED")
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    assert cli(["sweep", str(file), "--cluster", "slurm"]) == 1  # those were lost, and so are these
+    captured = capfd.readouterr()
+    assert "2 jobs submitted, 0 still" in captured.out
+    assert "error: max_lr-0.001_seed-0: " in captured.err and "FAILED" in captured.err
+
+
+def test_bad_scheduler_options_are_explained(sweep_file, capsys):
+    pytest.importorskip("submitit")
+    assert cli(["sweep", str(sweep_file()), "--cluster", "local", "--with", "colour=red"]) == 2
+    assert re.search(r"--cluster local colour=red: .*colour", capsys.readouterr().err)
+
+
+def test_the_sweep_of_figure_2_is_whole(monkeypatch):
+    root = Path(__file__).parent.parent
+    monkeypatch.chdir(root)
+    found = sweep.points(sweep.read_sweep("configs/sweeps/figure2.yaml"))
+    assert len(found) == 3 * 6 * 3
+    rates = {(p.config.method.name, p.config.schedule.max_lr) for p in found}
+    assert rates == {("fgsm", 0.21), ("pgd", 0.21), ("free", 0.04)}

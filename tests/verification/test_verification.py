@@ -1,0 +1,185 @@
+"""Exact verification against oracles: every activation pattern in turn, linear programs, and plain attacks."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+import torch
+from small_networks import SHAPE, images, program, rows_at, tiny
+from torch import nn
+
+from fastrobust.attack.pgd import pgd
+from fastrobust.models import create
+from fastrobust.runtime.errors import FastrobustError
+from fastrobust.verification import branch, milp, reduced
+from fastrobust.verification.decide import Decider
+from fastrobust.verification.network import extract
+
+# the network
+
+
+def test_the_layers_compute_what_the_model_computes():
+    for model, shape in (
+        (tiny(0), SHAPE),
+        (create("mnist_net", channels=1, classes=10, mean=(0.1,), std=(0.3,)), (1, 28, 28)),
+    ):
+        network, x = extract(model, shape), torch.rand(5, *shape)
+        expected = model.double()(x.double())
+        assert torch.allclose(network(network.normalize(x)), expected, rtol=0, atol=1e-12)
+        matrices = reduced.Matrices(network)
+        h = network.normalize(x).flatten(1).numpy()
+        for k, (weight, shift) in enumerate(zip(matrices.weights, matrices.shifts, strict=True)):
+            h = (weight @ (h if k == 0 else h.clip(min=0)).T).T + shift
+        assert np.allclose(h, expected.detach().numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ([nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)], "BatchNorm2d"),
+        ([nn.Flatten(), nn.Linear(36, 4), nn.Linear(4, 3)], "without a ReLU"),
+        ([nn.Flatten(), nn.Linear(36, 4), nn.ReLU()], "end with a linear layer"),
+        ([nn.Conv2d(1, 2, 3, padding=(1, 0)), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)], "one padding"),
+        ([nn.Conv2d(1, 2, 3, padding_mode="reflect", padding=1)], "zeros"),
+        ([nn.Flatten(), nn.Linear(35, 4)], "takes 35 values, but gets 36"),
+        ([nn.Conv2d(1, 2, 3)], "not a convolution"),
+    ],
+)
+def test_what_cannot_be_verified_is_said(layers, words):
+    with pytest.raises(FastrobustError, match=words):
+        extract(nn.Sequential(*layers), SHAPE)
+
+
+# verdicts
+
+
+def brute_force(around, question: torch.Tensor) -> float:
+    """The least margin in the box: every pattern of signs by its own linear program."""
+    return min(program(around, question, p) for p in itertools.product((-1, 1), repeat=len(around.lower)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
+    decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+    x = images(1, 100 + seed)[0].float() / 255
+    label = decider.model(x[None]).argmax()
+    _, bounder, questions = decider.margins(x, label, 5)
+    others = [c for c in range(3) if c != label]
+    for question, other in zip(questions, others, strict=True):
+        least = brute_force(bounder.reduced, question)
+        truth = "verified" if least > branch.TOLERANCE else "broken"
+
+        def wrong(points, other=other):
+            logits = decider.network(bounder.reduced.images(points).reshape(-1, *SHAPE))
+            return logits[:, label] <= logits[:, other] + branch.TOLERANCE
+
+        left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, wrong)
+        assert not left and ("verified" if point is None else "broken") == truth
+        assert point is None or wrong(point[None]).all()
+        kind, point = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
+        assert {"verified": "verified", "point": "broken"}[kind] == truth
+        assert point is None or wrong(point[None] * (1 - 1e-12)).all()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_linear_programs_answer_where_the_optimiser_does_not(answers, monkeypatch):
+    """Without a step of the optimiser domains are left with nothing to split. HiGHS settles them as brute force does; where
+    it has no answer the class stays open, and is not asked about again."""
+    for name in ("STEPS", "MORE", "END_STEPS", "ANEW_STEPS"):
+        monkeypatch.setattr(branch, name, 0)
+    asked, ask = [], milp.decide
+
+    def decide(reduced, row, tolerance, seconds, signs):
+        asked.append(row)
+        return ask(reduced, row, tolerance, seconds, signs) if answers else ("timeout", None)
+
+    monkeypatch.setattr(milp.milp, "decide", decide)
+    verdicts = []
+    for seed in range(12):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+        x = images(1, 100 + seed)[0].float() / 255
+        label, nothing = decider.model(x[None]).argmax(), lambda points: torch.zeros(len(points), dtype=torch.bool)
+        _, bounder, questions = decider.margins(x, label, 5)
+        for question in questions:
+            before = len(asked)
+            left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, nothing)
+            assert point is None
+            if answers:
+                assert left == ([] if brute_force(bounder.reduced, question) > branch.TOLERANCE else [0])
+            elif len(asked) > before:
+                assert left == [0] and len(asked) == before + 1
+            verdicts.append(len(left))
+    assert asked and set(verdicts) == {0, 1}
+
+
+def test_the_integer_program_of_fixed_signs_is_the_linear_program_of_that_pattern():
+    answers = set()
+    for seed in range(6):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, 0.1)
+        _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 5)
+        for pattern in itertools.product((-1, 1), repeat=len(bounder.reduced.lower)):
+            least, signs = program(bounder.reduced, questions[0], pattern), torch.tensor(pattern, dtype=torch.int8)
+            kind, point = milp.decide(bounder.reduced, questions[0], branch.TOLERANCE, 30, signs)
+            assert kind == ("verified" if least > branch.TOLERANCE else "point")
+            if point is not None:
+                z = torch.cat(rows_at(bounder.reduced, bounder.reduced.images(point[None])), 1)
+                assert (z * signs >= -1e-6).all()
+            answers.add(kind if least < np.inf else "empty")
+    assert answers == {"empty", "verified", "point"}
+
+
+def test_both_verdicts_occur_in_the_comparison_with_brute_force():
+    verdicts = []
+    for seed in range(12):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+        x = images(1, 100 + seed)
+        label = decider.model(x.float() / 255).argmax(1)
+        verdicts += [v.verdict for v in decider.decide([0], x, label, 10)]
+    assert verdicts.count("verified") >= 2 and verdicts.count("falsified") >= 2
+
+
+def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
+    model = tiny(0, scale=2.5)
+    x = images(8, 5)
+    labels = model(x.float() / 255).argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    kinds = set()
+    for epsilon in (0.06, 0.1):
+        decider = Decider(model, SHAPE, epsilon)
+        verdicts = decider.decide(list(range(8)), x, labels, 10.0)
+        assert [v.index for v in verdicts] == list(range(8)) and verdicts[0].verdict == "misclassified"
+        kinds |= {v.verdict for v in verdicts}
+        robust = pgd(model, x, labels, epsilon=epsilon, alpha=epsilon / 8, steps=40, restarts=5).robust
+        for v in verdicts:
+            assert v.label == labels[v.index] and (v.witness is not None) == (v.verdict == "falsified")
+            if v.verdict == "verified":
+                assert robust[v.index]
+            if v.verdict == "falsified":
+                point, image = v.witness.double(), x[v.index].double() / 255
+                assert v.witness.dtype == torch.float32 and v.witness.min() >= 0 and v.witness.max() <= 1
+                assert (point - (x[v.index].float() / 255).double()).abs().max() <= epsilon
+                assert (point - image).abs().max() <= epsilon + 1e-7
+                assert model(v.witness[None]).argmax() != v.label
+    assert kinds == {"misclassified", "verified", "falsified"}
+
+
+def test_no_time_gives_timeouts_not_wrong_verdicts():
+    model, x = tiny(0, scale=6.0), images(24, 5)  # about half of them are beyond plain bounds and attacks
+    labels = model(x.float() / 255).argmax(1)
+    long = Decider(model, SHAPE, 0.1).decide(list(range(24)), x, labels, 10.0)
+    short = Decider(model, SHAPE, 0.1).decide(list(range(24)), x, labels, 1e-9)
+    assert any(v.verdict == "timeout" for v in short)
+    assert all(a.verdict == b.verdict or a.verdict == "timeout" for a, b in zip(short, long, strict=True))
+
+
+def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
+    model = create("mnist_net", channels=1, classes=10, mean=(0.0,), std=(1.0,))
+    x = torch.rand(500, 1, 28, 28)
+    network = extract(model, (1, 28, 28))
+    for p in (model,):
+        logits = p(x)
+    scale = logits.abs().max()
+    assert ((network(network.normalize(x)) - logits).abs().max() / scale) < 1e-5
