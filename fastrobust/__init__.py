@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastrobust.runtime import spin
+
+spin.bound()  # before torch is imported
+
 __version__ = "0.1.0"
 __all__ = ["load"]
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Callable
 
 from fastrobust.config.numbers import parse_number
+from fastrobust.runtime.limits import cores
 
 WORK = {  # command: (where its work is, what it does)
     "train": ("fastrobust.train.start", "train a robust classifier"),
@@ -109,8 +109,7 @@ def add_limit(p: argparse.ArgumentParser, told: str = "so many test images, even
 
 
 def add_workers(p: argparse.ArgumentParser, told: str) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    p.add_argument("--workers", type=count, metavar="N", default=cores, help=f"{told} (default: one for each core)")
+    p.add_argument("--workers", type=count, metavar="N", default=cores(), help=f"{told} (default: one for each core)")
 
 
 def add_json(p: argparse.ArgumentParser) -> None:

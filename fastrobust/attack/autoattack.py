@@ -11,7 +11,7 @@ import logging
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrobust.attack.base import Attack, Setting
 from fastrobust.attack.verdicts import correct, evaluating
@@ -31,6 +31,11 @@ def version() -> str:
         raise ConfigError("AutoAttack's attacks need a package: pip install 'fastrobust[autoattack]'") from None
 
 
+def classes_of(model: nn.Module, images: Tensor) -> int:
+    with evaluating(model), torch.no_grad():
+        return model(to_unit(images[:1])).shape[1]
+
+
 class Part(Attack):
     """One part, in one round. `part` is its name."""
 
@@ -39,12 +44,8 @@ class Part(Attack):
 
     def __init__(self, setting: Setting, numbers: tuple[int, ...] = ()):
         super().__init__(setting, numbers)
-        with evaluating(self.model), torch.no_grad():
-            classes = self.model(to_unit(self.images[:1])).shape[1]
-        if classes < 4 and self.targeted:
-            raise ConfigError(
-                f"{self.part} needs at least 4 classes, the model has {classes}: --attack pgd-50-10,apgd-ce,square"
-            )
+        self.check_model(self.model, self.images)
+        classes = classes_of(self.model, self.images)
         from pyautoattack import AutoAttack
 
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
@@ -61,6 +62,13 @@ class Part(Attack):
     def check(cls, numbers: tuple[int, ...]) -> None:
         super().check(numbers)
         version()
+
+    @classmethod
+    def check_model(cls, model: nn.Module, images: Tensor) -> None:
+        if cls.targeted and (classes := classes_of(model, images)) < 4:
+            raise ConfigError(
+                f"{cls.part} needs at least 4 classes, the model has {classes}: --attack pgd-50-10,apgd-ce,square"
+            )
 
     @classmethod
     def made_by(cls) -> str:

@@ -50,6 +50,10 @@ class Attack(ABC):
             raise ConfigError(f"the attack takes no numbers, found {'-'.join(map(str, numbers))}")
 
     @classmethod
+    def check_model(cls, model: nn.Module, images: Tensor) -> None:
+        """Raise ConfigError if the attack is not defined for this model. images: as in a `Setting`."""
+
+    @classmethod
     def made_by(cls) -> str:
         """Whose code it is, with its version: kept with every verdict."""
         return f"fastrobust {__version__}" if cls.__module__.startswith("fastrobust.") else cls.__module__

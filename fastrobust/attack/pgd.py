@@ -13,7 +13,7 @@ from fastrobust.attack import gradient
 from fastrobust.attack.base import Attack, Setting
 from fastrobust.attack.rounds import run_rounds
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.attack.verdicts import Verdicts, classified, correct, evaluating
+from fastrobust.attack.verdicts import Verdicts, check_images, classified, correct, evaluating
 from fastrobust.data.augment import to_unit
 from fastrobust.runtime.cuda_graph import record
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -37,9 +37,11 @@ def pgd(
     An example is robust only if no point of any restart, the random start and the last step included, is misclassified;
     one such point settles it, whatever its loss. Each restart attacks only the examples that are still robust, packed
     into full batches; the noise of an example depends on (seed, restart, its place in the set) and not on which others
-    are left. images: uint8 N x C x H x W on the model's device. `progress(restart, examples)` is called after each
-    batch with the number of examples that it dealt with. Arithmetic is fp32.
+    are left. images: uint8, or float in [0, 1], N x C x H x W on the model's device; others raise DataError.
+    `progress(restart, examples)` is called after each batch with the number of examples that it dealt with. Arithmetic is
+    fp32.
     """
+    check_images(images, labels, threat)
     clean = classified(model, images, labels, batch_size)
     robust = clean.clone()
     attack = Pgd(Setting(model, images, threat, alpha, batch_size, seed), (steps, restarts))

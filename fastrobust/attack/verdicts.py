@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastrobust.attack.gradient import frozen
 from fastrobust.attack.threat import Threat
 from fastrobust.data.augment import to_unit
+from fastrobust.runtime.errors import DataError
 
 
 @contextlib.contextmanager
@@ -40,9 +41,32 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
+def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -> None:
+    """Raise DataError unless images are uint8, or float in [0, 1], N x C x H x W, labels int64 N, and the radius is one of
+    pixels in [0, 1]."""
+    if images.dim() != 4 or not len(images):
+        raise DataError(f"images must be N x C x H x W, not {' x '.join(map(str, images.shape))}")
+    if images.is_floating_point():
+        low, high = images.min().item(), images.max().item()
+        if not (low >= 0 and high <= 1):  # NaN too
+            hint = "divide them by 255" if low >= 0 and high > 2 else "normalisation belongs into the model"
+            raise DataError(f"float images must be pixels in [0, 1], these lie in [{low:.3g}, {high:.3g}]: {hint}")
+    elif images.dtype != torch.uint8:
+        raise DataError(f"images must be uint8, or float in [0, 1], not {images.dtype}")
+    if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0:
+        found = f"{labels.dtype} {tuple(labels.shape)}, the least {labels.min().item()}" if len(labels) else "none"
+        raise DataError(f"labels must be int64, one of at least 0 for each of the {len(images)} images; found {found}")
+    if threat is not None and not 0 <= float(threat.radius) <= 1:
+        radius = float(threat.radius)
+        raise DataError(f"epsilon {radius:g} is outside the pixel range [0, 1]; did you mean {radius:g}/255?")
+
+
 def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
     """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W."""
     with evaluating(model), plain_fp32(), torch.no_grad():
+        classes = model(to_unit(images[:1])).shape[1]
+        if labels.max() >= classes:
+            raise DataError(f"label {labels.max().item()} is none of the model's {classes} classes, 0 to {classes - 1}")
         batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
         return torch.cat([correct(model(to_unit(x)), y) for x, y in batches])
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
+import re
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -30,6 +32,19 @@ def _std(values: tuple[float, ...]) -> tuple[float, ...]:
     if any(v <= 0 for v in values):
         raise ValueError("must be positive")
     return values
+
+
+def _place(value: str) -> str:
+    """A path with ~ and $VARIABLES written out."""
+    path = os.path.expanduser(os.path.expandvars(value))
+    if unset := re.search(r"\$\{?(\w+)", path):
+        raise ValueError(f"the environment variable {unset[1]} is not set")
+    if path.startswith("~"):
+        raise ValueError(f"there is no home folder for '{path.split('/')[0]}'")
+    return path
+
+
+Place = Annotated[str, AfterValidator(_place)]
 
 
 def _word(known: tuple[str, ...], value: str) -> str:
@@ -84,8 +99,8 @@ class Augment(Section):
 
 class Data(Section):
     dataset: Annotated[str, AfterValidator(_dataset)]
-    path: str | None = None
-    prepared: str | None = None  # folder of data_prep's files; default: DATASET-ffcv or DATASET-dali beside the data sets
+    path: Place | None = None
+    prepared: Place | None = None  # folder of data_prep's files; default: DATASET-ffcv or DATASET-dali beside the data sets
     workers: Count | None = None  # threads or processes that decode; default: one for each core
     download: bool = False
     limit: Count | None = None
@@ -145,7 +160,7 @@ class Evaluation(Section):
 
 class Config(Section):
     name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    output: str = "runs"
+    output: Place = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph"] = "auto"

@@ -13,8 +13,8 @@ from fastrobust.data.order import AREA, DRAWS, FLIP, RATIO, TRIES
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 -> fp32 in [0, 1]; keeps the memory format."""
-    return images.float() / 255
+    """uint8 -> fp32 in [0, 1]; images that are in [0, 1] already are left as they are. Keeps the memory format."""
+    return images.float() if images.is_floating_point() else images.float() / 255
 
 
 def augment(images: Tensor, config, resolution: int) -> Tensor:

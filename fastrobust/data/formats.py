@@ -5,6 +5,8 @@ Every problem with a file is a `DataError` that names it.
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import gzip
 import io
 import lzma
@@ -13,10 +15,10 @@ import os
 import pickle
 import struct
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,7 +26,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
+from fastrobust.runtime.files import mistaken
 from fastrobust.runtime.machine import check_memory
 
 CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -35,19 +39,21 @@ _PICKLE_GLOBALS = {
     ("numpy", "dtype"),
     ("_codecs", "encode"),
 }
-ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz")
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
-_DAMAGE = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
+_DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, plain or compressed; what goes wrong while it is read becomes a DataError."""
     try:
         with open(path, "rb") as file:
-            start = file.read(6)
-        compressed = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open}
+            start = file.read(64)
+        if problem := mistaken(start):
+            raise DataError(f"{path} {problem}")
+        compressed = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}
         with compressed.get(start[:2], open)(path, "rb") as file:
             yield file
     except EOFError as error:
@@ -102,9 +108,33 @@ def folder_members(folder: Path) -> list[Member]:
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}): check the folder") from error
 
-    tree = os.walk(folder, onerror=fail, followlinks=True)
-    files = [Path(parent, name) for parent, _, names in tree for name in names]
-    return [Member(file.relative_to(folder).as_posix(), str(file), file.read_bytes) for file in files]
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # links may lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(parent, name) for name in names]
+    return [Member(printable(file.relative_to(folder).as_posix()), printable(str(file)), file.read_bytes) for file in files]
+
+
+def printable(name: str) -> str:
+    """A file's name as text; bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def archive_members(path: Path) -> list[Member]:
+    """The files in a tar or zip archive. Raises DataError."""
+    if not zipfile.is_zipfile(path):
+        return tar_members(path)
+    with opened(path), zipfile.ZipFile(path) as archive:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    return [Member(name.removeprefix("./"), f"{name} in {path}", partial(_read_zipped, path, name)) for name in names]
+
+
+def _read_zipped(path: Path, name: str) -> bytes:
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(name)
 
 
 def tar_members(path: Path, nested: bool = False) -> list[Member]:
@@ -200,13 +230,20 @@ def decode_all(members: list[Member], size: int, resize: bool) -> np.ndarray:
     check_memory(math.prod(shape), f"a set of {len(members)} images of {size} x {size} pixels")
     images = np.empty(shape, np.uint8)
 
-    def decode(start: int) -> None:
+    def decode(start: int) -> list[DataError]:
+        bad = []
         for i, member in enumerate(members[start : start + 64], start):
-            images[i] = _decode(member, size, resize)
+            try:
+                images[i] = _decode(member, size, resize)
+            except DataError as error:
+                bad.append(error)
+        return bad
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(0, len(members), 64)):
-            pass
+    with ThreadPoolExecutor(limits.cores()) as pool:
+        bad = [error for part in pool.map(decode, range(0, len(members), 64)) for error in part]
+    if bad:
+        more = f"\nand {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise DataError("\n".join(map(str, bad[:10])) + more)
     return images
 
 
@@ -230,10 +267,18 @@ def open_upright(member: Member) -> Image.Image:
     """The image, decoded whole: 8-bit RGB, turned as its EXIF data say, alpha dropped. Raises DataError."""
     try:
         content = member.read()
+    except OSError as error:
+        raise DataError(
+            f"{member.where} cannot be read ({error.strerror or error}): check the disk and permissions"
+        ) from error
+    if problem := mistaken(content[:64]):
+        raise DataError(f"{member.where} {problem}")
+    try:
         image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS)
         if image.format == "PNG":  # Pillow decodes its pixels without a look at their checksums
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()
-        ImageOps.exif_transpose(image, in_place=True)
+        with contextlib.suppress(Exception):  # a good picture may have an odd EXIF block: then it is taken as it lies
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
             raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
         if image.mode == "P":  # RGBA first, the way for palettes with transparency
@@ -242,9 +287,13 @@ def open_upright(member: Member) -> Image.Image:
             image = image.convert("RGB")
         image.load()
         return image
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged image can raise anything
         raise unusable(member.where, error) from error
 
 
 def unusable(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} is not a usable image ({error}): replace or remove it")
+    return DataError(
+        f"{where} is not a usable image ({error}): put a good copy in its place; a run that has begun needs all its images"
+    )

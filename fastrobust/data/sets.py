@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from PIL import Image
 
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
-from fastrobust.data import formats, ilsvrc
+from fastrobust.data import formats, ilsvrc, layouts
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
 
@@ -93,8 +92,6 @@ _IDX_MD5 = {  # of the uncompressed images file and labels file
     ("fashion_mnist", "train"): ["f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9"],
     ("fashion_mnist", "test"): ["8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965"],
 }
-_SPLIT_FOLDERS = {"train": ["train"], "test": ["test", "val", "validation"]}
-_LAYOUT = "a folder or tar file(s) of train/<class>/<image> and one of test/..., val/..., validation/..."
 
 
 def load(
@@ -114,7 +111,7 @@ def load(
     limit: read only this many images, evenly spaced over the split. Raises DataError.
     """
     facts = known(dataset)
-    if split not in _SPLIT_FOLDERS:
+    if split not in layouts.SPLITS:
         raise DataError(f"there is no split {split!r}: use 'train' or 'test'")
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 image, not {limit}")
@@ -142,7 +139,7 @@ def load(
         if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
             images, labels = formats.read_batches(batches, split, source)
         else:
-            chosen, labels, classes = _split_members(members, split, classes, source)
+            chosen, labels, classes = layouts.choose(members, split, classes, source, place)
             keep = evenly_spaced(len(chosen), limit)
             images, labels = formats.decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
     return _take(images, labels, classes, source, limit)
@@ -191,8 +188,9 @@ class Listing(NamedTuple):
 
 def list_images(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Listing:
     """The image files of one split of an image folder (or tars of one): for what reads them one by one. Raises DataError."""
-    members, source = _members(locate(dataset, path))
-    chosen, labels, classes = _split_members(members, split, None, source)
+    place = locate(dataset, path)
+    members, source = _members(place)
+    chosen, labels, classes = layouts.choose(members, split, None, source, place)
     keep = evenly_spaced(len(chosen), limit)
     return Listing([chosen[i] for i in keep], labels[keep].astype(np.int64), classes, source)
 
@@ -232,7 +230,7 @@ def _members(place: Path) -> tuple[list[formats.Member], str]:
     if official := ilsvrc.folder_of(place):
         return list(ilsvrc.members(official)), str(official)
     archives = _archives(place)
-    listings = [formats.tar_members(archive) for archive in archives] or [formats.folder_members(place)]
+    listings = [formats.archive_members(archive) for archive in archives] or [formats.folder_members(place)]
     return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place)
 
 
@@ -261,7 +259,7 @@ def locate(dataset: str, path: str | Path | None = None) -> Path:
         "`apt-get install dataset-fashion-mnist` installs fashion_mnist."
     )
     if known(dataset).size is None:
-        advice = f"Set `path` in the config's data section to {_LAYOUT}"
+        advice = f"Set `path` in the config's data section to {layouts.LAYOUT}"
     raise DataError("\n".join([f"{dataset} was not found. Looked in:", *looked, advice]))
 
 
@@ -298,7 +296,7 @@ def _problem(dataset: str, place: Path) -> str | None:
     if dataset in ("mnist", "fashion_mnist"):
         absent = [name for names in _IDX_NAMES.values() for name in names if _idx_file(place, name) is None]
         return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
-    if place.is_file() or (place / "train").is_dir():
+    if place.is_file() or _is_split(place):
         return None
     batches = [name for names in formats.CIFAR_BATCHES.values() for name in names]
     absent = [name for name in batches if not (place / name).is_file()]
@@ -307,7 +305,14 @@ def _problem(dataset: str, place: Path) -> str | None:
     archives = _archives(place)
     if dataset == "cifar10" and len(archives) > 1:
         return f"holds {len(archives)} archives: give the `path` of one"
-    return None if archives else f"holds neither train/ nor a file *{', *'.join(formats.ARCHIVE_SUFFIXES)}"
+    return None if archives else f"holds neither train/ nor test/ nor a file *{', *'.join(formats.ARCHIVE_SUFFIXES)}"
+
+
+def _is_split(place: Path) -> bool:
+    """Whether a folder holds the folder of a split, itself or in the one folder that is in it."""
+    inside = [child for child in place.iterdir() if child.is_dir() and not layouts.is_hidden(child.name)]
+    known = {name for names in layouts.SPLITS.values() for name in names}
+    return any(child.name in known for child in inside) or (len(inside) == 1 and _is_split(inside[0]))
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -318,7 +323,7 @@ def _archives(place: Path) -> list[Path]:
     """The tar files that make up the data set, in order; none if it is a folder of files."""
     if place.is_file():
         return [place]
-    if (place / "train").is_dir():
+    if _is_split(place):
         return []
     return sorted(file for file in place.iterdir() if file.name.endswith(formats.ARCHIVE_SUFFIXES))
 
@@ -355,31 +360,3 @@ def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray,
                 f"{expected}: fetch it again, or use an image_folder for images of your own"
             )
     return images[..., None], labels, ", ".join(map(str, files))
-
-
-def _split_members(
-    members: list[formats.Member], split: str, classes: tuple[str, ...] | None, source: str
-) -> tuple[list[formats.Member], np.ndarray, tuple[str, ...]]:
-    """The images of a split sorted by (class, file name), their labels, and the class names."""
-    groups: dict[str, list[tuple[str, str, formats.Member]]] = {}  # split folder -> (class, file name, image)
-    for member in members:
-        folder, _, rest = member.name.partition("/")
-        if "/" in rest and formats.is_image(rest):
-            name, _, file = rest.partition("/")
-            groups.setdefault(folder, []).append((name, file, member))
-    sides = {side: [name for name in names if name in groups] for side, names in _SPLIT_FOLDERS.items()}
-    if any(len(names) != 1 for names in sides.values()):
-        found = ", ".join(sorted(groups)) or "no such folder"
-        raise DataError(f"{source} must be {_LAYOUT}; it has images in {found}")
-    train, test = ({name for name, _, _ in groups[folder]} for (folder,) in sides.values())
-    expected = set(classes or train | test)
-    if train != expected or test != expected:
-        differ = ", ".join(sorted((train ^ expected) | (test ^ expected))[:5])
-        raise DataError(f"{source}: train and test must have the same classes, but differ in {differ}")
-    name, copies = Counter(member.name for member in members).most_common(1)[0]
-    if copies > 1:
-        raise DataError(f"{source}: {name} occurs {copies} times: remove the archives that overlap")
-    index = {name: label for label, name in enumerate(sorted(expected))}
-    chosen = sorted(groups[sides[split][0]])
-    labels = np.array([index[name] for name, _, _ in chosen])
-    return [member for _, _, member in chosen], labels, tuple(index)

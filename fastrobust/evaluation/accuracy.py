@@ -14,7 +14,7 @@ from fastrobust.attack.autoattack import PARTS
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.rounds import Place, run_rounds
 from fastrobust.attack.threat import Threat
-from fastrobust.attack.verdicts import classified, evaluating
+from fastrobust.attack.verdicts import check_images, classified, evaluating
 from fastrobust.config.numbers import describe
 from fastrobust.data import sets
 from fastrobust.evaluation import results
@@ -101,9 +101,12 @@ def run_attacks(
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
+    check_images(images, labels, Threat(epsilon))
     about = {"weights": weights_digest(model), "data": data.checksum()}
     kinds = {name: base.parse(name)[0] for name in names}
     clean = classified(model, images, labels, batch_size)
+    for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
+        kind.check_model(model, images)
     robust = clean.clone()
     records = []
     for name in names:

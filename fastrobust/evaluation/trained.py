@@ -40,4 +40,4 @@ def open_trained(path: str | Path, data: str | None = None, device: torch.device
     run's config says, from the source and not from prepared files. Raises RunError or ConfigError."""
     model, config, classes = read_weights(path)
     config = loaders.from_source(config, data) if data else loaders.resolve(config, torch.device("cpu"))
-    return Trained(model.to(device), config, classes, Path(path), weights_digest(model))
+    return Trained(model.to(device, memory_format=torch.channels_last), config, classes, Path(path), weights_digest(model))

@@ -36,7 +36,7 @@ def in_sequence(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
-    """A freshly initialised model in channels-last memory. Names: ours, torchvision's, `timm/NAME`, or
+    """A freshly initialised model. Names: ours, torchvision's, `timm/NAME`, or
     `package.module:function` for a function of (channels, classes) that returns an nn.Module. Raises ConfigError."""
     if name in parts.MODELS or ":" in name:
         network = parts.find("model.name", parts.MODELS, name)(channels, classes)
@@ -46,7 +46,7 @@ def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], s
         network = _timm(name.removeprefix("timm/"), channels, classes)
     else:
         network = _torchvision(name, channels, classes)
-    return Normalized(network, mean, std).to(memory_format=torch.channels_last)
+    return Normalized(network, mean, std)
 
 
 def _torchvision(name: str, channels: int, classes: int) -> nn.Module:

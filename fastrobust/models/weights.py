@@ -16,7 +16,7 @@ from fastrobust.config import reading
 from fastrobust.config.schema import Config
 from fastrobust.models import create
 from fastrobust.runtime.errors import FastrobustError, RunError
-from fastrobust.runtime.files import write_atomically
+from fastrobust.runtime.files import explained, mistaken, write_atomically
 from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
 
 
@@ -55,6 +55,7 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, 
     if not weights.is_file():
         hint = f"; the run is not finished: `--resume {path}`" if (path / CONFIG).is_file() else ""
         raise RunError(f"there are no weights at {weights}{hint}")
+    refuse_others(weights)
     try:
         with safe_open(weights, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -75,9 +76,22 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, 
     return model.eval(), config, classes
 
 
+def refuse_others(path: Path) -> None:
+    """Raise RunError, which says what the file is, if it is not one of weights, whole or damaged."""
+    with explained(f"{path} cannot be read"), path.open("rb") as file:
+        start = file.read(64)
+    if problem := mistaken(start):
+        raise RunError(f"{path} {problem}")
+    if start[:2] in (b"PK", b"\x80\x02"):
+        run = path.parent if (path.parent / CONFIG).is_file() else "RUN"
+        what = "a zip archive" if path.suffix == ".zip" else "a file of torch.save"
+        raise RunError(f"{path} is {what}, not weights that fastrobust wrote; a run's are opened by its directory: {run}")
+
+
 def load(run: str | Path) -> torch.nn.Module:
     """The trained model of a run directory or .safetensors file, ready to use: in eval mode, on the CPU, normalisation
-    inside. Takes images in [0, 1], float N x C x H x W, and gives logits N x classes. Raises RunError."""
+    inside. Takes images in [0, 1], float N x C x H x W, and
+    gives logits N x classes. Raises RunError."""
     try:
         return read_weights(run)[0]
     except FastrobustError as error:

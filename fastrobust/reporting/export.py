@@ -186,7 +186,6 @@ CLASSES = {list(classes)!r}
 
 def load(weights: str | Path = Path(__file__).with_name("weights.pt")) -> nn.Module:
     model = Normalized({make}, {tuple(config.model.mean)!r}, {tuple(config.model.std)!r})
-    model = model.to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return model.eval()
 '''
@@ -215,7 +214,7 @@ def write_onnx(path: Path, model, images) -> float | None:
         import onnxscript  # noqa: F401
     except ImportError:
         return None
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    plain = copy.deepcopy(model)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -239,7 +238,8 @@ def write_onnx(path: Path, model, images) -> float | None:
 def card(config, classes: tuple[str, ...], facts: dict[str, Any], onnx: bool) -> str:
     """The model card, Markdown."""
 
-    used = f"{config.data.limit} of its training images" if config.data.limit else "all of its training images"
+    images = facts["summary"].get("training_images")
+    used = f"{images:,} training images" if images else "its training images"
     side = config.phases[-1].resolution
     paragraphs = [
         f"# {config.name}",

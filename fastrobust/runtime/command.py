@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
@@ -14,9 +15,15 @@ from fastrobust.runtime.errors import FastrobustError, first_line, is_out_of_mem
 
 def main_with_errors(command: Callable[[], int]) -> int:
     """Run a command. Exit status 2 for a problem that the user can mend, 130 when stopped by the keyboard, 75 when a
-    scheduler or a lost terminal stopped a run that can be resumed."""
+    scheduler or a lost terminal stopped a run that can be resumed. Names that are not UTF-8 are printed with
+    backslashes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except FastrobustError as error:
         status = getattr(error, "status", 2)
         if not getattr(error, "silent", False):
@@ -30,6 +37,9 @@ def main_with_errors(command: Callable[[], int]) -> int:
             raise
         print(f"error: out of memory: {first_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read what is printed has had enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastrobust.runtime import limits
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
 from fastrobust.runtime.interrupt import RESUME_ME, Stop
 
@@ -207,6 +208,10 @@ def pick_device(name: str, world: World = ALONE) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device: there is no device '{name}'; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: {name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, limits.cores() // on_this_machine(world.size))))
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         there = f"this machine has {torch.cuda.device_count()} CUDA device(s)"
         each = "; torchrun starts one process for each (--nproc-per-node)" if world.joined else ""

@@ -55,8 +55,20 @@ def _flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def mistaken(start: bytes) -> str | None:
+    """What a file is by its first bytes, where that is something else than data: so that nobody deletes a good file because
+    it was called damaged, or keeps a web page for a data set."""
+    if not start:
+        return "is empty: fetch it again"
+    if start[:15].lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page: the download went wrong, fetch the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, not the file itself: run `git lfs pull`"
+    return None
+
+
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:

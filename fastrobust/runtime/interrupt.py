@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.errors import FastrobustError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)  # USR1: Slurm's warning before the time is up
@@ -18,7 +20,7 @@ class Interrupted(FastrobustError):
 
     def __init__(self, signum: int, run: Path):
         name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name}; go on with: python -m fastrobust.train --resume {run}")
+        super().__init__(f"stopped by {name}; go on with: {to_paste('train', '--resume', run)}")
         self.signum = signum
         self.status = 128 + signum if signum == signal.SIGINT else RESUME_ME
 
@@ -33,6 +35,9 @@ class Stop(BaseException):
 @contextlib.contextmanager
 def handled(handler: Callable) -> Iterator[None]:
     """Inside, the handler gets the signals that ask to stop, but for those that are ignored (`nohup` ignores SIGHUP)."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
     asked = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
     previous = {s: signal.signal(s, handler) for s in asked}
     try:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import math
-import os
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,25 +12,13 @@ from typing import Any
 import torch
 
 from fastrobust import __version__
+from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
-
-_MEMINFO = Path("/proc/meminfo")
-
-
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory() -> float:
-    """In bytes; infinite where the system does not tell."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()) if _MEMINFO.exists() else None
-    return 1024 * int(found[1]) if found else math.inf
 
 
 def check_memory(needed: int, what: str | Path) -> None:
     """Raise DataError if `needed` bytes exceed 80 % of the memory available, where the system tells that."""
-    available = available_memory()
+    available = limits.available_memory()
     if needed > 0.8 * available:
         raise DataError(
             f"{what} needs {needed / 1e9:.3g} GB of memory, more than 80 % of the {available / 1e9:.3g} GB "
@@ -51,7 +36,7 @@ def environment(device: str) -> dict[str, Any]:
     hardware = {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": limits.cores(),
         "threads": torch.get_num_threads(),
     }
     return {"versions": versions, "hardware": hardware, "commit": _commit()}

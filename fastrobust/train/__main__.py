@@ -2,7 +2,7 @@
 
 import sys
 
-from fastrobust.__main__ import main
+from fastrobust.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(main())

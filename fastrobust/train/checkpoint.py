@@ -27,6 +27,8 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"learner.{name}": t for name, t in stored["tensors"].items()}
     tensors |= {f"state.{name}": t for name, t in stored["state"].items()}
     tensors |= {f"good.{name}": t for name, t in training.good.items()} | _generators(training)
+    if training.robust_before is not None:
+        tensors["guard.robust"] = training.robust_before
     if world.size > 1:
         totals = world.total(*learner.read_sums())
         for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
@@ -81,6 +83,7 @@ def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     except (KeyError, RuntimeError, TypeError) as error:
         raise RunError(f"the checkpoint in {directory} does not fit its config: {error}") from None
     training.good = {name: t.to(training.device) for name, t in part("good.").items()}
+    training.robust_before = tensors.get("guard.robust")
     if training.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], training.device)
     if rank:

@@ -37,7 +37,7 @@ class Curves:
     def draw(self, record: dict) -> None:
         if self.writer is None:
             return
-        for name in record.keys() - {"epoch", "phase", "updates", "warning"}:
+        for name in record.keys() - {"epoch", "phase", "updates", "warning", "guard_images"}:
             self.writer.add_scalar(name, record[name], record["updates"])
         self.writer.flush()
 
@@ -47,6 +47,6 @@ def epoch_line(record: dict, config: Config, bar: Progress) -> str:
     name = "adversarial" if config.method.attacks else "accuracy"
     text = f"epoch {record['epoch']:>3}/{config.epochs}  loss {record['loss']:.4f}  {name} {record['train_accuracy']:.1%}  "
     if "guard_accuracy" in record:
-        text += f"minibatch clean {record['guard_clean_accuracy']:.1%} PGD {record['guard_accuracy']:.1%}  "
+        text += f"guard: clean {record['guard_clean_accuracy']:.1%} PGD {record['guard_accuracy']:.1%}  "
     text += f"lr {record['learning_rate']:.2e}  {record['images_per_second']:,.0f} images/s  "
     return f"{text}{duration(record['seconds'])}  {bar.time_left()} left"

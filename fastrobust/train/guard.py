@@ -1,9 +1,9 @@
 """Detectors of catastrophic overfitting, of divergence and of a collapsed loss scale: three things, three remedies.
 
-Catastrophic overfitting is single-step training that stops making models robust, from one epoch to the next. Its detectors
-look at the history of a run: per epoch, `train_accuracy` on the perturbed images that it was trained on, and
-`guard_accuracy` under PGD on one training minibatch. A diverged model has weights that are not numbers. When fp16's loss
-scale collapses the weights stay as they are: every update overflows and is skipped.
+Catastrophic overfitting is single-step training that stops making models robust, from one epoch to the next. After each
+epoch the guard attacks the same training images with PGD, without augmentation, and compares what it finds with the epoch
+before, image by image. A diverged model has weights that are not numbers. When fp16's loss scale collapses the weights stay
+as they are: every update overflows and is skipped.
 """
 
 from __future__ import annotations
@@ -14,14 +14,40 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastrobust.attack.pgd import pgd
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import Verdicts
+from fastrobust.runtime.distributed import World
+
+IMAGES = 512  # training images that are attacked, evenly spaced over all; fewer only where there are fewer
+ENOUGH = 256  # images for a verdict that ends a run
+SURE = 3.3  # standard deviations: a fall by chance alone is so significant in one epoch of 2,000
 FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
 GAP = 0.5  # between the accuracy under the training attack and under PGD
 PATIENCE = 3  # epochs that such a gap may last without PGD accuracy rising: some runs start with one and close it
+ADVICE = "train with a smaller alpha, with method n_fgsm, or with more noise"
 
 
-def fell(history: list[dict], drop: float) -> bool:
-    """PGD accuracy is more than `drop` below the epoch before (paper, appendix B; the authors' `early_stop`)."""
-    return len(history) > 1 and history[-2]["guard_accuracy"] - history[-1]["guard_accuracy"] > drop
+def look(
+    model: torch.nn.Module, images: Tensor, labels: Tensor, threat: Threat, alpha: float, steps: int, seed: int, world: World
+) -> Verdicts:
+    """PGD on the guard's images, which every process has and attacks its share of: the verdicts of all, on the CPU. images:
+    uint8 N x C x H x W, labels int64 N, on the model's device; the shapes are the same after every epoch."""
+    mine = slice(world.rank, None, world.size)
+    found = pgd(model, images[mine], labels[mine], threat=threat, alpha=alpha, steps=steps, restarts=1, seed=seed)
+    clean, robust = (torch.zeros(len(labels), dtype=torch.bool) for _ in range(2))
+    for rank, (their_clean, their_robust) in enumerate(world.gather((found.clean.cpu(), found.robust.cpu()))):
+        clean[rank :: world.size], robust[rank :: world.size] = their_clean, their_robust
+    return Verdicts(clean, robust)
+
+
+def fell(before: Tensor, now: Tensor, drop: float) -> bool:
+    """Whether PGD accuracy is more than `drop` below the epoch before (paper, appendix B), and by more than chance: of the
+    images whose verdict changed, so many more were lost than won that a fair coin would not do it (McNemar's test). before,
+    now: which of the same images are robust, bool N."""
+    lost, won = int((before & ~now).sum()), int((now & ~before).sum())
+    fall = (lost - won) / len(now)
+    return fall > drop + 1e-9 and lost - won > SURE * math.sqrt(lost + won)
 
 
 def gapes(record: dict) -> bool:
@@ -45,20 +71,40 @@ def jumped(history: list[dict]) -> bool:
     return c - b > FREE_JUMP and c - b > 2 * max(b - a, 0.0) and b > 0.2
 
 
-def verdict(history: list[dict], drop: float) -> tuple[str, str] | None:
-    """("overfit" or "suspect", why) for the last epoch of the history, or None when it looks healthy."""
+def comparable(history: list[dict]) -> list[dict]:
+    """The last epochs that were trained as the last of all: in its phase and with its radius. While epsilon warms up every
+    epoch has a larger radius than the one before, and a lower accuracy is to be expected."""
+    alike = ("phase", "guard_epsilon")
+    last, kept = history[-1], []
+    for record in reversed(history):
+        if "guard_accuracy" not in record or any(record.get(key) != last.get(key) for key in alike):
+            break
+        kept.insert(0, record)
+    return kept
+
+
+def verdict(history: list[dict], before: Tensor | None, now: Tensor, drop: float) -> tuple[str, str] | None:
+    """("overfit" or "suspect", why) for the last epoch of the history, or None when it looks healthy. before, now: which of
+    the guard's images were robust after the epoch before, and are (bool N); before is None where the two cannot be
+    compared. A model that overfits its attack classifies the images themselves as well as before: where clean accuracy
+    falls too, the model has become worse in another way, and may recover."""
+    history = comparable(history)
     last = history[-1]
-    if fell(history, drop):
-        before = history[-2]["guard_accuracy"]
-        return "overfit", f"PGD accuracy on a training minibatch fell from {before:.1%} to {last['guard_accuracy']:.1%}"
-    if gapes(last):
+    if len(history) > 1 and before is not None and fell(before, now, drop):
+        then = before.double().mean().item()
+        why = f"PGD accuracy on {len(now)} training images fell from {then:.1%} to {last['guard_accuracy']:.1%}"
+        clean = history[-2]["guard_clean_accuracy"] - last["guard_clean_accuracy"]
+        if then - last["guard_accuracy"] - max(0.0, clean) <= drop:
+            return "suspect", f"{why}, and clean accuracy with it"
+        return ("overfit" if len(now) >= ENOUGH else "suspect"), why
+    if len(history) > 1 and gapes(last):
         why = f"{last['train_accuracy']:.1%} under the training attack, but {last['guard_accuracy']:.1%} under PGD"
-        if never_rises(history):
+        if never_rises(history) and len(now) >= ENOUGH:
             return "overfit", f"{why}, and no better than {PATIENCE - 1} epochs before"
         return "suspect", why
     if jumped(history):
-        before, now = history[-2]["train_accuracy"], last["train_accuracy"]
-        return "suspect", f"accuracy under the training attack jumped from {before:.1%} to {now:.1%}"
+        then, current = history[-2]["train_accuracy"], last["train_accuracy"]
+        return "suspect", f"accuracy under the training attack jumped from {then:.1%} to {current:.1%}"
     return None
 
 

@@ -18,6 +18,7 @@ from fastrobust.data import loaders
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import duration
 from fastrobust.train import schedules, step
+from fastrobust.train.threads import Threads
 
 WARM_UP, TIMED = 2, 4  # steps
 
@@ -40,7 +41,7 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
         training_step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
         steps = schedules.steps_in(config, phase, len(loader))
         batches = loader.batches(config.seed, index, phase.batch_size, 0, WARM_UP + TIMED)
-        seconds = seconds_per_step(training_step, batches)
+        seconds = seconds_per_step(training_step, Threads(training_step, world, config.deterministic), batches)
         times = [begun + f * phase.epochs for f in (0, 0.2, 0.4, 0.6, 0.8, 1)]
         points = " → ".join(f"{config.schedule.rate(at, config.epochs):.3g}" for at in times)
         rates.append(f"learning rate over phase {index}, at every fifth: {points}")
@@ -75,10 +76,12 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     console.print(f"files would go to {Path(config.output) / config.name}/; nothing was written", soft_wrap=True)
 
 
-def seconds_per_step(training_step: step.Step, batches) -> float:
-    """The mean time of a few real steps, after a warm-up."""
+def seconds_per_step(training_step: step.Step, threads: Threads, batches) -> float:
+    """The mean time of a few real steps, after a warm-up, with the threads that training would choose."""
     began = 0.0
     for number, batch in enumerate(batches):
+        if number == 0:
+            threads.look(batch)
         if number == WARM_UP:
             training_step.learner.read_sums()  # waits for the device
             began = time.perf_counter()

@@ -20,7 +20,7 @@ from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models.weights import save_weights
-from fastrobust.runtime import distributed, interrupt, run_directory
+from fastrobust.runtime import distributed, interrupt, limits, run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
@@ -124,8 +124,26 @@ def run(config: Config, directory: Path, device: torch.device, world: World, aga
 
 def training(config: Config, directory: Path, device: torch.device, world: World) -> Training:
     made = Training(config, directory, device, world)
-    print(f"loader: {config.loader}, {len(made.loader)} images of {len(made.loader.classes)} classes", flush=True)
+    if not world.rank:
+        test = loaders.test_set(config, config.evaluation.limit).labelled_as(made.loader.classes, "the run")
+        made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": counted(test.labels, test.classes)}
+        memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
+        told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
+        print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
     return made
+
+
+def counted(labels, classes: tuple[str, ...]) -> dict[str, int]:
+    """How many images there are of each class."""
+    counts = torch.bincount(torch.as_tensor(labels), minlength=len(classes)).tolist()
+    return dict(zip(classes, counts, strict=True))
+
+
+def in_words(counts: dict[str, int]) -> str:
+    """`60,000 of 10 classes (5,421 to 6,742 each)`."""
+    low, high = min(counts.values()), max(counts.values())
+    each = f"{low:,} each" if low == high else f"{low:,} to {high:,} each"
+    return f"{sum(counts.values()):,} of {len(counts)} classes ({each})"
 
 
 @contextlib.contextmanager
@@ -144,14 +162,14 @@ def finish(training: Training) -> dict[str, Any]:
     world.first(lambda: save_weights(directory, model, config, training.loader.classes))
     settings = config.evaluation
     with world.one_after_the_other(config.data.download):
-        test = loaders.test_set(config, settings.limit)
+        test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
     evaluations = [
         evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
         for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
     ]
-    summary = summarize(training, evaluations)
+    summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size
     world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))

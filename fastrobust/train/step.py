@@ -97,7 +97,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE) ->
     the first process's go on from the making of the model, every other has random numbers of its own."""
     engine.set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
-    model = build_model(config, loader.classes).to(device)
+    model = build_model(config, loader.classes).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels)
     learner = Learner(
         model.train(),
@@ -139,7 +139,7 @@ def check_model(model: nn.Module, config: Config, channels: int) -> None:
             with evaluating(model), torch.no_grad():
                 model(x)
                 config.method.check(model, x)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
                 f"model.name: {config.model.name} cannot take {resolution} x {resolution} pixels ({first_line(error)})"
             ) from None

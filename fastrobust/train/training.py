@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastrobust.attack.pgd import pgd
 from fastrobust.config.schema import Config
-from fastrobust.data import loaders
+from fastrobust.data import loaders, sets
 from fastrobust.data.augment import center_crop
-from fastrobust.data.batch import Batch
 from fastrobust.data.order import end_of_pass
 from fastrobust.runtime import memory, run_directory
 from fastrobust.runtime.distributed import ALONE, World
@@ -25,6 +23,7 @@ from fastrobust.runtime.interrupt import Interrupted, handled
 from fastrobust.runtime.progress import Progress
 from fastrobust.train import checkpoint, guard, schedules, step
 from fastrobust.train.curves import Curves, epoch_line
+from fastrobust.train.threads import Threads
 
 CHECKPOINT_SECONDS = 600  # the most work, about, that a kill can cost: long epochs are saved in their middle too
 AGREE_EVERY = 16  # steps after which processes agree whether to stop or save; without torchrun one decides after every step
@@ -65,11 +64,15 @@ class Training:
         self.loader = self.phases.enter(0)
         self.phases.check_files(len(self.loader))
         self.data_checksum = self.loader.checksum
+        self.images: dict[str, dict[str, int]] = {}  # how many there are of each split and class
         self.step = step.build(config, self.loader, device, world)
+        self.threads = Threads(self.step, world, config.deterministic)
         self.position = Position()
         self.history: list[dict] = []
         self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
         self.good_epoch = 0
+        self.guarded: tuple[Tensor, Tensor] | None = None  # the images that the guard attacks, and their labels
+        self.robust_before: Tensor | None = None  # which of them were robust after the last epoch
         self.asked: int | None = None  # the signal that this process got
         self.signum: int | None = None  # the one that all processes stop for
         self.saved = time.monotonic()
@@ -85,6 +88,7 @@ class Training:
         index = min(self.position.phase, len(self.config.phases) - 1)
         self.loader, phase = self.phases.enter(index), self.config.phases[index]
         self.step.enter_phase(phase.batch_size // self.world.size, self.loader.channels, phase.resolution)
+        self.guarded = self.robust_before = None
 
     def save(self) -> None:
         tensors, facts = checkpoint.pack(self)
@@ -124,18 +128,20 @@ class Training:
         position = self.position
         last = end_of_pass(position.passes, len(self.loader), phase.batch_size)
         began = time.perf_counter() - position.epoch_seconds
-        key, batch = f"phases.{position.phase}.batch_size", None
+        key = f"phases.{position.phase}.batch_size"
         for batch in self.loader.batches(self.config.seed, position.phase, phase.batch_size, position.step, last):
             with memory.explained(self.directory, key, self.step.trial, *batch, processes=self.world.size):
+                if told := self.threads.look(batch):
+                    bar.line(told)
                 self.step(batch)
             position.step += 1
             bar.advance(1, self._detail() if bar.due() else None)
             if position.step < last and self._agree(position.step):
                 position.epoch_seconds = time.perf_counter() - began
                 self._save_within_epoch()
-        self._end_pass(phase, batch, time.perf_counter() - began, bar)
+        self._end_pass(time.perf_counter() - began, bar)
 
-    def _end_pass(self, phase, batch: Batch, seconds: float, bar: Progress) -> None:
+    def _end_pass(self, seconds: float, bar: Progress) -> None:
         position = self.position
         self._check_numbers()
         loss_sum, correct, seen = self.world.total(*self.learner.read_sums())
@@ -156,7 +162,7 @@ class Training:
         self.learner.reset_sums()
         self.world.average_([b for b in self.learner.model.buffers() if b.is_floating_point()])
         if self.config.method.attacks and self.config.guard.action != "off":
-            self._guard(center_crop(batch.images, phase.resolution), batch.labels)
+            self._guard()
         self.curves.draw(record)
         bar.line(epoch_line(record, self.config, bar))
         if "warning" in record:
@@ -168,36 +174,51 @@ class Training:
         self._agree()
         self._stop_if_asked()
 
-    def _guard(self, images: Tensor, labels: Tensor) -> None:
-        """Attack the last minibatch of the epoch, with the radius that training has reached; on overfitting go back to the
-        weights of the last healthy epoch."""
+    def _guard(self) -> None:
+        """Attack the guard's images with the radius that training has reached; on overfitting go back to the weights of the
+        last healthy epoch that saw this radius."""
         settings, record, scale = self.config.guard, self.history[-1], self.step.scale_now()
-        verdicts = pgd(
-            self.learner.model,
-            images,
-            labels,
-            threat=self.step.threat.scaled(scale),
-            alpha=settings.alpha * scale,
-            steps=settings.steps,
-            restarts=1,
-            seed=record["epoch"],
-        )
-        clean, robust, count = self.world.total(int(verdicts.clean.sum()), int(verdicts.robust.sum()), len(labels))
-        record["guard_clean_accuracy"], record["guard_accuracy"] = clean / count, robust / count
-        found = guard.verdict([r for r in self.history if r["phase"] == record["phase"]], settings.drop)
-        model = self.learner.model.state_dict()
-        if (found is None or found[0] == "suspect") and settings.action == "stop":
-            self.good = {name: t.detach().clone() for name, t in model.items()}
+        model, threat = self.learner.model, self.step.threat.scaled(scale)
+        images, labels = self._guarded_images()
+        alpha, seed = settings.alpha * scale, record["epoch"]
+        found = guard.look(model, images, labels, threat, alpha, settings.steps, seed, self.world)
+        record["guard_images"], record["guard_epsilon"] = len(labels), threat.radius
+        record["guard_clean_accuracy"] = found.clean.double().mean().item()
+        record["guard_accuracy"] = found.robust.double().mean().item()
+        verdict = guard.verdict(self.history, self.robust_before, found.robust, settings.drop)
+        self.robust_before = found.robust
+        overfit = verdict is not None and verdict[0] == "overfit"
+        if not overfit and settings.action == "stop":
+            self.good = {name: t.detach().clone() for name, t in model.state_dict().items()}
             self.good_epoch = record["epoch"]
-        if found is None:
-            return
-        record["warning"] = f"{'catastrophic overfitting' if found[0] == 'overfit' else 'suspicious'}: {found[1]}"
-        if found[0] == "overfit" and settings.action == "stop":
-            kept = f"the weights after epoch {self.good_epoch} are kept" if self.good else "no epoch was healthy"
-            self.position.stopped = f"stopped after epoch {record['epoch']}: {record['warning']}; {kept}"
+        if verdict is not None:
+            record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {verdict[1]}"
+        if overfit and settings.action == "stop":
+            self._go_back(record)
+
+    def _guarded_images(self) -> tuple[Tensor, Tensor]:
+        """The training images that the guard attacks, at the phase's resolution, and their labels: the same in all epochs."""
+        if self.guarded is None:
+            resolution = self.config.phases[self.position.phase].resolution
+            numbers = sets.evenly_spaced(len(self.loader), guard.IMAGES)
+            images, labels, _ = self.loader.still(numbers)
+            images = center_crop(images, resolution).to(self.device).contiguous(memory_format=torch.channels_last)
+            self.guarded = images, labels.to(self.device)
+        return self.guarded
+
+    def _go_back(self, record: dict) -> None:
+        """End the run with the weights of the last healthy epoch, if it was trained with the radius of this one."""
+        before = [r for r in self.history if r["epoch"] == self.good_epoch and self.good]
+        if before and before[0].get("guard_epsilon") == record["guard_epsilon"]:
+            kept = f"the weights after epoch {self.good_epoch} are kept"
+            model = self.learner.model.state_dict()
             with torch.no_grad():
                 for name, t in self.good.items():
                     model[name].copy_(t)
+        else:
+            kept = "no epoch with this epsilon was healthy"
+        said = f"stopped after epoch {record['epoch']}: {record['warning']}; {kept}"
+        self.position.stopped = f"{said}. To train on, {guard.ADVICE}"
 
     def _check_numbers(self) -> None:
         """Raises FastrobustError, which names the last good checkpoint, if the epoch has spoilt the numbers."""

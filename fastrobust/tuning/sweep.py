@@ -83,6 +83,11 @@ def read_sweep(path: str | Path) -> Sweep:
 def points(sweep: Sweep) -> list[Point]:
     """Every point of the grid, the seeds of one place side by side. Raises ConfigError."""
 
+    for key in ("output", "name", "seed"):
+        if key in sweep.set or key in sweep.grid:
+            raise ConfigError(
+                f"{key}: a sweep sets it for every run: write `{key if key != 'seed' else 'seeds'}:` at the top"
+            )
     axes = []
     for axis, values in sweep.grid.items():
         bundles = values if isinstance(values, dict) else {as_text(value): {axis: value} for value in values}

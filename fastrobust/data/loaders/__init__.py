@@ -9,6 +9,7 @@ what happens to be installed.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from fastrobust.config import parts
 from fastrobust.config.schema import Config
 from fastrobust.data import sets
 from fastrobust.data.prepared import beton, records, shards
-from fastrobust.runtime import machine
+from fastrobust.runtime import limits
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, DataError
 
@@ -27,7 +28,8 @@ PREPARED = {"ffcv": ("ffcv", "ffcv"), "dali": ("webdataset", "nvidia.dali")}  # 
 
 def resolve(config: Config, device: torch.device) -> Config:
     """The config with the loader that `auto` stands for (prepared files with ffcv or dali where these are installed, else
-    what fits into memory, else torch) and with the folder of the prepared files that it reads. Raises ConfigError."""
+    what fits into memory, else torch) and with the folder of the prepared files that it reads. Paths are absolute. Raises
+    ConfigError."""
     name = config.loader
     if name == "auto":
         name = _automatic(config, device)
@@ -36,7 +38,9 @@ def resolve(config: Config, device: torch.device) -> Config:
         raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
     if config.loader == "auto" and name == "torch" and prepared(config, "webdataset"):
         place = folder(config, "webdataset")
-    data = config.data if place is None else config.data.model_copy(update={"prepared": str(place)})
+    path = None if config.data.path is None else os.path.abspath(config.data.path)
+    prepared_place = None if place is None else os.path.abspath(place)
+    data = config.data.model_copy(update={"path": path, "prepared": prepared_place})
     return config.model_copy(update={"loader": name, "data": data})
 
 
@@ -69,12 +73,44 @@ def folder(config: Config, kind: str) -> Path | None:
 
 
 def prepared(config: Config, kind: str) -> bool:
-    """Whether the files of all phases are there."""
+    """Whether prepared files of all phases and of the test images are there, and are the config's images: not a trial with a
+    few of them, nor those of a source that has changed since. Says why not, where they are there."""
     place = folder(config, kind)
+    if place is None:
+        return False
     try:
-        return place is not None and all(READERS[kind](place, "train", stored(config, phase)) for phase in config.phases)
+        found = [READERS[kind](place, "train", stored(config, phase)) for phase in config.phases]
+        tests = [READERS[kind](place, "test", size) for size in sizes_of(place, "test")[:1]]
     except DataError:
         return False
+    problem = None if tests else "there are no test images among them"
+    for records_of in (*found, *tests):
+        problem = problem or _not_all(config, records_of)
+    if problem:
+        print(f"note: the prepared files in {place} are not used: {problem}", flush=True)
+    return problem is None
+
+
+def _not_all(config: Config, found: records.Records) -> str | None:
+    """Why prepared images are not all of their split's."""
+    manifest = found.manifest
+    if manifest["limit"] is not None:
+        return f"they were written with --limit {manifest['limit']}"
+    try:
+        listing = sets.list_images(config.data.dataset, manifest["split"], config.data.path)
+    except DataError:
+        return None  # the source is no longer there
+    count = manifest["count"] + len(manifest["skipped"])
+    if (len(listing.labels), listing.classes) != (count, found.classes):
+        return f"the source has {len(listing.labels)} {manifest['split']} images now, {count} when they were written"
+    return None
+
+
+def sizes_of(place: Path, split: str) -> list[records.Size]:
+    """The sizes in which a split was written, the best first."""
+    sizes = [m.stem.partition("_")[2] for m in sorted(place.glob(f"{split}_*.json"))]
+    whole = sorted((int(size) for size in sizes if size.isdecimal()), reverse=True)
+    return [*(["original"] if "original" in sizes else []), *whole]
 
 
 def fits(config: Config, device: torch.device) -> bool:
@@ -83,7 +119,7 @@ def fits(config: Config, device: torch.device) -> bool:
         return False
     count = len(sets.list_images(config.data.dataset, "train", config.data.path, config.data.limit).labels)
     needed = max(count * phase.resize**2 * 3 for phase in config.phases)
-    free = machine.available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    free = limits.available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return needed < free / 2
 
 
@@ -146,20 +182,22 @@ class Phases:
 
 def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     """The images of a split of a resolved config, or `limit` of them, evenly spaced, at the resolution of the last
-    phase: the square in the middle of each. Where the run trains from prepared files they come from prepared files too. DataError."""
+    phase: the square in the middle of each. Where the run trains from prepared files they come from prepared files too.
+    Raises DataError."""
     data, resolution = config.data, config.phases[-1].resolution
     kind = kind_of_files(config)
     if kind is None:
         size = resolution if config.facts.size is None else None
         return sets.load(data.dataset, split, data.path, resolution=size, download=data.download, limit=limit)
     place = folder(config, kind)
-    sizes = [m.stem.partition("_")[2] for m in sorted(place.glob(f"{split}_*.json"))]
+    sizes = sizes_of(place, split)
     if not sizes:
         advice = f"write them with --splits {split}, or read the source's with --data PATH"
         raise DataError(f"{place} holds no prepared {split} images: {advice}")
-    size = "original" if "original" in sizes else max(map(int, sizes))
     changed = config.model_copy(update={"data": data.model_copy(update={"limit": limit})})
-    loader = parts.find("loader", parts.LOADERS, config.loader).open(changed, split, size, resolution, torch.device("cpu"))
+    loader = parts.find("loader", parts.LOADERS, config.loader).open(
+        changed, split, sizes[0], resolution, torch.device("cpu")
+    )
     try:
         return loader.in_order()
     finally:

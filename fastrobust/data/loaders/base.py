@@ -20,7 +20,7 @@ from fastrobust.data import loaders, order, sets
 from fastrobust.data.batch import Batch
 from fastrobust.data.prepared.records import Records, Size
 from fastrobust.data.sets import ImageSet, Pictures
-from fastrobust.runtime import distributed, machine
+from fastrobust.runtime import distributed, limits
 from fastrobust.runtime.distributed import ALONE, World
 
 
@@ -92,7 +92,7 @@ class Loader(ABC):
         cls, config: Config, split: str, size: Size, resolution: int, device: torch.device, world: World = ALONE
     ) -> Loader:
         """The loader of a split for a resolved config. Raises ConfigError or DataError."""
-        workers = config.data.workers or max(1, machine.cores() // distributed.on_this_machine(world.size))
+        workers = config.data.workers or max(1, limits.cores() // distributed.on_this_machine(world.size))
         augment = config.data.augment if split == "train" else None
         data = cls.find(config, split, size, resolution)
         return cls(data, size, config.facts.channels, resolution, augment, device, workers, world.rank, world.size)
@@ -128,16 +128,20 @@ class Loader(ABC):
     def decoded(self, jobs) -> Iterator[Batch]:
         """The batches of these jobs, in order."""
 
-    def in_order(self, batch_size: int = 256) -> ImageSet:
-        """All images, in order, in memory: the squares in their middles at the loader's resolution."""
-        numbers = np.arange(len(self))
-        jobs = [Job(numbers[k : k + batch_size], None, False) for k in range(0, len(self), batch_size)]
-        images = torch.empty(len(self), self.resolution, self.resolution, self.channels, dtype=torch.uint8)
+    def still(self, numbers: np.ndarray, batch_size: int = 256) -> Batch:
+        """The images with these numbers, on the CPU: the squares in their middles at the loader's resolution."""
+        jobs = [Job(numbers[k : k + batch_size], None, False) for k in range(0, len(numbers), batch_size)]
+        images = torch.empty(len(numbers), self.resolution, self.resolution, self.channels, dtype=torch.uint8)
         done = 0
-        for batch, *_ in self.decoded(jobs):
-            images[done : done + len(batch)] = batch.permute(0, 2, 3, 1)
-            done += len(batch)
-        return ImageSet(images.permute(0, 3, 1, 2), torch.from_numpy(self.labels), self.classes, self.source)
+        for batch in self.decoded(jobs):
+            images[done : done + len(batch.labels)] = batch.images.permute(0, 2, 3, 1)
+            done += len(batch.labels)
+        return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(self.labels[numbers]), torch.from_numpy(numbers))
+
+    def in_order(self) -> ImageSet:
+        """All images, in order, in memory, as `still` gives them."""
+        images, labels, _ = self.still(np.arange(len(self)))
+        return ImageSet(images, labels, self.classes, self.source)
 
     def finish(self, images: Tensor, job: Job) -> Batch:
         """The batch from decoded images, B x H x W x 3; labels and index are on the CPU."""

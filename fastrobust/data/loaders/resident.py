@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from fastrobust.config.schema import Config, Phase
@@ -50,6 +51,11 @@ class Resident:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def still(self, numbers: np.ndarray) -> Batch:
+        """The images with these numbers, whole."""
+        index = torch.from_numpy(numbers).to(self.labels.device)
+        return Batch(self.images.index_select(0, index).permute(0, 3, 1, 2), self.labels.index_select(0, index), index)
 
     def batches(self, seed: int, phase: int, batch_size: int, first: int, last: int) -> Iterator[Batch]:
         """Batches `first` to `last` - 1 of a phase. batch_size is that of all processes together, B = batch_size / world."""

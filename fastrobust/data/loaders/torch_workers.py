@@ -7,8 +7,10 @@ import ctypes
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ from fastrobust.data.prepared.records import stored_size
 from fastrobust.data.sets import Pictures
 from fastrobust.runtime.errors import DataError, first_line
 
+SHARED_BATCHES = 4  # batches of each worker that may be in shared memory at once, with some to spare
+
 
 class Torch(Loader):
     """From the source, images are cropped as if their short side had first been resized to `size`, in one resize."""
@@ -31,8 +35,18 @@ class Torch(Loader):
         options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
         options |= {"worker_init_fn": DieWith(os.getpid())} if workers else {}
         pin, generator = self.device.type == "cuda", torch.Generator()  # its own: the default one is the training step's
-        batches = DataLoader(_Batches(self, jobs), batch_size=None, pin_memory=pin, generator=generator, **options)
-        yield from prefetch.on_device(self._explained(batches), self.device)
+        size = len(jobs[0].index) * self.resolution**2 * 3 if workers else 0
+        through_pipes = free_shared_memory() < SHARED_BATCHES * workers * size
+        made = DataLoader(
+            _Batches(self, jobs, through_pipes),
+            batch_size=None,
+            collate_fn=lambda batch: batch,
+            pin_memory=pin,
+            generator=generator,
+            **options,
+        )
+        batches = (Batch(*map(torch.as_tensor, batch)) for batch in self._explained(made))
+        yield from prefetch.on_device(batches, self.device)
 
     def _explained(self, batches: DataLoader) -> Iterator[Batch]:
         """The batches; what a worker died of becomes a DataError."""
@@ -111,16 +125,36 @@ class DieWith:
             ctypes.CDLL(None).prctl(self.SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self.parent:  # it died before it could be asked for
             os._exit(1)
+        Queue._on_queue_feeder_error = staticmethod(lose_no_batch)
+
+
+def lose_no_batch(error: Exception, batch) -> None:
+    """Called in a worker that could not send a batch, which Python would drop without a word: the parent would wait for
+    ever. It notices a dead worker within 5 s."""
+    print(f"a worker of the torch loader could not send a batch: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def free_shared_memory() -> float:
+    """Bytes in /dev/shm, through which workers send tensors; infinite where the system has no such folder."""
+    try:
+        found = os.statvfs("/dev/shm")
+        return found.f_bavail * found.f_frsize
+    except OSError:
+        return float("inf")
 
 
 class _Batches(Dataset):
-    """Batch k, made whole by one worker."""
+    """Batch k, made whole by one worker. `through_pipes`: as arrays, which are sent through pipes, a little slower, instead
+    of tensors, which go through shared memory: containers often have little of it (Docker gives 64 MB)."""
 
-    def __init__(self, loader: Torch, jobs):
-        self.loader, self.jobs = loader, jobs
+    def __init__(self, loader: Torch, jobs, through_pipes: bool):
+        self.loader, self.jobs, self.through_pipes = loader, jobs, through_pipes
 
     def __len__(self) -> int:
         return len(self.jobs)
 
     def __getitem__(self, k: int):
-        return self.loader.batch(self.jobs[k])
+        batch = self.loader.batch(self.jobs[k])
+        plain = self.through_pipes and isinstance(batch, Batch)
+        return tuple(t.numpy() for t in batch) if plain else batch
