@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
+from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.numbers import parse_number
 from fastrobust.runtime.limits import cores
 
@@ -43,6 +46,29 @@ SWEEP = """A sweep file is YAML:
 Every point is an ordinary run directory. The same command goes on with what is not finished."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.search(r"unrecognized arguments: --([\w.-]+)(?:[= ]([^-\s]\S*))?", message):
+            word, value = found[1], found[2] or "VALUE"
+            options = [option for action in self._actions for option in action.option_strings]
+            if any(action.dest == "overrides" for action in self._actions) and nearest(f"--{word}", options) is None:
+                message += f"; a key of the config is written without dashes: {word}={value}"
+            else:
+                message += did_you_mean(f"--{word}", options)
+        super().error(message)
+
+
+class Once(argparse.Action):
+    """An option that may be given once: of two values the first would be dropped without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, self.dest) is not None and getattr(namespace, self.dest) != self.default:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 # ---- the values of options
 
 
@@ -54,6 +80,10 @@ def pixels(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is outside the pixel range [0, 1]; did you mean {text}/255?")
     return value
+
+
+def radii(text: str) -> list[float]:
+    return [pixels(part.strip()) for part in text.split(",")]
 
 
 def positive(text: str) -> float:
@@ -127,7 +157,8 @@ def train(p: argparse.ArgumentParser) -> None:
 
 def evaluate(p: argparse.ArgumentParser) -> None:
     add_run(p)
-    p.add_argument("--epsilon", type=pixels, help="radius in pixels of [0, 1], such as 8/255 (default: the run's first)")
+    told = "radius in pixels of [0, 1], such as 8/255, or several with commas (default: the run's first)"
+    p.add_argument("--epsilon", type=radii, action="extend", metavar="RADII", help=told)
     p.add_argument("--attack", metavar="NAMES", help=f"{ATTACKS} (default: pgd with --steps and --restarts)")
     p.add_argument("--alpha", type=pixels, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
@@ -145,7 +176,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
 
 def verify(p: argparse.ArgumentParser) -> None:
     add_run(p)
-    p.add_argument("--epsilon", type=pixels, required=True, help="radius in pixels of [0, 1], such as 0.1 or 8/255")
+    p.add_argument("--epsilon", type=pixels, required=True, action=Once, help="radius, such as 0.1 or 8/255")
     add_limit(p)
     p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for one image (default: 60)")
     add_workers(p, "processes")
@@ -237,11 +268,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Options may stand between the key=value pairs of a config, which argparse allows in a parser without commands only."""
-    if argv[:1] and argv[0] in ("train", "lr-range"):
-        alone = argparse.ArgumentParser(prog=f"fastrobust {argv[0]}", description=WORK[argv[0]][1])
-        OPTIONS[argv[0]](alone)
-        return alone.parse_intermixed_args(argv[1:], argparse.Namespace(command=argv[0]))
-    return parser().parse_args(argv)
+    if not argv or argv[0] not in OPTIONS:
+        return parser().parse_args(argv)
+    name, told = argv[0], WORK[argv[0]][1]
+    alone = Parser(prog=f"fastrobust {name}", description=f"{told[0].upper()}{told[1:]}.")
+    OPTIONS[name](alone)
+    return alone.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ class Pgd(Attack):
         delta, found = self.threat.clip(start, x), x.clone()
         if self.graph is not None:
             return self.graph.attack(x, y, delta, self.steps, found), found
-        return attack(self.model, x, y, delta, threat=self.threat, alpha=self.alpha, steps=self.steps, found=found), found
+        settings = {"threat": self.threat, "alpha": self.alpha, "steps": self.steps}
+        return attack(self.model, x, y, delta, **settings, found=found, tick=self.tick), found
 
 
 def attack(
@@ -90,10 +91,11 @@ def attack(
     alpha: Radius,
     steps: int,
     found: Tensor | None = None,
+    tick: Callable[[float], None] = lambda share: None,
 ) -> Tensor:
     """One run of PGD from the start delta. Returns which examples were classified correctly at every point (bool, N);
     `found` (as x), if given, takes the first point at which each of the others was not. Broken examples leave the batch
-    once they are a quarter of it."""
+    once they are a quarter of it. `tick(share)` hears how much is done, after every step."""
     survived = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = torch.arange(len(x), device=x.device)
     good = torch.ones_like(survived)
@@ -109,6 +111,7 @@ def attack(
         point = delta
         logits, delta = gradient.step(model, x, y, delta, threat, alpha)
         note(logits, point)
+        tick((step + 1) / (steps + 1))
         if step % 5 == 0 and good.count_nonzero() <= 0.75 * len(good):
             survived[active[~good]] = False
             x, y, delta, active = x[good], y[good], delta[good], active[good]

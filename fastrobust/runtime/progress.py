@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-PLAIN_INTERVAL = 30.0  # seconds between plain lines
+PLAIN_FIRST, PLAIN_INTERVAL = 5.0, 30.0  # seconds to the first plain line, and between them
 
 
 def duration(seconds: float) -> str:
@@ -52,7 +52,8 @@ class Progress:
 
     def due(self) -> bool:
         """Whether enough time has passed that a new detail is worth the work of making it."""
-        return time.monotonic() - self.shown > (0.5 if self.bar else PLAIN_INTERVAL)
+        first = self.shown == self.began
+        return time.monotonic() - self.shown > (0.5 if self.bar else PLAIN_FIRST if first else PLAIN_INTERVAL)
 
     def time_left(self) -> str:
         pace = (time.monotonic() - self.began) / max(1, self.done - self.first)

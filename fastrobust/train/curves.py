@@ -7,7 +7,7 @@ from pathlib import Path
 from fastrobust.config.schema import Config
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.files import explained
-from fastrobust.runtime.progress import Progress, duration
+from fastrobust.runtime.progress import Progress
 
 
 class Curves:
@@ -43,10 +43,9 @@ class Curves:
 
 
 def epoch_line(record: dict, config: Config, bar: Progress) -> str:
-    """What the terminal keeps of an epoch."""
-    name = "adversarial" if config.method.attacks else "accuracy"
-    text = f"epoch {record['epoch']:>3}/{config.epochs}  loss {record['loss']:.4f}  {name} {record['train_accuracy']:.1%}  "
+    """What the terminal keeps of an epoch, in 80 columns: the loss and the accuracy on what was trained on (under the training
+    attack), and the guard's accuracies. The rest is in metrics.jsonl."""
+    text = f"epoch {record['epoch']:>3}/{config.epochs}  loss {record['loss']:.3f}  train {record['train_accuracy']:.1%}  "
     if "guard_accuracy" in record:
-        text += f"guard: clean {record['guard_clean_accuracy']:.1%} PGD {record['guard_accuracy']:.1%}  "
-    text += f"lr {record['learning_rate']:.2e}  {record['images_per_second']:,.0f} images/s  "
-    return f"{text}{duration(record['seconds'])}  {bar.time_left()} left"
+        text += f"guard clean {record['guard_clean_accuracy']:.1%} PGD {record['guard_accuracy']:.1%}  "
+    return f"{text}{bar.time_left()} left"

@@ -1,0 +1,26 @@
+"""What a mistyped word was meant to be. Only the standard library is imported here."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+ALIKE = 0.75  # the least likeness of a word and what it is taken for; `fgms` and `fgsm` have this
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that `word` most likely stands for, or None. Words that differ in a number are different words:
+    cifar100 is not meant to be cifar10."""
+    known = [other for other in known if not (digits(word) and digits(other) and digits(word) != digits(other))]
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=ALIKE)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`; did you mean 'fgsm'?`, or what else is to be said."""
+    near = nearest(word, known)
+    return f"; did you mean '{near}'?" if near else otherwise
+
+
+def digits(word: str) -> list[str]:
+    return re.findall(r"\d+", word)
