@@ -157,5 +157,5 @@ def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None
         if member.name.startswith(f"{side}/") and not formats.is_image(member.name)
     )
     if odd:
-        kinds = ", ".join(f"{ending} {count}" for ending, count in odd.most_common(5))
+        kinds = ", ".join(f"{ending} {count}" for ending, count in sorted(odd.items())[:5])
         print(f"note: {source}: {sum(odd.values())} files in {side}/ are no images that can be read ({kinds})", flush=True)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastrobust.runtime import limits
+from fastrobust.runtime import cuda_graph, limits
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
 from fastrobust.runtime.interrupt import RESUME_ME, Stop
 
@@ -171,6 +171,8 @@ def joined(name: str) -> Iterator[tuple[World, torch.device]]:
         if world.rank:
             sys.stdout.close()
             sys.stdout = shown
+        if device.type == "cuda":
+            cuda_graph.reset_all()
         torch.distributed.destroy_process_group()
 
 

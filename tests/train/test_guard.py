@@ -1,13 +1,33 @@
-"""Tests of fastrobust.guard: made-up histories on either side of each rule."""
+"""Tests of fastrobust.train.guard: made-up epochs on either side of each rule, and the simulation of its errors."""
 
+import math
+
+import numpy as np
 import pytest
+import torch
 
+from benchmarks.guard import minibatches, simulate
 from fastrobust.train import guard
 
+N = guard.IMAGES
 
-def history(*epochs: tuple[float, float]) -> list[dict]:
-    """Records of (accuracy under the training attack, accuracy under PGD) per epoch."""
-    return [{"train_accuracy": t, "guard_accuracy": g} for t, g in epochs]
+
+def history(*epochs: tuple[float, float], clean: float = 0.8, epsilon: float = 0.1) -> list[dict]:
+    """Records of (accuracy under the training attack, accuracy under PGD) per epoch, at one radius."""
+    keys = {"phase": 0, "guard_epsilon": epsilon, "guard_clean_accuracy": clean}
+    return [{"train_accuracy": t, "guard_accuracy": g, **keys} for t, g in epochs]
+
+
+def robust(share: float, n: int = N) -> torch.Tensor:
+    """Verdicts of which the first `share` are robust."""
+    return torch.arange(n) < round(share * n)
+
+
+def judge(records: list[dict], drop: float = 0.2, n: int = N, before: torch.Tensor | None = None):
+    """The verdict on the last epoch, with verdicts of images that belong to the accuracies."""
+    if before is None and len(records) > 1:
+        before = robust(records[-2]["guard_accuracy"], n)
+    return guard.verdict(records, before, robust(records[-1]["guard_accuracy"], n), drop)
 
 
 HEALTHY = history((0.20, 0.22), (0.28, 0.27), (0.33, 0.35), (0.37, 0.33), (0.41, 0.38), (0.45, 0.41), (0.52, 0.44))
@@ -16,34 +36,79 @@ COLLAPSE = history((0.20, 0.22), (0.28, 0.27), (0.33, 0.35), (0.36, 0.38), (0.62
 
 def test_a_healthy_run_is_never_reported():
     for end in range(1, len(HEALTHY) + 1):
-        assert guard.verdict(HEALTHY[:end], 0.2) is None, end
+        assert judge(HEALTHY[:end]) is None, end
 
 
 @pytest.mark.parametrize("before", [0.9, 0.45, 0.25])
 def test_a_fall_by_more_than_drop(before):
     for drop in (0.05, 0.2):
-        assert guard.fell(history((0.3, before), (0.3, before - drop - 0.01)), drop)
-        assert not guard.fell(history((0.3, before), (0.3, before - drop + 0.01)), drop)
-        assert not guard.fell(history((0.3, before), (0.3, before + drop + 0.01)), drop)
+        assert guard.fell(robust(before), robust(before - drop - 0.01), drop)
+        assert not guard.fell(robust(before), robust(before - drop + 0.01), drop)
+        assert not guard.fell(robust(before), robust(min(1.0, before + drop)), drop)
 
 
-def test_a_fall_is_measured_between_the_last_two_epochs():
-    slow = history((0.3, 0.6), (0.3, 0.45), (0.3, 0.3))
-    assert not guard.fell(slow, 0.2)
-    assert not guard.fell(history((0.3, 0.6), (0.3, 0.1), (0.3, 0.1)), 0.2)
-    assert not guard.fell(history((0.3, 0.0)), 0.2)
+def test_a_fall_of_just_drop_is_none():
+    """0.68 - 0.48 is larger than 0.2 in floating point."""
+    assert 0.68 - 0.48 > 0.2
+    assert not guard.fell(robust(0.68, 1000), robust(0.48, 1000), 0.2)
+    assert guard.fell(robust(0.68, 1000), robust(0.479, 1000), 0.2)
+
+
+def test_a_fall_must_be_more_than_chance():
+    """Of 16 images 8 lost and 4 won is a fall of 25 points, and what a fair coin does in one of four epochs."""
+    before = torch.tensor(12 * [True] + 4 * [False])
+    now = torch.tensor(8 * [False] + 4 * [True] + 4 * [True])
+    assert (before.sum() - now.sum()) / 16 == 0.25 and not guard.fell(before, now, 0.2)
+    many = before.repeat(32), now.repeat(32)
+    assert guard.fell(*many, 0.2)
+    lost, won = 256, 128
+    assert (lost - won) / math.sqrt(lost + won) > guard.SURE
 
 
 def test_the_fall_is_named_with_both_figures():
-    kind, why = guard.verdict(COLLAPSE, 0.2)
-    assert kind == "overfit" and "38.0%" in why and "2.0%" in why
+    kind, why = judge(COLLAPSE)
+    assert kind == "overfit" and "38.1%" in why and "2.0%" in why and f"{N} training images" in why
     for end in range(1, len(COLLAPSE)):
-        assert guard.verdict(COLLAPSE[:end], 0.2) is None
+        assert judge(COLLAPSE[:end]) is None
+
+
+def test_few_images_are_not_enough_to_end_a_run():
+    few = guard.ENOUGH - 1
+    assert judge(COLLAPSE, n=few)[0] == "suspect" and judge(COLLAPSE, n=guard.ENOUGH)[0] == "overfit"
+    never = history((0.75, 0.0), (0.80, 0.0), (0.85, 0.0))
+    assert judge(never, n=few)[0] == "suspect" and judge(never, n=guard.ENOUGH)[0] == "overfit"
+
+
+def test_where_clean_accuracy_falls_too_it_is_another_trouble():
+    records = history((0.5, 0.6), (0.5, 0.3))
+    assert judge(records)[0] == "overfit"
+    records[0]["guard_clean_accuracy"] = 0.95
+    kind, why = judge(records)
+    assert kind == "suspect" and "clean accuracy with it" in why
+    records[0]["guard_clean_accuracy"] = 0.85  # 5 of 30 points are not all of the fall
+    assert judge(records)[0] == "overfit"
+
+
+def test_epochs_of_different_radii_are_not_compared():
+    """While epsilon warms up, accuracy falls; and every epoch is another one's first at its radius."""
+    records = history((0.9, 0.9)) + history((0.6, 0.5), epsilon=0.2) + history((0.5, 0.2), epsilon=0.3)
+    for end in range(1, 4):
+        assert judge(records[:end]) is None, end
+    records += history((0.6, 0.25), epsilon=0.3)
+    assert judge(records) is None
+    assert [r["guard_epsilon"] for r in guard.comparable(records)] == [0.3, 0.3]
+    assert judge([*records, *history((0.7, 0.01), epsilon=0.3)])[0] == "overfit"
+
+
+def test_epochs_of_different_phases_are_not_compared():
+    records = history((0.5, 0.6), (0.5, 0.2))
+    records[1]["phase"] = 1
+    assert judge(records) is None
 
 
 def test_a_gap_is_a_hint_until_it_has_lasted():
-    kind, why = guard.verdict(history((0.30, 0.2), (0.75, 0.0)), 0.3)
-    assert kind == "suspect" and "75.0%" in why and "0.0%" in why
+    kind, why = judge(history((0.30, 0.2), (0.75, 0.1)))
+    assert kind == "suspect" and "75.0%" in why and "10.0%" in why
     assert guard.gapes(history((0.91, 0.4))[0]) and not guard.gapes(history((0.89, 0.4))[0])
 
 
@@ -55,15 +120,16 @@ def test_a_gap_is_a_hint_until_it_has_lasted():
         ([(0.75, 0.0), (0.80, 0.05), (0.85, 0.10)], "suspect"),  # it may still close
         ([(0.40, 0.0), (0.80, 0.0), (0.85, 0.0)], "suspect"),  # for two epochs only
         ([(0.75, 0.0), (0.80, 0.0)], "suspect"),
+        ([(0.75, 0.0)], None),  # the first epoch at a radius: the average over it is of other weights and radii
         ([(0.75, 0.3), (0.80, 0.6), (0.85, 0.7)], None),  # it has closed
     ],
 )
 def test_a_run_that_never_was_robust(epochs, found):
-    assert (guard.verdict(history(*epochs), 0.2) or (None,))[0] == found
+    assert (judge(history(*epochs)) or (None,))[0] == found
 
 
 def test_a_jump_is_a_hint():
-    kind, why = guard.verdict(history((0.30, 0.3), (0.34, 0.33), (0.55, 0.4)), 0.2)
+    kind, why = judge(history((0.30, 0.3), (0.34, 0.33), (0.55, 0.4)))
     assert kind == "suspect" and "34.0%" in why and "55.0%" in why
 
 
@@ -87,6 +153,18 @@ def test_when_it_is_a_jump(accuracies, found):
 
 def test_a_fall_outranks_a_jump():
     both = history((0.30, 0.3), (0.34, 0.35), (0.60, 0.12))
-    assert guard.jumped(both) and guard.fell(both, 0.2)
-    assert guard.verdict(both, 0.2)[0] == "overfit"
-    assert guard.verdict(both, 0.3)[0] == "suspect"
+    assert guard.jumped(both) and judge(both)[0] == "overfit" and judge(both, 0.3)[0] == "suspect"
+
+
+def test_the_simulation():
+    """The paper's rule with 16 images stops most healthy runs, as the binomial distribution has it; the guard's stops none,
+    and misses no collapse to the ground."""
+    chance = [math.comb(16, k) * 0.45**k * 0.55 ** (16 - k) for k in range(17)]
+    alarm = sum(chance[a] * chance[b] for a in range(17) for b in range(17) if a - b > 3)  # more than 0.2 of 16
+    rng = np.random.default_rng(1)
+    found = sum(minibatches(rng, np.array([0.45, 0.45]), 16) for _ in range(4000)) / 4000
+    assert found == pytest.approx(alarm, abs=0.02) and 0.1 < alarm < 0.11
+    rows = {row["rule"]: row for row in simulate(runs=200)}
+    assert rows["paper's, 16 images"]["stopped_healthy_0"] > 0.75
+    for rule in ("guard, 256 images, churn 10%", "guard, 512 images, churn 30%"):
+        assert rows[rule]["stopped_healthy_0"] == 0 and rows[rule]["missed_fall_0.4"] == 0
