@@ -51,7 +51,7 @@ def environment(device: str) -> dict[str, Any]:
     hardware = {
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
     }
     return {"versions": versions, "hardware": hardware, "commit": _commit()}
@@ -67,7 +67,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of the source tree that this package runs from, with `+` if it has changes; None when installed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     try:
         top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10)

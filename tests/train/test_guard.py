@@ -1,4 +1,4 @@
-"""Tests of fastrobust.guard: made-up histories on either side of each rule."""
+"""Tests of fastrobust.train.guard: made-up histories on either side of each rule."""
 
 import pytest
 

@@ -28,15 +28,17 @@ PREPARED = {"ffcv": ("ffcv", "ffcv"), "dali": ("webdataset", "nvidia.dali")}  # 
 def resolve(config: Config, device: torch.device) -> Config:
     """The config with the loader that `auto` stands for (prepared files with ffcv or dali where these are installed, else
     what fits into memory, else torch) and with the folder of the prepared files that it reads. Raises ConfigError."""
-    name = config.loader
-    if name == "auto":
-        name = _automatic(config, device)
-    place = folder(config, PREPARED[name][0]) if name in PREPARED else None
-    if name in PREPARED and place is None:
-        raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
-    if config.loader == "auto" and name == "torch" and prepared(config, "webdataset"):
-        place = folder(config, "webdataset")
-    data = config.data if place is None else config.data.model_copy(update={"prepared": str(place)})
+    data, automatic = config.data, config.loader == "auto"
+    name = _automatic(config, device) if automatic else config.loader
+    kind = PREPARED[name][0] if name in PREPARED else None
+    if automatic and name == "torch":  # shards where there are some, else the source
+        kind = "webdataset" if prepared(config, "webdataset") else None
+        data = data.model_copy(update={"prepared": None})
+    if kind is not None:
+        place = folder(config, kind)
+        if place is None:
+            raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
+        data = data.model_copy(update={"prepared": str(place)})
     return config.model_copy(update={"loader": name, "data": data})
 
 
@@ -102,13 +104,18 @@ def kind_of_files(config: Config) -> str | None:
     return "webdataset" if config.loader == "torch" and config.data.prepared else kind
 
 
+def class_of(config: Config) -> type:
+    """The class of a resolved config's loader. Raises ConfigError."""
+    return parts.find_class("loader", parts.LOADERS, config.loader)
+
+
 class Phases:
     """The loaders of a run's phases, one at a time: `enter(index)` gives the one of a phase. `config` is a resolved one.
     Raises ConfigError or DataError."""
 
     def __init__(self, config: Config, device: torch.device, world: World = ALONE):
         self.config, self.device, self.world = config, device, world
-        self.kind = parts.find("loader", parts.LOADERS, config.loader)
+        self.kind = class_of(config)
         self.key, self.loader = None, None
         for index, phase in enumerate(config.phases):
             if phase.batch_size % world.size:
@@ -146,7 +153,8 @@ class Phases:
 
 def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     """The images of a split of a resolved config, or `limit` of them, evenly spaced, at the resolution of the last
-    phase: the square in the middle of each. Where the run trains from prepared files they come from prepared files too. DataError."""
+    phase: the square in the middle of each. If the run trains from prepared files, these are read from prepared files
+    too. Raises DataError."""
     data, resolution = config.data, config.phases[-1].resolution
     kind = kind_of_files(config)
     if kind is None:
@@ -159,7 +167,7 @@ def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
         raise DataError(f"{place} holds no prepared {split} images: {advice}")
     size = "original" if "original" in sizes else max(map(int, sizes))
     changed = config.model_copy(update={"data": data.model_copy(update={"limit": limit})})
-    loader = parts.find("loader", parts.LOADERS, config.loader).open(changed, split, size, resolution, torch.device("cpu"))
+    loader = class_of(config).open(changed, split, size, resolution, torch.device("cpu"))
     try:
         return loader.in_order()
     finally:
