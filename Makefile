@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: quickstart test endure lint clean gpu-report
+.PHONY: quickstart test stress lint clean gpu-report
 
 # Train on Fashion-MNIST, evaluate with PGD, show where the files are. A run that was interrupted goes on.
 quickstart: $(VENV)/.core data
@@ -22,7 +22,7 @@ quickstart: $(VENV)/.core data
 test: $(VENV)/.test data compiler loaders browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in benchmarks/results/gpu.
 gpu-report: $(VENV)/.test
@@ -30,8 +30,8 @@ gpu-report: $(VENV)/.test
 
 # Kill runs, fill disks, damage files: the full counts, about 20 minutes. `make test` does a few of each. As root it mounts
 # small file systems in memory; without, those parts skip.
-endure: $(VENV)/.test
-	$(BIN)/python -m endure --json benchmarks/results/endure.json
+stress: $(VENV)/.test
+	$(BIN)/python -m tests.stress --json benchmarks/results/stress.json
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -14,10 +14,12 @@ import statistics
 import torch
 
 from benchmarks import measure, usual_loop
-from benchmarks.step import METHODS, cifar_config, images, make_job
+from benchmarks.step import METHODS, MODEL, cifar_config, images
 from fastrobust.data.augment import augment
-from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.data.loaders.resident import Resident
+from fastrobust.models.paper_preact_resnet import preact_resnet18_paper
 from fastrobust.runtime import distributed
+from fastrobust.train.step import build
 
 FULL = 50_000
 PAPER = {"fgsm": 23.41, "pgd-7": 91.59, "free-8": 13.46}  # Table 3: one 2080 Ti, mixed precision; free per replay
@@ -36,28 +38,25 @@ def main() -> None:
     count = arguments.images or (1024 if arguments.quick and not cuda else FULL)
     precision = arguments.precision or ("fp16" if cuda else "fp32")
     data = images(count)
+    loader = Resident(data, device)
     names = ["standard", "fgsm"] if arguments.quick and not cuda else list(METHODS)
     batches = -(-count // batch_size)
     rows = {}
 
-    def one_pass(job, steps: int) -> None:
-        for x, y in job.loader.batches(0, 0, batch_size, 0, steps):
-            job.step(x, y)
+    def one_pass(step) -> None:
+        for batch in loader.batches(0, 0, batch_size, 0, batches):
+            step(batch)
 
     for name in names:
-        job = make_job(cifar_config(name, arguments.engine or "auto", precision, batch_size), data, device)
-        rows[name] = lambda job=job: one_pass(job, batches)
-
-    def data_only() -> None:
-        for x, _ in job.loader.batches(0, 0, batch_size, 0, batches):
-            augment(x, job.config.data.augment, 32)
-
-    rows["data"] = data_only
-    usual = usual_loop.UsualLoop(PreActResNet18(), device, half=cuda)
-    loader = usual_loop.loader(data.images, data.labels, batch_size, 2, cuda)
+        config = cifar_config(name, arguments.engine or "auto", precision, batch_size)
+        step = build(config, loader, device)
+        rows[name] = lambda step=step: one_pass(step)
+    rows["data"] = lambda: one_pass(lambda batch: augment(batch.images, config.data.augment, 32))
+    usual = usual_loop.UsualLoop(preact_resnet18_paper(), device, half=cuda)
+    workers = usual_loop.loader(data.images, data.labels, batch_size, 2, cuda)
 
     def usual_pass() -> None:
-        for x, y in loader:
+        for x, y in workers:
             usual.step(x, y)
 
     rows["usual loop"] = usual_pass
@@ -78,9 +77,10 @@ def main() -> None:
     spread = f"{median['usual loop']:.3f} ({min(scaled['usual loop']):.3f} to {max(scaled['usual loop']):.3f})"
     table.append(["usual loop, fgsm", spread, f"{median['usual loop']:.3f}", "23.41", "", "", ""])
     result = {
+        "model": MODEL,
         "images_timed": count,
         "batch_size": batch_size,
-        "engine": job.engine,
+        "engine": step.engine,
         "precision": precision,
         "seconds_per_pass_of_50000": {name: measure.summary(seconds) for name, seconds in scaled.items()},
         "split": split,

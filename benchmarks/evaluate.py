@@ -9,61 +9,72 @@ of the examples stay robust, as with the paper's CIFAR-10 models: the fewer stay
 
 from __future__ import annotations
 
-import tempfile
+import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 
 from benchmarks import measure, usual_loop
 from fastrobust.attack.pgd import NOISE_CHUNK, pgd, start_noise
+from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.config import reading
+from fastrobust.config.schema import Config
 from fastrobust.data import loaders
-from fastrobust.models.weights import read_weights
+from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import distributed
-from fastrobust.train.training import Training
+from fastrobust.runtime.command import main_with_errors
+from fastrobust.train.schedules import steps_in
+from fastrobust.train.step import build
 
 
-def small_model(device: torch.device):
+def small_model(device: torch.device) -> tuple[torch.nn.Module, Config]:
     config = reading.load(
         Path(__file__).parent.parent / "configs/quickstart.yaml",
-        ["phases.0.epochs=1", "guard.action=off", "evaluation.epsilon=0.15", "evaluation.alpha=0.02"],
+        ["phases.0.epochs=1", "evaluation.epsilon=0.15", "evaluation.alpha=0.02"],
     )
-    with tempfile.TemporaryDirectory() as folder:
-        job = Training(config, Path(folder), device)
-        job.train()
-    return job.learner.model.eval(), config
+    config = loaders.resolve(config, device)
+    loader, phase = loaders.Phases(config, device).enter(0), config.phases[0]
+    step = build(config, loader, device)
+    for batch in loader.batches(config.seed, 0, phase.batch_size, 0, steps_in(config, phase, len(loader))):
+        step(batch)
+    return step.learner.model.eval(), config
 
 
-def main() -> None:
+def main() -> int:
     p = measure.arguments(__doc__.splitlines()[0])
     p.add_argument("--run", help="a finished run; default: train a small network")
     p.add_argument("--limit", type=int, default=1000)
-    arguments = p.parse_args()
+    return main_with_errors(lambda: run(p.parse_args()))
+
+
+def run(arguments: Namespace) -> int:
     device = distributed.pick_device(arguments.device)
+    limit = 200 if arguments.quick else arguments.limit
     if arguments.run:
-        model, config, _ = read_weights(arguments.run)
-        model = model.to(device)
+        trained = open_trained(arguments.run, device=device)
+        model, config, data = trained.model, trained.config, trained.images(limit)
     else:
         model, config = small_model(device)
-    epsilon, alpha = config.evaluation.epsilon[0], config.evaluation.alpha
-    alpha = epsilon / 4 if alpha is None else alpha
-    data = loaders.test_set(config, 200 if arguments.quick else arguments.limit)
+        data = loaders.test_set(config, limit)
+    epsilon = config.evaluation.epsilon[0]
+    threat, alpha = Threat(epsilon), config.evaluation.alpha_at(epsilon)
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
-    settings = {"epsilon": epsilon, "alpha": alpha, "steps": 50, "restarts": 10, "batch_size": config.evaluation.batch_size}
+    settings = {"alpha": alpha, "steps": 50, "restarts": 10, "batch_size": config.evaluation.batch_size}
     verdicts = {}
 
     def noise(restart: int, first: int, count: int) -> torch.Tensor:
-        parts = [start_noise(images, c, epsilon, (0, restart)) for c in range(0, len(labels), NOISE_CHUNK)]
+        parts = [start_noise(images, c, threat, (0, restart)) for c in range(0, len(labels), NOISE_CHUNK)]
         return torch.cat(parts)[first : first + count]
 
     def plain() -> None:
         with evaluating(model):
-            verdicts["plain"] = usual_loop.plain_pgd(model, images, labels, noise, **settings)
+            verdicts["plain"] = usual_loop.plain_pgd(model, images, labels, noise, epsilon=epsilon, **settings)
 
     def shrinking() -> None:
-        verdicts["shrinking"] = pgd(model, images, labels, **settings).robust
+        verdicts["shrinking"] = pgd(model, images, labels, threat=threat, **settings).robust
 
     rows = {"plain": plain, "shrinking active set": shrinking}
     times = measure.interleaved(rows, device, repetitions=3 if arguments.quick else 5, warm_up=1)
@@ -86,7 +97,8 @@ def main() -> None:
         table.append([name, spread, f"{measure.ratio(times['plain'], t):.2f}", str(different)])
     columns = ["PGD-50-10", "seconds, median (min to max)", "times the plain attack's speed", "verdicts that differ"]
     measure.report("evaluate", columns, table, result, arguments.json, device)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,12 @@
-"""Everything that needs a GPU, most important first: tests, benchmarks, then CIFAR-10 to its PGD-50-10 accuracy.
+"""Everything that needs a GPU, most important first: tests, benchmarks, then Table 3's FGSM row on CIFAR-10, three seeds.
 
     make gpu-report        # the same as python -m benchmarks.gpu_report --minutes 25
 
 Every part writes a file under benchmarks/results/gpu/ when it ends, and is skipped where that file is there: a report that
-was interrupted goes on where it was. CIFAR-10 is looked for as in training; without it those parts are skipped.
+was interrupted goes on where it was. CIFAR-10 is looked for as in training; without it those parts are skipped. The training
+runs are those of `benchmarks.reproduce`, which shows them beside the paper's:
+
+    python -m benchmarks.reproduce table3 --show --results benchmarks/results/gpu/reproduce
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ from pathlib import Path
 import torch
 
 from fastrobust.data import sets
-from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import DataError
 from fastrobust.runtime.files import write_text
 
 RESULTS = Path("benchmarks/results/gpu")
-FAST = ["phases.0.epochs=15", "schedule.max_lr=0.2", "output=runs/gpu"]
+ROW, SEEDS = "cifar10_fgsm_fast", 3  # of Table 3
 
 
 def parts() -> list[tuple[str, list[str]]]:
+    """(the result file in RESULTS, the arguments of python that write it)."""
+
     def benchmark(name: str, *options: str, result: str = "") -> tuple[str, list[str]]:
         result = f"{result or name}.json"
         return result, ["-m", f"benchmarks.{name}", "--json", str(RESULTS / result), *options]
@@ -40,9 +44,9 @@ def parts() -> list[tuple[str, list[str]]]:
     ]
     try:
         sets.locate("cifar10")
-        for seed in range(3):
-            train = ["-m", "fastrobust.train", "configs/cifar10_fgsm.yaml", *FAST]
-            found.append((f"cifar10_fgsm_15_{seed}.json", [*train, f"seed={seed}", f"name=fgsm_15_{seed}"]))
+        train = ["-m", "benchmarks.reproduce", "table3", "--only", ROW, "--results", str(RESULTS / "reproduce")]
+        for seed in range(SEEDS):  # `--seeds N` trains those of the first N that have no result yet
+            found.append((f"reproduce/full/{ROW}_seed{seed}.json", [*train, "--seeds", str(seed + 1)]))
     except DataError:
         print("CIFAR-10 was not found: its training runs are left out (set FASTROBUST_DATA)", file=sys.stderr)
     return [*found, benchmark("evaluate"), benchmark("step")]
@@ -81,9 +85,6 @@ def main() -> int:
             failed.append(result)
         elif result == "tests.txt":
             write_text(RESULTS / result, text)
-        elif "fastrobust.train" in command:
-            summary = Path("runs/gpu") / Path(result).stem.removeprefix("cifar10_") / run_directory.SUMMARY
-            write_text(RESULTS / result, summary.read_text())
     print(f"failed: {', '.join(failed)}" if failed else "nothing failed")
     return 1 if failed else 0
 

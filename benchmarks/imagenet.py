@@ -16,7 +16,7 @@ import gc
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +31,22 @@ from fastrobust.attack.verdicts import evaluating
 from fastrobust.config import reading
 from fastrobust.config.schema import Config
 from fastrobust.data import formats, loaders, sets
+from fastrobust.data.batch import Batch
+from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.prepared import records, writing
 from fastrobust.runtime import distributed, machine
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import DataError, FastrobustError, first_line
 from fastrobust.train import engine
-from fastrobust.train.training import Training
+from fastrobust.train.step import Step, build
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 IMAGES = 1_281_167  # of ImageNet, for training
 LEAD = 5  # untimed batches at the start of a loader's turn: more than it has ready
 GOAL = 1.5  # a loader should give this many times what training takes
 SYNTHETIC = "synthetic"
 PACKAGES = {"torch": None, "ffcv": "ffcv", "dali": "nvidia.dali"}  # torch first: its workers are forked
+FILES = {"torch": "webdataset", "ffcv": "ffcv", "dali": "webdataset"}  # loader: the kind of prepared files that it reads
 
 
 # ---- images
@@ -67,27 +70,30 @@ def pictures(config: Config, count: int) -> tuple[sets.Pictures, str]:
 
 
 def write_sample(config: Config, folder: Path, count: int) -> tuple[dict[str, Config], str]:
-    """Prepared files of a sample, and loader -> the config that finds them."""
+    """Prepared files of a sample, and loader -> the config that reads them with it."""
     source, what = pictures(config, count)
     sizes = tuple(dict.fromkeys(loaders.stored(config, phase) for phase in config.phases))
     options = {"dataset": config.data.dataset, "limit": None, "cap": None, "quality": 90, "storage": "jpeg"}
     options |= {"skip_corrupt": False, "workers": machine.cores()}
-    configs = {}
-    for kind, names in (("ffcv", ["ffcv"]), ("webdataset", ["torch", "dali"])):
+    for kind in dict.fromkeys(FILES.values()):
         writing.write_split(kind, "train", source, sizes, Namespace(**options, output=folder / kind))
-        data = {"prepared": str(folder / kind), "limit": None}
-        configs |= dict.fromkeys(names, changed(config, data=data))
-    return configs, f"a sample: {what}"
+    whole = changed(config, data={"limit": None})
+    return {name: reading_with(whole, name, folder / kind) for name, kind in FILES.items()}, f"a sample: {what}"
 
 
 def prepared(config: Config) -> dict[str, Config]:
-    """The loaders that find prepared files by the config as it is."""
-    files = {"torch": "dali", "ffcv": "ffcv", "dali": "dali"}
-    return {name: config for name, kind in files.items() if loaders.prepared(config, kind)}
+    """The same for the prepared files that the config finds as it is."""
+    there = {name: loaders.folder(config, kind) for name, kind in FILES.items() if loaders.prepared(config, kind)}
+    return {name: reading_with(config, name, place) for name, place in there.items()}
 
 
-def records_of(name: str, config: Config, phase) -> records.Records:
-    return loaders.read_records(config, "ffcv" if name == "ffcv" else "dali", "train", loaders.stored(config, phase))
+def reading_with(config: Config, name: str, place: Path) -> Config:
+    return changed(config, loader=name, data={"prepared": str(place)})
+
+
+def records_of(config: Config, phase) -> records.Records:
+    kind = loaders.kind_of_files(config)
+    return loaders.read_records(config, kind, "train", loaders.stored(config, phase), config.data.limit)
 
 
 def disk(config: Config, configs: dict[str, Config], images: int) -> dict[str, dict[str, float]]:
@@ -96,7 +102,7 @@ def disk(config: Config, configs: dict[str, Config], images: int) -> dict[str, d
     result = {}
     for name in ("ffcv", "dali"):
         for phase in config.phases if name in configs else ():
-            found = records_of(name, configs[name], phase)
+            found = records_of(configs[name], phase)
             mean, files = found.length.mean().item(), sum(file["bytes"] for file in found.manifest["files"])
             whole = files if len(found) == images else mean * images
             facts = {"bytes_per_image": mean, "gigabytes": whole / 1e9, "judged_from": len(found)}
@@ -115,9 +121,9 @@ def changed(config: Config, **sections: Any) -> Config:
     return reading.parse(values, "the benchmark")
 
 
-def synthetic_job(config: Config, index: int, classes: int, device: torch.device) -> Trainer:
-    """A Trainer of one phase whose images are random, on the device and of the crop's size already: like those that a
-    decoding loader gives, so the same step serves both."""
+def synthetic_step(config: Config, index: int, classes: int, device: torch.device) -> tuple[Step, Batch]:
+    """The training step of a phase, and a batch of random images on the device. They have the size of the crop, like those
+    that a decoding loader gives: the same step serves both."""
     phase = config.phases[index]
     whole = phase.model_dump() | {"resize": phase.resolution}
     plain = {"augment": {"crop": "none", "flip": False}, "prepared": None, "limit": None}
@@ -127,7 +133,8 @@ def synthetic_job(config: Config, index: int, classes: int, device: torch.device
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, classes, (phase.batch_size,), generator=generator)
     names = tuple(map(str, range(classes)))
-    return Training(one, Path("unused"), device, sets.ImageSet(pixels.permute(0, 3, 1, 2), labels, names, SYNTHETIC))
+    loader = Resident(sets.ImageSet(pixels.permute(0, 3, 1, 2), labels, names, SYNTHETIC), device)
+    return build(one, loader, device), next(loader.batches(0, 0, phase.batch_size, 0, 1))
 
 
 class CountFlops(TorchDispatchMode):
@@ -143,15 +150,15 @@ class CountFlops(TorchDispatchMode):
         return result
 
 
-def flops(job: Trainer, images: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def flops(step: Step, batch: Batch) -> dict[str, float]:
     """Floating-point operations of convolutions and linear layers, for one image: of a forward pass, and of a whole step
     (counted while it is run)."""
-    x = torch.zeros(1, *images.shape[1:], device=job.device)
-    with CountFlops() as forward, evaluating(job.learner.model), torch.no_grad():
-        job.learner.model(x)
-    with CountFlops() as step:
-        job.step.take(images, labels)
-    return {"forward": forward.total, "step": step.total / len(labels)}
+    x = torch.zeros(1, *batch.images.shape[1:], device=batch.images.device)
+    with CountFlops() as forward, evaluating(step.learner.model), torch.no_grad():
+        step.learner.model(x)
+    with CountFlops() as whole:
+        step.take(batch)
+    return {"forward": forward.total, "step": whole.total / len(batch.labels)}
 
 
 def memory_used(device: torch.device) -> dict[str, float] | None:
@@ -162,9 +169,9 @@ def memory_used(device: torch.device) -> dict[str, float] | None:
     return {"torch": torch.cuda.max_memory_reserved(device) / 1e9, "gpu": (total - free) / 1e9}
 
 
-def open_loader(name: str, config: Config, index: int, batches: int, device: torch.device):
+def open_loader(config: Config, index: int, batches: int, device: torch.device):
     """(loader, an iterator over `batches` of its batches, of which the first is already taken)."""
-    found = loaders.for_phase(config, name, index, device)
+    found = loaders.Phases(config, device).enter(index)
     try:
         coming = found.batches(0, index, config.phases[index].batch_size, 0, batches)
         next(coming)
@@ -179,28 +186,27 @@ def measure_phase(
 ) -> dict[str, Any]:
     """A loader's training turn comes right after its turn alone, which leaves nothing ready: no head start."""
     phase = config.phases[index]
-    gc.collect()  # a Trainer and its step hold each other: the last phase's memory
+    gc.collect()  # a step and its engine hold each other: the last phase's memory
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    job = synthetic_job(config, index, classes, device)
-    x, y = next(job.loader.batches(0, 0, phase.batch_size, 0, 1))
-    counted = flops(job, x, y)
-    job.step = engine.prepare(job.engine, job.step.take, x, y, job)
-    rows = {SYNTHETIC: lambda: job.step(x, y)}
+    step, batch = synthetic_step(config, index, classes, device)
+    counted = flops(step, batch)
+    run = engine.prepare(step.engine, step.take, batch, step)
+    rows: dict[str, Callable] = {SYNTHETIC: lambda: run(batch)}
     lead, pull = (LEAD, 1) if device.type == "cuda" else (1, LEAD)  # a step on a CPU takes seconds: one must do
     batches = 1 + (1 + pull) * (1 + options.repetitions * (lead + options.steps))
     opened, failed = [], {}
     for name, found in configs.items():
         try:
-            loader, coming = open_loader(name, found, index, batches, device)
+            loader, coming = open_loader(found, index, batches, device)
         except (FastrobustError, RuntimeError) as error:
             failed[name] = first_line(error)
             print(f"warning: the loader {name} failed and is left out: {first_line(error)}", file=sys.stderr)
             continue
         opened.append((loader, coming))
         rows[f"{name} alone"] = lambda coming=coming: [next(coming) for _ in range(pull)]
-        rows[name] = lambda coming=coming: job.step(*next(coming))
+        rows[name] = lambda coming=coming: run(next(coming))
     try:
         times = measure.interleaved(rows, device, repetitions=options.repetitions, inner=options.steps, lead=lead)
         memory = memory_used(device)
@@ -214,8 +220,8 @@ def measure_phase(
         "resolution": phase.resolution,
         "batch_size": phase.batch_size,
         "passes": config.passes(phase),
-        "engine": job.engine,
-        "captured": isinstance(job.step, engine.GraphStep),
+        "engine": step.engine,
+        "captured": isinstance(run, engine.GraphStep),
         "flops_per_image": counted,
         "memory_gb": memory,
         "failed": failed,
@@ -301,7 +307,7 @@ def run(options: Namespace) -> int:
         if not configs:
             count = options.images or (32 if small else 2048)
             configs, what = write_sample(config, Path(temporary), max(count, *(p.batch_size for p in config.phases)))
-        first = records_of(*next(iter(configs.items())), config.phases[0])
+        first = records_of(next(iter(configs.values())), config.phases[0])
         images = IMAGES if config.data.dataset == "imagenet" else len(first)
         space = disk(config, configs, images)
         usable = {

@@ -1,18 +1,18 @@
 """Images/s and CPU use of every loader, resolution and format, against torchvision's DataLoader at equal work.
 
     python -m benchmarks.loader --quick
-    python -m benchmarks.loader --source /data/imagenet --limit 5000 --json benchmarks/results/loader.json
-    python -m benchmarks.loader --formats            # DALI's own readers: WebDataset, TFRecord, RecordIO
+    python -m benchmarks.loader --data /data/imagenet --limit 5000 --json benchmarks/results/loader.json
 
 Equal work: the same JPEGs of the same stored size (quality 90), a random-resized crop and a flip, and out come uint8 batches
 on the device. The comparator is torchvision's ImageFolder, RandomResizedCrop and RandomHorizontalFlip in torch's DataLoader.
-Without --source the images are real ones if FASTROBUST_DATA holds imagenet-samples, else generated; the table says which.
+Without --data the images are real ones if FASTROBUST_DATA holds imagenet-samples, else generated; the table says which.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import sys
 import tarfile
 import tempfile
 import time
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import formats, measure
+from benchmarks import measure
 from fastrobust.config.schema import Augment
 from fastrobust.data import loaders, sets
 from fastrobust.data.loaders.dali import Dali
@@ -32,6 +32,7 @@ from fastrobust.data.loaders.torch_workers import Torch
 from fastrobust.data.prepared import beton, shards, writing
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime import distributed
+from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.machine import cores
 
@@ -66,7 +67,7 @@ def samples(folder: Path, limit: int) -> tuple[Path, str]:
     return folder, what
 
 
-def write(source: Path, folder: Path, limit: int | None) -> None:
+def write(source: Path | str, folder: Path, limit: int | None) -> None:
     """All sizes as jpeg and raw .beton files, JPEG shards, and folders of the same JPEGs for torchvision."""
     options = Namespace(
         dataset="image_folder", limit=limit, cap=None, quality=90, skip_corrupt=False, workers=os.cpu_count()
@@ -104,9 +105,9 @@ def torchvision_loader(folder: Path, resolution: int, batch_size: int, workers: 
 
 def rows_of(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device) -> dict:
     """name -> function of a number of batches."""
-    facts = (3, resolution, AUGMENT, device, workers)
+    facts = (size, 3, resolution, AUGMENT, device, workers)
     jpeg, raw, tars = (folder / name for name in ("ffcv-jpeg", "ffcv-raw", "webdataset-jpeg"))
-    made = {"torch shards jpeg": Torch(shards.read(tars, "train", size), size, *facts)}
+    made = {"torch shards jpeg": Torch(shards.read(tars, "train", size), *facts)}
     if loaders.installed("ffcv"):
         made["ffcv jpeg"] = Ffcv(beton.read(jpeg, "train", size), *facts)
         made["ffcv raw"] = Ffcv(beton.read(raw, "train", size), *facts)
@@ -130,15 +131,17 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def main() -> None:
+def main() -> int:
     p = measure.arguments(__doc__.splitlines()[0])
-    p.add_argument("--source", type=Path, help="an image folder, or tars of one")
+    p.add_argument("--data", metavar="PATH", help="an image folder, or tars of one")
     p.add_argument("--limit", type=int, help="images (default 500, with --quick 160)")
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--workers", type=int, default=cores())
     p.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
-    p.add_argument("--formats", action="store_true", help="compare the formats that DALI reads instead")
-    arguments = p.parse_args()
+    return main_with_errors(lambda: run(p.parse_args()))
+
+
+def run(arguments: Namespace) -> int:
     device = distributed.pick_device(arguments.device)
     limit = arguments.limit or (160 if arguments.quick else 500)
     if limit < arguments.batch_size:
@@ -146,11 +149,8 @@ def main() -> None:
     repetitions = arguments.repetitions or (3 if arguments.quick else 5)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        source, what = (arguments.source, str(arguments.source)) if arguments.source else samples(folder / "source", limit)
+        source, what = (arguments.data, arguments.data) if arguments.data else samples(folder / "source", limit)
         write(source, folder, limit)
-        if arguments.formats:
-            formats.compare(folder, arguments, repetitions)
-            return
         count = min(limit, len(beton.read(folder / "ffcv-jpeg", "train", 160))) // arguments.batch_size
         images = count * arguments.batch_size
         result: dict = {"images": images, "of": what, "batch_size": arguments.batch_size, "workers": arguments.workers}
@@ -175,7 +175,8 @@ def main() -> None:
                 table.append([*cells, f"{ratio:.2f}", f"{busy:.2f}", f"{rate['median'] / max(busy, 1e-9):,.0f}"])
         columns = ["size", "loader", "images/s, median (min to max)", "× DataLoader", "cores busy", "images/s a core"]
         measure.report(f"loader, {what}", columns, table, result, arguments.json, device)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastrobust.config.schema import Cyclic, Points
+from fastrobust.train.schedules import Cyclic, Points
+from fastrobust.tuning import sweep
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,7 @@ RADII = {"full": [0.1, 0.3], "small": [0.1, 0.25]}  # of Table 2
 FIRST_TO_45 = {"FGSM": 15, "PGD": 15, "Free": 88}  # epochs (Figure 2, Table 3)
 SCHEDULES = {  # Figure 1: (schedule, epochs)
     "CIFAR-10": (Cyclic(name="cyclic", max_lr=0.21, peak=0.4), 15),
-    "ImageNet": (
-        Points(name="points", points=((0, 0), (1, 0.4), (6, 0.04), (12, 0.004), (15, 0.0004))),
-        15,
-    ),
+    "ImageNet": (Points(name="points", points=((0, 0), (1, 0.4), (6, 0.04), (12, 0.004), (15, 0.0004))), 15),
 }
 
 
@@ -117,31 +117,21 @@ def _full() -> dict[str, list[Row]]:
         "table5": five,
         "seconds": [Row("fashion_mnist_fast", "Fashion-MNIST, epsilon 0.1", "fashion_mnist_fast.yaml", (), {}, 6)],
         "figure1": [],
-        "figure2": [
-            row
-            for method, label, shared, epochs, first in (
-                ("fgsm", "FGSM", 15, (4, 8, 15, 30), 20),
-                ("free", "Free", 88, (16, 40, 88, 120), 30),
-                ("pgd", "PGD", 15, (4, 8, 15, 30), 40),
-            )
-            for row in _along(f"cifar10_{method}_fast", label, f"cifar10_{method}_fast.yaml", (), epochs, shared, first)
-        ],
+        "figure2": _figure2(),
     }
 
 
-def _along(name: str, label: str, config: str, overrides: tuple, epochs: tuple, shared: int, order: int) -> list[Row]:
-    """A run for each number of epochs; that of `shared` epochs is another table's too, and called as there."""
-    return [
-        Row(
-            name if n == shared else f"{name}_{n}epochs",
-            label,
-            config,
-            overrides if n == shared else (*overrides, f"phases.0.epochs={n}"),
-            {},
-            order + i,
-        )
-        for i, n in enumerate(epochs)
-    ]
+def _figure2() -> list[Row]:
+    """The runs of configs/sweeps/figure2.yaml. Those that are Table 3's too are called as there."""
+    grids, rows = sweep.read_sweep(ROOT / "configs/sweeps/figure2.yaml"), []
+    first = {"FGSM": 20, "Free": 30, "PGD": 40}  # of `order`
+    for labels, keys in sweep.places(grids):
+        method, epochs = dict(labels)["method"], keys["phases.0.epochs"]
+        name = f"cifar10_{method.lower()}_fast"
+        name = name if epochs == FIRST_TO_45[method] else f"{name}_{epochs}epochs"
+        overrides = tuple(sweep.as_overrides(keys))
+        rows.append(Row(name, method, Path(grids.config).name, overrides, {}, first[method] + len(rows)))
+    return rows
 
 
 MINIATURE = (

@@ -12,8 +12,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
-from benchmarks.step import METHODS, cifar_config, images, make_job
+from benchmarks.step import METHODS, MODEL, cifar_config, images
+from fastrobust.data.loaders.resident import Resident
 from fastrobust.runtime import distributed
+from fastrobust.train.step import build
 
 ROWS = 15
 
@@ -31,19 +33,20 @@ def main() -> None:
     steps = arguments.steps or (20 if cuda else 2)
     precision = arguments.precision or ("fp16" if cuda else "fp32")
     config = cifar_config(arguments.method, arguments.engine, precision, batch_size)
-    job = make_job(config, images(4 * batch_size), device)
-    x, y = next(job.loader.batches(0, 0, batch_size, 0, 1))
+    loader = Resident(images(4 * batch_size), device)
+    step = build(config, loader, device)
+    batch = next(loader.batches(0, 0, batch_size, 0, 1))
     for _ in range(5 if cuda else 1):
-        job.step(x, y)
+        step(batch)
     measure.synchronize(device)
     began = time.perf_counter()
     for _ in range(steps):
-        job.step(x, y)
+        step(batch)
     measure.synchronize(device)
     wall = (time.perf_counter() - began) / steps
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU] if cuda else [ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
-            job.step(x, y)
+            step(batch)
         measure.synchronize(device)
     own = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
     events = [e for e in profiler.key_averages() if not cuda or e.device_type == torch.autograd.DeviceType.CUDA]
@@ -54,8 +57,9 @@ def main() -> None:
         for e in events[:ROWS]
     ]
     result = {
+        "model": MODEL,
         "method": arguments.method,
-        "engine": job.engine,
+        "engine": step.engine,
         "precision": precision,
         "batch_size": batch_size,
         "milliseconds_per_step": wall * 1e3,  # measured without the profiler

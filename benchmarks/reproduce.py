@@ -21,17 +21,18 @@ import time
 from pathlib import Path
 
 from benchmarks import paper
-from benchmarks.tables import ROOT, build, file_of, read_result, write_page
+from benchmarks.paper import ROOT
+from benchmarks.tables import build, file_of, read_result, write_page
+from fastrobust.__main__ import count
 from fastrobust.config import reading
 from fastrobust.data import sets
-from fastrobust.evaluation.command import count
 from fastrobust.reporting.stored import read_run
-from fastrobust.runtime import machine, run_directory
+from fastrobust.runtime import distributed, machine, run_directory
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import ConfigError, DataError, FastrobustError
 from fastrobust.runtime.files import explained, write_json
 from fastrobust.runtime.interrupt import Interrupted
-from fastrobust.train import sweep
+from fastrobust.train import start as training
 
 VERIFIED = "epsilon-0.1"  # of a run's `verification/`: the radius of Table 2
 
@@ -47,7 +48,7 @@ def train(row: paper.Row, seed: int, folder: Path, scale: str, device: str, data
     config = config_of(row, seed, scale, device, data)
     directory = Path(config.output) / config.name
     only_read = (directory / run_directory.SUMMARY).exists()
-    sweep.train_point(config)
+    training.run(config, directory, distributed.pick_device(config.device), distributed.ALONE, again=True)
     one = read_run(directory)
     summary = one.summary.model_dump()
     if not only_read:
@@ -55,7 +56,7 @@ def train(row: paper.Row, seed: int, folder: Path, scale: str, device: str, data
     found = {
         "row": row.name,
         "date": time.strftime("%Y-%m-%d", time.gmtime((directory / run_directory.SUMMARY).stat().st_mtime)),
-        "data": source_of(config),
+        "data": source_of(one.config),
         "config": one.config.to_dict(),
         "summary": summary,
         "history": [record.model_dump(exclude_none=True) for record in one.history],
@@ -78,7 +79,7 @@ def source_of(config) -> str:
 
 
 def add_verdicts(rows: list[paper.Row], folder: Path, scale: str) -> None:
-    """Put what `fastrobust.verify` found about a run at work into its result. Its timeouts may have been retried since."""
+    """Put what `fastrobust verify` found about a run at work into its result. Its timeouts may have been retried since."""
     for row in rows:
         for file in sorted(folder.glob(f"{row.name}_seed*.json")):
             verdicts = paper.RUNS / scale / file.stem / "verification" / VERIFIED / "summary.json"
@@ -148,6 +149,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.reproduce", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("what", nargs="*", help=f"{', '.join(paper.ROWS['full'])} (default: all that the scale has)")
+    p.add_argument("--only", metavar="ROW", nargs="+", help="train these rows alone, by the names of their result files")
     p.add_argument("--scale", choices=["full", "small"], default="full")
     p.add_argument("--minutes", type=float, help="stop after so long; the run at work can go on later")
     p.add_argument("--seeds", type=count, default=1)
@@ -178,6 +180,10 @@ def start(arguments: argparse.Namespace) -> int:
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ConfigError(f"--minutes {arguments.minutes:g}: give a positive number")
     rows = sorted({row.name: row for name in reversed(names) for row in known[name]}.values(), key=lambda row: row.order)
+    if unknown := set(arguments.only or ()) - {row.name for row in rows}:
+        raise ConfigError(f"--only: {', '.join(names)} have no row {min(unknown)}: {', '.join(row.name for row in rows)}")
+    if arguments.only:
+        rows = [row for row in rows if row.name in arguments.only]
     open_rows = []
     if not arguments.show:
         open_rows = train_all(rows, folder, arguments)

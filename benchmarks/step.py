@@ -1,4 +1,4 @@
-"""One training step: images/s of every method, engine and precision against the usual loop, on a ResNet-18 at batch 128.
+"""One training step: images/s of every method, engine and precision against the usual loop, on the paper's ResNet-18.
 
     python -m benchmarks.step --quick          # two CPU cores: a few minutes
     python -m benchmarks.step --json benchmarks/results/step.json
@@ -8,19 +8,18 @@ Images are random: what is in them does not change the time. Batches are ready i
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from benchmarks import measure, usual_loop
 from fastrobust.config import reading
 from fastrobust.config.schema import Config
+from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
-from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.models.paper_preact_resnet import preact_resnet18_paper
 from fastrobust.runtime import distributed
-from fastrobust.train import engine
-from fastrobust.train.training import Training
+from fastrobust.train.step import build
 
+MODEL = "preact_resnet18_paper"
 METHODS = {
     "standard": {"name": "standard"},
     "fgsm": {"name": "fgsm"},
@@ -44,7 +43,7 @@ def cifar_config(method: str, engine_name: str, precision: str, batch_size: int,
             "precision": precision,
             "epsilon": "8/255",
             "data": {"dataset": "cifar10", "augment": {"crop": "pad", "flip": True}},
-            "model": {"name": "preact_resnet18"},
+            "model": {"name": MODEL},
             "method": METHODS[method],
             "optimizer": {"name": "sgd"},
             "schedule": {"name": "cyclic", "max_lr": 0.2},
@@ -52,13 +51,6 @@ def cifar_config(method: str, engine_name: str, precision: str, batch_size: int,
         },
         "the benchmark",
     )
-
-
-def make_job(config: Config, data: ImageSet, device: torch.device) -> Trainer:
-    job = Training(config, Path("unused"), device, data)
-    x, y = next(job.loader.batches(0, 0, config.phases[0].batch_size, 0, 1))
-    job.step = engine.prepare(job.engine, job.step.take, x, y, job)
-    return job
 
 
 def main() -> None:
@@ -70,6 +62,8 @@ def main() -> None:
     cuda = device.type == "cuda"
     torch.backends.cudnn.benchmark = True
     data = images(4 * batch_size)
+    loader = Resident(data, device)
+    batch = next(loader.batches(0, 0, batch_size, 0, 1))
     engines = ["eager", "compile", "cuda_graph", "compile+cuda_graph"] if cuda else ["eager", "compile"]
     precisions = ["fp16", "bf16", "fp32"] if cuda else ["fp32"]
     kinds = [(m, e, p) for p in precisions for e in engines for m in METHODS]
@@ -80,13 +74,11 @@ def main() -> None:
 
     rows = {}
     for method, engine_name, precision in kinds:
-        job = make_job(cifar_config(method, engine_name, precision, batch_size), data, device)
-        x, y = next(job.loader.batches(0, 0, batch_size, 0, 1))
-        rows[f"{method} {engine_name} {precision}"] = lambda job=job, x=x, y=y: job.step(x, y)
+        step = build(cifar_config(method, engine_name, precision, batch_size), loader, device)
+        rows[f"{method} {engine_name} {precision}"] = lambda step=step: step(batch)
     for half in [False, True] if cuda else [False]:
-        loop = usual_loop.UsualLoop(PreActResNet18(), device, half=half)
-        batches = usual_loop.loader(data.images, data.labels, batch_size, 0, False)
-        x, y = next(iter(batches))
+        loop = usual_loop.UsualLoop(preact_resnet18_paper(), device, half=half)
+        x, y = next(iter(usual_loop.loader(data.images, data.labels, batch_size, 0, False)))
         rows[f"usual loop {'fp16' if half else 'fp32'}"] = lambda loop=loop, x=x, y=y: loop.step(x, y)
 
     repetitions = (5 if arguments.quick else 15) if not cuda else 20
@@ -98,6 +90,7 @@ def main() -> None:
         (n for n in rows if n.startswith("fgsm") and n.endswith(best)), key=lambda n: measure.summary(times[n])["median"]
     )
     result = {
+        "model": MODEL,
         "batch_size": batch_size,
         "fgsm_over_standard": measure.ratio(times[f"fgsm {engines[0]} {best}"], standard),
         "speedup_over_usual_loop": measure.ratio(usual, times[f"fgsm {engines[0]} {best}"]),

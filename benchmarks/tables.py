@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import paper
+from benchmarks.paper import ROOT
 from fastrobust.config import reading
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_text
 from fastrobust.runtime.progress import duration
-from fastrobust.train import schedules
 
-ROOT = Path(__file__).parent.parent
 MISSING = "not measured"
 
 
@@ -192,7 +191,7 @@ def table2(scale: str, rows: list[paper.Row], folder: Path) -> Table:
                 counts = ", ".join(f"{v[name]:,} {name}" for name in ("verified", "falsified", "misclassified", "timeout"))
                 seed = r.config["seed"]
                 notes.append(f"{row.label}, seed {seed}: {counts}; {v['timeout_seconds']:g} s an image. Epsilon 0.1.")
-    notes.append(f"To verify: python -m fastrobust.verify {paper.RUNS}/full/NAME --epsilon 0.1, then this command again.")
+    notes.append(f"To verify: fastrobust verify {paper.RUNS}/full/NAME --epsilon 0.1, then this command again.")
     return Table(found.title, found.head, found.rows, tuple(notes))
 
 
@@ -284,8 +283,7 @@ def figure1() -> str:
     """The schedules are functions: nothing is trained."""
     drawn = []
     for title, (schedule, epochs) in paper.SCHEDULES.items():
-        rate = schedules.from_config(schedule, epochs)
-        points = [(epochs * i / 600, rate(epochs * i / 600)) for i in range(601)]
+        points = [(epochs * i / 600, schedule.rate(epochs * i / 600, epochs)) for i in range(601)]
         drawn.append(chart(f"{title}: learning rate", [Line(title, points, dots=False)], x="epoch"))
     return "".join(drawn)
 

@@ -12,7 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from fastrobust.evaluation.command import count, pixels
+from fastrobust.__main__ import count, pixels
+from fastrobust.__main__ import main as fastrobust
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json
@@ -48,25 +49,26 @@ def main() -> int:
     p.add_argument("--epsilons", type=pixels, nargs="+", default=[0.05, 0.1, 0.15, 0.2, 0.25, 0.3])
     p.add_argument("--limit", type=count, default=100)
     p.add_argument("--timeout", default="60")
-    p.add_argument("--jobs", type=count)
+    p.add_argument("--workers", type=count)
     p.add_argument("--output", type=Path, default=Path("benchmarks/results/verification"), help="without .json and .png")
     arguments = p.parse_args()
 
     def measure() -> int:
         points, folder = [], arguments.run if arguments.run.is_dir() else arguments.run.resolve().parent
         for epsilon in sorted(arguments.epsilons):
-            command = [str(arguments.run), "--epsilon", f"{epsilon!r}", "--limit", f"{arguments.limit}"]
-            command += ["--timeout", arguments.timeout, *(["--jobs", f"{arguments.jobs}"] if arguments.jobs else [])]
-            status = command.main(command)
+            command = ["verify", str(arguments.run), "--epsilon", f"{epsilon!r}", "--limit", f"{arguments.limit}"]
+            command += ["--timeout", arguments.timeout]
+            command += ["--workers", f"{arguments.workers}"] if arguments.workers else []
+            status = fastrobust(command)
             if status:
                 return status
             summary = folder / "verification" / f"epsilon-{epsilon:g}" / "summary.json"
             points.append(json.loads(summary.read_text()))
         write_json(arguments.output.with_suffix(".json"), {"run": folder.name, "points": points})
         try:
-            plot(points, f"{folder.name}, first {arguments.limit} test images", arguments.output.with_suffix(".png"))
+            plot(points, f"{folder.name}, {arguments.limit} test images", arguments.output.with_suffix(".png"))
         except ImportError:
-            raise FastrobustError("the plot needs matplotlib: pip install 'fastrobust[report]'") from None
+            raise FastrobustError("the plot needs matplotlib: pip install 'fastrobust[verify]'") from None
         return 0
 
     return main_with_errors(measure)

@@ -6,16 +6,18 @@ import copy
 import signal
 from pathlib import Path
 
+import loader_batches
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
-from trainer_runs import CPU, SMALL
+from training_runs import CPU, SMALL
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
 from fastrobust.runtime import run_directory
+from fastrobust.runtime.distributed import ALONE
 from fastrobust.train import start
 from fastrobust.train.training import Training
 
@@ -45,7 +47,7 @@ def bar_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_folder(root: Path, train: int, test: int) -> Path:
     """An image folder of bars, as PNG files: root/{train,test}/<class>/<number>.png."""
-    for seed, (split, count) in enumerate({"train": start, "test": test}.items()):
+    for seed, (split, count) in enumerate({"train": train, "test": test}.items()):
         for i, (image, label) in enumerate(zip(*bar_images(count, seed), strict=True)):
             file = root / split / f"bar{label}" / f"{i:04}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +78,7 @@ def photo(seed: int, width: int, height: int) -> Image.Image:
 
 def write_photos(root: Path, train: int, test: int) -> Path:
     """An image folder of JPEG photos of many sizes in three classes, some of them grey, CMYK or turned by EXIF data."""
-    for split, count in {"train": start, "val": test}.items():
+    for split, count in {"train": train, "val": test}.items():
         for i in range(count):
             rng = np.random.default_rng([i, len(split)])
             image = photo(100 * len(split) + i, *(int(side) for side in rng.integers(40, 121, 2)))
@@ -98,6 +100,26 @@ def write_photos(root: Path, train: int, test: int) -> Path:
 def photos(tmp_path_factory) -> Path:
     """37 train and 12 test photos, 40 to 120 pixels wide and high."""
     return write_photos(tmp_path_factory.mktemp("photos"), 37, 12)
+
+
+@pytest.fixture(scope="session")
+def written(photos, tmp_path_factory) -> Path:
+    """The photos in prepared files: see `loader_batches.write_prepared`."""
+    return loader_batches.write_prepared(photos, tmp_path_factory.mktemp("written"))
+
+
+@pytest.fixture
+def made(written, photos):
+    """made(name, size, resolution, …) -> a loader of the photos, closed afterwards: see `loader_batches.open_loader`."""
+    opened = []
+
+    def make(name, *arguments, **options):
+        opened.append(loader_batches.open_loader(name, written, photos, *arguments, **options))
+        return opened[-1]
+
+    yield make
+    for loader in opened:
+        loader.close()
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +170,6 @@ def config_file(settings):
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, config_file) -> Path:
     """The directory of a finished FGSM run of 3 epochs, made by the train command."""
-
     folder = tmp_path_factory.mktemp("finished")
     assert cli(["train", str(config_file(folder))]) == 0
     return folder / "runs" / "bars"
@@ -156,21 +177,21 @@ def finished_run(tmp_path_factory, config_file) -> Path:
 
 @pytest.fixture
 def config_of(settings, few_bars, tmp_path):
-    """config_of(**changes) -> Config of a small run; see `settings`. `phases__0__epochs` reaches into the list."""
+    """config_of(**changes) -> the resolved Config of a small run (see `settings`); phases__0__epochs is one more key."""
 
     def make(**changes):
         epochs = changes.pop("phases__0__epochs", None)
         made = settings(tmp_path, **({"data__path": str(few_bars)} | SMALL | changes))
         if epochs is not None:
             made["phases"][0]["epochs"] = epochs
-        return reading.parse(made, "test")
+        return start.resolve(reading.parse(made, "test"), CPU, ALONE)
 
     return make
 
 
 @pytest.fixture
 def begin(tmp_path):
-    """begin(config, name) -> a Trainer whose files go to a folder of that name."""
+    """begin(config, name) -> a Training whose files go to a folder of that name."""
 
     def make(config, name="run"):
         (tmp_path / name).mkdir(exist_ok=True)

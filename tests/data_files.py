@@ -16,7 +16,9 @@ from PIL import Image
 from fastrobust.__main__ import parse
 from fastrobust.config.datasets import DATASETS
 from fastrobust.data import formats, sets
+from fastrobust.data.loaders.ffcv import native
 from fastrobust.data.prepared import writing
+from fastrobust.runtime.errors import ConfigError
 
 RNG = np.random.default_rng(0)
 CIFAR = DATASETS["cifar10"].classes
@@ -106,3 +108,14 @@ def check_form(result, count, channels, size, classes):
 def prepare(kind: str, argv: list[str]) -> int:
     """The prepare command; what goes wrong is raised. kind: ffcv, dali, or webdataset, which is dali's."""
     return writing.command(parse(["prepare", {"webdataset": "dali"}.get(kind, kind), *map(str, argv)]))
+
+
+def need(loader: str) -> None:
+    """The test is skipped where this loader cannot run."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    if loader == "ffcv":
+        try:
+            native()
+        except ConfigError as error:
+            pytest.skip(str(error))

@@ -1,5 +1,5 @@
-"""Tests of the commands, `python -m fastrobust.train` and `.evaluate`: what they leave, print and return, and how they
-fail. They are called in this process where that shows the same."""
+"""The commands `fastrobust train` and `fastrobust evaluate`: what they leave, print and return, and how they fail. They are
+called in this process where that shows the same."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ import yaml
 import fastrobust
 from fastrobust.__main__ import main as cli
 from fastrobust.attack.pgd import pgd
+from fastrobust.attack.threat import Threat
 from fastrobust.data import sets
-from fastrobust.evaluation import accuracy
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.runtime import run_directory
+from fastrobust.runtime.command import to_paste
+from fastrobust.train import start
+from fastrobust.train.step import Step
 
 FILES = {
     "config.yaml",
@@ -105,9 +108,8 @@ def test_the_summary_is_what_the_trained_model_does(finished_run, bars):
 
     model, test = fastrobust.load(finished_run), sets.load("image_folder", "test", bars, resolution=28)
     for e, epsilon in zip(summary["evaluations"], (0.1, 0.05), strict=True):
-        verdicts = pgd(
-            model, test.images, test.labels, epsilon=epsilon, alpha=epsilon / 4, steps=7, restarts=2
-        )  # fmt: skip
+        settings = {"threat": Threat(epsilon), "alpha": epsilon / 4, "steps": 7, "restarts": 2}
+        verdicts = pgd(model, test.images, test.labels, **settings)
         assert e["epsilon"] == epsilon
         assert e["clean_accuracy"] == verdicts.clean.sum().item() / 200
         assert e["robust_accuracy"] == verdicts.robust.sum().item() / 200
@@ -134,7 +136,7 @@ def test_what_training_prints(quick, tmp_path, capsys):
     assert f"{summary['clean_accuracy']:.2%}" in out
     assert f"{summary['robust_accuracy']:.2%}" in out
     assert "pgd-1-1" in out
-    assert f"python -m fastrobust.evaluate {directory}" in out
+    assert f"evaluate again:  {to_paste('evaluate', directory)}\n" in out
     assert f'fastrobust.load("{directory}")' in out
 
 
@@ -284,8 +286,8 @@ def test_a_truncated_data_file_is_explained(quick, tmp_path, capsys):
     data.mkdir()
     header = {"images-idx3": struct.pack(">4I", 0x803, 100, 28, 28), "labels-idx1": struct.pack(">2I", 0x801, 100)}
     for split in ("train", "t10k"):
-        for name, start in header.items():
-            (data / f"{split}-{name}-ubyte").write_bytes(start + bytes(50))
+        for name, head in header.items():
+            (data / f"{split}-{name}-ubyte").write_bytes(head + bytes(50))
     config = quick(data={"dataset": "mnist", "path": str(data)})
     assert_explained(capsys, cli(["train", str(config)]), "train-images-idx3-ubyte is truncated")
 
@@ -439,7 +441,7 @@ def test_a_stop_in_the_evaluation_loses_no_training(quick, tmp_path, capsys, mon
 
     sizes = [{"epochs": 1, "batch_size": 35 - 5 * i, "resolution": 28} for i in range(phases)]
     with monkeypatch.context() as patch:
-        patch.setattr(accuracy, "evaluate", interrupted)
+        patch.setattr(start, "evaluate", interrupted)
         assert cli(["train", str(quick(phases=sizes))]) == 130
     assert "Traceback" not in capsys.readouterr().err
     directory = tmp_path / "runs" / "bars"
@@ -456,7 +458,7 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(quick, tmp_path,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", interrupted)
+        patch.setattr(Step, "__call__", interrupted)
         assert cli(["train", str(quick())]) == 130
     directory = tmp_path / "runs" / "bars"
     assert not (directory / run_directory.CHECKPOINT).exists()

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_engine import METHODS, eager, make_job, run_steps
+from training_runs import STEP_METHODS, on_noise, run_steps, same
 
 from fastrobust.attack.verdicts import classified
 from fastrobust.data import sets
@@ -19,8 +19,12 @@ pytestmark = [
 ]
 
 
-def graph(job, x, y):
-    return engine.GraphStep(job.step.take, x, y, job)
+def on_gpu(method: str = "fgsm", precision: str = "fp32"):
+    return on_noise(method, precision, "cuda")
+
+
+def graph(step, batch) -> engine.GraphStep:
+    return engine.GraphStep(step.take, batch, step)
 
 
 @pytest.fixture(autouse=True)
@@ -32,57 +36,56 @@ def deterministic_convolutions():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STEP_METHODS)
 def test_graph_equals_eager(method, precision):
     """20 steps, odd batches included. The schedule is exact; losses agree to 2 %: kernels may be chosen differently."""
-    plain = run_steps(make_job(method, precision, "cuda"), 20, eager)
-    captured = run_steps(make_job(method, precision, "cuda"), 20, graph)
-    assert captured[0] == plain[0]
-    assert captured[1][0] == pytest.approx(plain[1][0], rel=1e-3), "the first replay is the first step"
-    assert captured[1] == pytest.approx(plain[1], rel=2e-2)
-    assert captured[2]["sums.updates"] == plain[2]["sums.updates"]
+    plain = run_steps(on_gpu(method, precision), 20)
+    captured = run_steps(on_gpu(method, precision), 20, graph)
+    assert captured.rates == plain.rates
+    assert captured.losses[0] == pytest.approx(plain.losses[0], rel=1e-3), "the first replay is the first step"
+    assert captured.losses == pytest.approx(plain.losses, rel=2e-2)
+    assert captured.tensors["sums.updates"] == plain.tensors["sums.updates"]
 
 
 def test_capture_leaves_no_trace():
-    job = make_job("free", "fp16", "cuda")
-    before, generator = job.state_dict(), torch.cuda.get_rng_state()
-    x, y = next(job.loader.batches(0, 0, 16, 0, 1))
-    graph(job, x, y)
-    after = job.state_dict()
-    assert all(torch.equal(before["tensors"][name], after["tensors"][name]) for name in before["tensors"])
-    assert torch.equal(before["delta"], after["delta"])
+    noise = on_gpu("free", "fp16")
+    before, generator = noise.step.state_dict(), torch.cuda.get_rng_state()
+    graph(noise.step, next(noise.batches(1)))
+    after = noise.step.state_dict()
+    assert same(before["tensors"], after["tensors"])
+    assert same(before["state"], after["state"]) and before["state"].keys() == {"delta"}
     assert torch.equal(generator, torch.cuda.get_rng_state())
 
 
 def test_random_numbers_move_on_in_replays():
-    job = make_job("fgsm", "fp32", "cuda")
-    x, y = next(job.loader.batches(0, 0, 16, 0, 1))
-    job.learner.lr_table.zero_()
-    step = graph(job, x, y)
+    noise = on_gpu()
+    learner, batch = noise.step.learner, next(noise.batches(1))
+    learner.lr_table.zero_()
+    replay = graph(noise.step, batch)
     losses = []
     for _ in range(3):
-        job.learner.reset_sums()
-        step(x, y)
-        losses.append(job.learner.read_sums()[0])
+        learner.reset_sums()
+        replay(batch)
+        losses.append(learner.read_sums()[0])
     assert len(set(losses)) == 3
 
 
 def test_graph_goes_on_from_a_restored_state():
     """A graph writes where the state lives: loading a state between replays is seen by the next one."""
-    job = make_job("fgsm", "fp16", "cuda")
-    batches = list(job.loader.batches(0, 0, 16, 0, 6))
-    step = graph(job, *batches[0])
-    for x, y in batches[:3]:
-        step(x, y)
-    state, generator = job.state_dict(), torch.cuda.get_rng_state()
+    noise = on_gpu("fgsm", "fp16")
+    batches = list(noise.batches(6))
+    replay = graph(noise.step, batches[0])
+    for batch in batches[:3]:
+        replay(batch)
+    state, generator = noise.step.state_dict(), torch.cuda.get_rng_state()
 
     def rest():
-        for x, y in batches[3:]:
-            step(x, y)
-        return job.state_dict()["tensors"]
+        for batch in batches[3:]:
+            replay(batch)
+        return noise.step.state_dict()["tensors"]
 
     first = rest()
-    job.load_state_dict(state)
+    noise.step.load_state_dict(state)
     torch.cuda.set_rng_state(generator)
     second = rest()
     assert all(torch.equal(first[name], second[name]) for name in first if "num_batches" not in name)
@@ -90,31 +93,28 @@ def test_graph_goes_on_from_a_restored_state():
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision):
-    _, losses, tensors, _ = run_steps(make_job("fgsm", precision, "cuda"), 60, graph)
-    assert losses[-1] - losses[-11] < losses[9]
-    assert all(t.isfinite().all() for name, t in tensors.items() if t.is_floating_point())
+    done = run_steps(on_gpu("fgsm", precision), 60, graph)
+    assert done.losses[-1] - done.losses[-11] < done.losses[9]
+    assert all(t.isfinite().all() for t in done.tensors.values() if t.is_floating_point())
 
 
 def test_compiled_graph_trains():
     torch._dynamo.reset()
-    plain = run_steps(make_job("fgsm", "bf16", "cuda"), 10, eager)
-    compiled = run_steps(
-        make_job("fgsm", "bf16", "cuda"),
-        10,
-        lambda job, x, y: engine.prepare("compile+cuda_graph", job.step.take, x, y, job),
-    )
-    assert compiled[0] == plain[0]
-    assert compiled[1] == pytest.approx(plain[1], rel=0.1)
+    plain = run_steps(on_gpu("fgsm", "bf16"), 10)
+    prepare = lambda step, batch: engine.prepare("compile+cuda_graph", step.take, batch, step)
+    compiled = run_steps(on_gpu("fgsm", "bf16"), 10, prepare)
+    assert compiled.rates == plain.rates
+    assert compiled.losses == pytest.approx(plain.losses, rel=0.1)
 
 
 def test_steps_do_not_wait_for_the_host():
-    job = make_job("fgsm", "fp16", "cuda")
-    batches = list(job.loader.batches(0, 0, 16, 0, 4))
-    job.step.take(*batches[0])
+    noise = on_gpu("fgsm", "fp16")
+    batches = list(noise.batches(4))
+    noise.step.take(batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for x, y in batches[1:]:
-            job.step.take(x, y)
+        for batch in batches[1:]:
+            noise.step.take(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -136,13 +136,13 @@ def test_a_graph_shares_gradients_over_nccl(tmp_path, config_file, few_bars):
 
 
 def test_evaluation_agrees_with_the_cpu():
-    job = make_job("standard", "fp32", "cuda")
-    run_steps(job, 20, eager)
-    model, pixels = job.learner.model, job.loader.images.cpu().permute(0, 3, 1, 2)
-    data = sets.ImageSet(pixels, job.loader.labels.cpu(), job.loader.classes, "made up")
+    noise = on_gpu("standard")
+    run_steps(noise, 20)
+    model, loader = noise.step.learner.model, noise.loader
+    data = sets.ImageSet(loader.images.cpu().permute(0, 3, 1, 2), loader.labels.cpu(), loader.classes, "made up")
     settings = {"epsilon": 2 / 255, "alpha": 1 / 255, "steps": 5, "restarts": 1, "batch_size": 32}
-    on_gpu = evaluate(model, data, **settings)
-    on_cpu = evaluate(model.cpu(), data, **settings)
-    assert abs(on_gpu["clean_accuracy"] - on_cpu["clean_accuracy"]) <= 0.04
-    assert abs(on_gpu["robust_accuracy"] - on_cpu["robust_accuracy"]) <= 0.1
+    gpu = evaluate(model, data, **settings)
+    cpu = evaluate(model.cpu(), data, **settings)
+    assert abs(gpu["clean_accuracy"] - cpu["clean_accuracy"]) <= 0.04
+    assert abs(gpu["robust_accuracy"] - cpu["robust_accuracy"]) <= 0.1
     assert isinstance(classified(model, data.images, data.labels), torch.Tensor)

@@ -1,7 +1,8 @@
-"""The quick form of `make endure`: a few kills, disks and damaged files of each kind. A part with a fault lists it."""
+"""The quick form of `make stress`: a few kills, disks and damaged files of each kind. A part with a fault lists it."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import time
@@ -22,6 +23,12 @@ def test_quick_form_of(name, tmp_path):
 
 
 # ---- the harness itself notices what it is for
+
+
+def test_what_is_imported_before_processes_are_forked_can_be_imported():
+    """The server that forks would pass over what is missing, and every process would import it again."""
+    for name in child.WARM:
+        importlib.import_module(name)
 
 
 def counting(folder: str) -> int:
@@ -99,7 +106,7 @@ def test_figures_are_written_with_their_command_and_faults_are_a_failure(tmp_pat
     assert __main__.main(["a", "--quick", "--json", str(file)]) == 0
     assert __main__.main(["b", "--json", str(file)]) == 1
     found = json.loads(file.read_text())
-    assert found["a"]["command"] == "python -m endure a --count 1" and found["a"]["n"] == 1
+    assert found["a"]["command"] == "python -m tests.stress a --count 1" and found["a"]["n"] == 1
     assert found["b"]["wrong"] == ["x"]
     assert __main__.main(["c"]) == 2
     assert "there is no part c; there are a, b" in capsys.readouterr().err

@@ -72,9 +72,7 @@ class Attack(ABC):
 def parse(name: str) -> tuple[type[Attack], tuple[int, ...]]:
     """The class and the numbers that `pgd-50-10` stands for, checked. Raises ConfigError."""
     word, numbers = re.fullmatch(r"(.*?)((?:-\d{1,6})*)", name, re.S).groups()
-    kind = parts.find("attack", parts.ATTACKS, word)
-    if not (isinstance(kind, type) and issubclass(kind, Attack)):
-        raise ConfigError(f"attack: '{word}' is not an attack: see docs/extending.md")
+    kind = parts.find_class("attack", parts.ATTACKS, word)
     values = tuple(int(number) for number in numbers.split("-")[1:])
     kind.check(values)
     return kind, values

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastrobust.config import parts
+from fastrobust.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def facts(name: str) -> Dataset:
         return DATASETS[name]
     found = parts.find("data.dataset", dict.fromkeys(DATASETS, ""), name)
     if not isinstance(found, Dataset) or found.read is None or found.size is None or found.classes is None:
-        raise parts.ConfigError(
-            f"data.dataset: {name} must be a fastrobust.config.datasets.Dataset with size, classes and read"
-        )
+        raise ConfigError(f"data.dataset: '{name}' must be a fastrobust.config.datasets.Dataset with size, classes and read")
+    if found.channels not in (1, 3):
+        raise ConfigError(f"data.dataset: '{name}' has {found.channels} channels: it must have 1 or 3")
     return found

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -50,31 +51,56 @@ ATTACKS = {
     "square": "fastrobust.attack.autoattack:Square",
 }
 
+BASES = {  # what a class of the user's own must derive from
+    "method": "fastrobust.train.methods.base:Method",
+    "optimizer": "fastrobust.train.optimizers:Optimizer",
+    "schedule": "fastrobust.train.schedules:Schedule",
+    "loader": "fastrobust.data.loaders.base:Loader",
+    "attack": "fastrobust.attack.base:Attack",
+}
+
 
 def find(kind: str, table: dict[str, str], name: str) -> Any:
     """The part of this name. `kind` is the word that an error uses, such as `method.name`. Raises ConfigError."""
     if ":" in name:
         return imported(kind, name)
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(table)}, or your own package.module:name"
-        raise ConfigError(f"{kind}: there is no '{name}'{hint}")
+        raise ConfigError(f"{kind}: {unknown(name, table)}")
     return imported(kind, table[name])
+
+
+def find_class(kind: str, table: dict[str, str], name: str) -> type:
+    """The class of this name. One of the user's own must derive from the base of its kind. Raises ConfigError."""
+    found, base = find(kind, table, name), BASES[kind]
+    if ":" in name and not (isinstance(found, type) and issubclass(found, imported(kind, base))):
+        raise ConfigError(f"{kind}: '{name[:200]}' must be a class that derives from {base}: see docs/extending.md")
+    return found
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not one of the known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ", or your own package.module:name"
+    return f"'{name[:80]}' is not one of {', '.join(known)}{hint}"
 
 
 def imported(kind: str, path: str) -> Any:
     """The object at `package.module:name`. Modules in the current folder are found too. Raises ConfigError."""
     module, _, name = path.partition(":")
+    where = f"{kind}: '{path[:200]}'"
+    if not all([*module.split("."), name]):
+        raise ConfigError(f"{where} is not of the form package.module:name")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
-            where = "in the current folder or among the installed packages"
-            raise ConfigError(f"{kind}: '{path}': there is no module '{error.name}' {where}") from None
-        raise ConfigError(f"{kind}: '{path}' needs the package '{error.name}', which is not installed") from None
-    except AttributeError:
-        raise ConfigError(f"{kind}: '{path}': the module {module} has no '{name}'") from None
-    except (ImportError, SyntaxError, ValueError) as error:
-        raise ConfigError(f"{kind}: '{path}' cannot be imported: {first_line(error)}") from None
+            places = "in the current folder or among the installed packages"
+            raise ConfigError(f"{where}: there is no module '{error.name[:80]}' {places}") from None
+        raise ConfigError(f"{where} needs the package '{error.name}', which is not installed") from None
+    except Exception as error:  # the user's module can raise anything
+        raise ConfigError(f"{where} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
+    if not hasattr(found, name):
+        raise ConfigError(f"{where}: the module has no '{name[:80]}'")
+    return getattr(found, name)

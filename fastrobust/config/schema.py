@@ -6,7 +6,6 @@ in [0, 1]: epsilon and alpha are fractions of that range.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -50,9 +49,7 @@ Place = Annotated[str, AfterValidator(_place)]
 def _word(known: tuple[str, ...], value: str) -> str:
     """One of the known words, or `package.module:name`."""
     if ":" not in value and value not in known:
-        near = difflib.get_close_matches(value, known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ", or your own package.module:name"
-        raise ValueError(f"'{value[:80]}' is not one of {', '.join(known)}{hint}")
+        raise ValueError(parts.unknown(value, known))
     return value
 
 
@@ -79,11 +76,9 @@ def named(key: str, table: dict[str, str]) -> Any:
         if not isinstance(name, str):
             raise ValueError("this section needs a `name`" if name is None else "its `name` must be a word")
         try:
-            kind = parts.find(key, table, name)
+            kind = parts.find_class(key, table, name)
         except ConfigError as error:
             raise ValueError(str(error).removeprefix(f"{key}: ")) from None
-        if not (isinstance(kind, type) and issubclass(kind, Section)):
-            raise ValueError(f"'{name}' is not a section of a config: see docs/extending.md")
         return kind.model_validate(value)
 
     return Annotated[SerializeAsAny[Section], PlainValidator(read)]
@@ -100,7 +95,7 @@ class Augment(Section):
 class Data(Section):
     dataset: Annotated[str, AfterValidator(_dataset)]
     path: Place | None = None
-    prepared: Place | None = None  # folder of data_prep's files; default: DATASET-ffcv or DATASET-dali beside the data sets
+    prepared: Place | None = None  # folder of prepared files; default: DATASET-ffcv or DATASET-dali beside the data sets
     workers: Count | None = None  # threads or processes that decode; default: one for each core
     download: bool = False
     limit: Count | None = None

@@ -41,8 +41,8 @@ class ImageSet:
     source: str
 
     def labelled_as(self, classes: tuple[str, ...], whose: str) -> ImageSet:
-        """The same images with labels that are indices into `classes`, by name; said where some class has no image. Raises
-        DataError if one of the images is of a class that is not there."""
+        """The same images with labels that are indices into `classes`, matched by name. A note names the classes that this
+        set does not have. Raises DataError if this set has a class that is not in `classes`."""
         if self.classes == classes:
             return self
         unknown = [name for name in self.classes if name not in classes]
@@ -60,8 +60,9 @@ class ImageSet:
         return replace(self, labels=places[self.labels], classes=classes)
 
     def take(self, numbers: Sequence[int]) -> ImageSet:
-        """The images with these numbers."""
-        return replace(self, images=self.images[numbers], labels=self.labels[numbers])
+        """The images with these numbers, in this order."""
+        index = torch.as_tensor(numbers, dtype=torch.int64)
+        return replace(self, images=self.images[index], labels=self.labels[index])
 
     def checksum(self) -> str:
         """SHA-256 of the pixels as stored, the labels and the names of the classes: what a result says it is about."""
@@ -329,7 +330,6 @@ def _archives(place: Path) -> list[Path]:
 
 
 def _download(dataset: str, root: Path) -> None:
-
     datasets = import_torchvision().datasets
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
     try:

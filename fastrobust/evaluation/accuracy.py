@@ -68,11 +68,16 @@ def report(name: str, records: list[results.Record]) -> dict[str, Any]:
     return found
 
 
+def as_named(text: str) -> str:
+    """The attacks of a command line as results name them: `PGD-50-10, AutoAttack` -> `pgd-50-10,autoattack`."""
+    words = text.replace(" ", "").split(",")
+    return ",".join(word if ":" in word else word.lower() for word in words)
+
+
 def attack_names(text: str) -> list[str]:
     """`pgd-50-10,autoattack` -> its single attacks, in order and once each. Raises ConfigError."""
     names: list[str] = []
-    for part in text.split(","):
-        word = part.strip() if ":" in part else part.strip().lower()
+    for word in as_named(text).split(","):
         for name in GROUPS.get(word, (word,)):
             names += [name] if name not in names else []
     for name in names:
@@ -91,13 +96,15 @@ def run_attacks(
     seed: int = 0,
     folder: Path | None = None,
     fresh: bool = False,
+    notes: dict[str, Any] | None = None,
     world: World = ALONE,
 ) -> list[results.Record]:
     """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
     it lies in the threat model and a plain forward pass in fp32 confirms it (`attack.verdicts.breaks`). With a folder,
     records are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
-    was, with the same verdicts as without the interruption; `fresh` starts anew. In a world of several processes each
-    attacks its share, with the starts that it would have in one, and all get the records of the whole."""
+    was, with the same verdicts as without the interruption; `fresh` starts anew. New records keep `notes`, on which verdicts
+    do not depend, among their facts. In a world of several processes each attacks its share, with the starts that it would
+    have in one, and all get the records of the whole."""
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
@@ -121,6 +128,7 @@ def run_attacks(
                 "refused": 0,
                 "after_one_restart": int(robust.sum()),
                 "finished": False,
+                **(notes or {}),
             },
             clean.cpu(),
             robust.cpu().clone(),

@@ -11,7 +11,7 @@ import torch
 
 from fastrobust.config.numbers import describe
 from fastrobust.evaluation import masking, results
-from fastrobust.evaluation.accuracy import attack_names, report, run_attacks
+from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
@@ -31,7 +31,7 @@ def evaluate_in(world, device, arguments) -> int:
     config, settings = trained.config, trained.config.evaluation
     epsilon = settings.epsilon[0] if arguments.epsilon is None else arguments.epsilon
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
-    attack = attack.replace(" ", "")
+    attack = as_named(attack)
     names = attack_names(attack)
     if arguments.transfer and not arguments.sanity:
         raise ConfigError("--transfer is one of the checks of --sanity: give both")
@@ -45,6 +45,8 @@ def evaluate_in(world, device, arguments) -> int:
     data = trained.images(arguments.limit or settings.limit)
     other = other_model(arguments.transfer, trained, data, epsilon, seed) if arguments.sanity else None
     folder = world.first(lambda: keeping(trained.path))
+    if folder:
+        world.first(lambda: results.take_over(folder, trained.digest, data))
     earlier = results.stored(folder, trained.digest, data.checksum(), epsilon) if folder else []
     records = run_attacks(
         trained.model,
@@ -56,9 +58,10 @@ def evaluate_in(world, device, arguments) -> int:
         seed=seed,
         folder=folder,
         fresh=arguments.fresh,
+        notes={"data": arguments.data},
         world=world,
     )
-    result = report(attack, records)
+    result = report(attack, records) | {"weights": trained.digest, "images": data.checksum()}
     result["attacks"] = [
         {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum()), **facts(r)}
         for r in records

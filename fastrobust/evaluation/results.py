@@ -21,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastrobust.attack.rounds import Place
+from fastrobust.data.sets import ImageSet
 from fastrobust.runtime.errors import RunError, first_line
 from fastrobust.runtime.files import write_atomically
 
@@ -94,6 +95,29 @@ def stored(folder: Path, weights: str, data: str, epsilon: float) -> list[Record
     """The records in a folder that are about these weights, this data and this radius. RunError."""
     wanted = {"weights": weights, "data": data, "epsilon": epsilon}
     return [r for r in read_all(folder) if wanted.items() <= r.settings.items()]
+
+
+def take_over(folder: Path, weights: str, data: ImageSet) -> None:
+    """Give the records of version 0.1 about these weights and images the digest that the images have now: finished attacks
+    are not run again, unfinished ones go on, and the worst case counts them. RunError."""
+    now = data.checksum()
+    paths = {path: read(path) for path in sorted(folder.glob("*.safetensors"))}
+    others = {path: r for path, r in paths.items() if r.settings["weights"] == weights and r.settings["data"] != now}
+    then = digest_of_version_0_1(data) if others else None
+    for path, record in others.items():
+        if record.settings["data"] == then:
+            record.settings["data"] = now
+            record.save(folder)
+            path.unlink()
+
+
+def digest_of_version_0_1(data: ImageSet) -> str:
+    """What told the images of a record before they had one digest, `ImageSet.checksum`."""
+    digest = hashlib.sha256(str(tuple(data.images.shape)).encode())
+    for image in data.images:
+        digest.update(image.contiguous().numpy())
+    digest.update(data.labels.numpy())
+    return digest.hexdigest()
 
 
 def worst_case(records: list[Record]) -> Tensor:

@@ -39,7 +39,10 @@ def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], s
     """A freshly initialised model. Names: ours, torchvision's, `timm/NAME`, or
     `package.module:function` for a function of (channels, classes) that returns an nn.Module. Raises ConfigError."""
     if name in parts.MODELS or ":" in name:
-        network = parts.find("model.name", parts.MODELS, name)(channels, classes)
+        make = parts.find("model.name", parts.MODELS, name)
+        if not callable(make):
+            raise ConfigError(f"model.name: {name} must be a function of (channels, classes), it is a {type(make).__name__}")
+        network = make(channels, classes)
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model.name: {name} must return an nn.Module, it returns {type(network).__name__}")
     elif name.startswith("timm/"):

@@ -30,7 +30,6 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tuple[str, ...]) -> None:
-
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     metadata = {"fastrobust": __version__, "config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
     metadata["sha256"] = weights_checksum(tensors, metadata)
@@ -48,8 +47,7 @@ def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str])
 
 
 def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, ...]]:
-    """(model in eval mode on the CPU, config, class names) from a run directory or a .safetensors file. RunError."""
-
+    """(model in eval mode on the CPU, config, class names) from a run directory or a .safetensors file. Raises RunError."""
     path = Path(path)
     weights = path / WEIGHTS if path.is_dir() else path
     if not weights.is_file():

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 
-from fastrobust.attack import autoattack
+from fastrobust.config import parts
 from fastrobust.config.numbers import describe
-from fastrobust.evaluation import results
-from fastrobust.evaluation.results import wilson
-from fastrobust.models import Normalized, preact_resnet
-from fastrobust.models.mnist_net import mnist_net
+from fastrobust.models import Normalized
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.models.weights import read_weights, weights_digest
+from fastrobust.reporting import known
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.progress import duration
@@ -43,7 +42,7 @@ def command(arguments) -> int:
     folder = Path(arguments.output) if arguments.output else path / "export"
     with explained(f"the folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    facts = known(path, model, config)
+    facts = known.read(path, weights_digest(model))
 
     buffer = io.BytesIO()
     torch.save({name: t.contiguous() for name, t in model.state_dict().items()}, buffer)
@@ -61,7 +60,8 @@ def command(arguments) -> int:
     else:
         print(f", model.onnx (logits differ by at most {difference:.1e} in onnxruntime)")
     if arguments.json:
-        print(json.dumps({"folder": str(folder), "onnx_difference": difference, "accuracies": facts["accuracies"]}))
+        rows = [row.to_dict() for row in facts.accuracies]
+        print(json.dumps({"folder": str(folder), "onnx_difference": difference, "accuracies": rows}))
     return 0
 
 
@@ -72,97 +72,24 @@ def examples(config):
     return torch.rand(16, config.facts.channels, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def known(path: Path, model, config) -> dict[str, Any]:
-    """`summary` (or {}), `accuracies` (rows of attack, epsilon, accuracy, interval, examples), `masking` (verdicts by
-    epsilon) and `autoattack` (its row, if all of it was run) from a run directory. Raises RunError."""
-
-    facts: dict[str, Any] = {"summary": {}, "accuracies": [], "masking": [], "autoattack": None}
-    if not path.is_dir():
-        return facts
-    weights = weights_digest(model)
-    with contextlib.suppress(FileNotFoundError):
-        facts["summary"] = read_json(path / "summary.json")
-    try:
-        for e in facts["summary"].get("evaluations", []):
-            n = e["examples"]
-            robust = round(e["robust_accuracy"] * n)
-            add(facts, "none", 0.0, round(e["clean_accuracy"] * n), n)
-            add(facts, e["attack"], e["epsilon"], robust, n)
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path / 'summary.json'} is damaged: {error!r}") from None
-    groups: dict[tuple, list] = {}
-    for record in results.read_all(path / results.FOLDER):
-        s = record.settings
-        if s["weights"] == weights and record.facts["finished"]:
-            groups.setdefault((s["epsilon"], s["data"]), []).append(record)
-    for (epsilon, _), records in sorted(groups.items()):
-        n = records[0].settings["examples"]
-        add(facts, "none", 0.0, int(records[0].clean.sum()), n)
-        for record in records:
-            if bool((record.attacked == record.clean).all()):
-                add(facts, record.settings["attack"], epsilon, int((record.clean & ~record.broken).sum()), n)
-        if len(records) > 1:
-            names = sorted({r.settings["attack"] for r in records})
-            add(facts, f"worst case over {', '.join(names)}", epsilon, int(results.worst_case(records).sum()), n)
-        whole = autoattack_of(records)
-        if whole is not None:
-            facts["autoattack"] = add(facts, "autoattack", epsilon, whole, n) | {"clean": int(records[0].clean.sum()) / n}
-    for file in sorted((path / results.FOLDER).glob("sanity_*.json")):
-        found = read_json(file)
-        if found.get("weights") == weights:
-            facts["masking"].append(found)
-    return facts
-
-
-def add(facts: dict, attack: str, epsilon: float, robust: int, n: int) -> dict:
-    """A row of the accuracies, once."""
-
-    row = {"attack": attack, "epsilon": epsilon, "accuracy": robust / n, "interval": list(wilson(robust, n)), "examples": n}
-    if row not in facts["accuracies"]:
-        facts["accuracies"].append(row)
-    return row
-
-
-def autoattack_of(records: list) -> int | None:
-    """How many examples all four parts of AutoAttack leave robust, if each was either broken by one or tried by all."""
-
-    parts = [r for r in records if r.settings["attack"] in autoattack.PARTS]
-    robust = results.worst_case(parts) if parts else None
-    for name in autoattack.PARTS:
-        tried = [r.attacked for r in parts if r.settings["attack"] == name]
-        if not any(bool((robust <= t).all()) for t in tried):
-            return None
-    return int(robust.sum())
-
-
-def read_json(path: Path) -> dict:
-
-    with explained(f"{path} cannot be read") if path.exists() else contextlib.nullcontext():
-        text = path.read_text(encoding="utf-8")
-    try:
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-        raise ValueError("it does not hold an object")
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from None
-
-
 def snippet(config, classes: tuple[str, ...]) -> str:
     """The source of model.py."""
 
-    name, channels, imports = config.model.name, config.facts.channels, ""
-    if name == "mnist_net":
-        source, make = inspect.getsource(mnist_net), f"mnist_net({channels}, {len(classes)})"
-    elif name.startswith("preact_resnet18"):
-        source = f"{inspect.getsource(preact_resnet.PreActBlock)}\n\n{inspect.getsource(preact_resnet.PreActResNet18)}"
-        width = 16 if name.endswith("_w16") else 64
-        make = f"PreActResNet18({channels}, {len(classes)}, width={width})"
+    name, channels, source, imports = config.model.name, config.facts.channels, "", ""
+    if name in parts.MODELS:  # ours: the classes and the function that makes the network
+        function = parts.find("model.name", parts.MODELS, name)
+        module = inspect.getmodule(function)
+        blocks = [kind for kind in vars(module).values() if inspect.isclass(kind) and inspect.getmodule(kind) is module]
+        source = "\n\n".join(map(inspect.getsource, [*blocks, function]))
+        make = f"{function.__name__}({channels}, {len(classes)})"
+    elif ":" in name:
+        place, _, function = name.partition(":")
+        imports, make = f"from {place} import {function}\n", f"{function}({channels}, {len(classes)})"
     elif name.startswith("timm/"):
-        source, imports = "", "import timm\n"
+        imports = "import timm\n"
         make = f"timm.create_model({name.removeprefix('timm/')!r}, num_classes={len(classes)}, in_chans={channels})"
     else:
-        source, imports = "", "import torchvision\n"
+        imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
         make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra})"
     source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
@@ -235,7 +162,7 @@ def write_onnx(path: Path, model, images) -> float | None:
     return difference
 
 
-def card(config, classes: tuple[str, ...], facts: dict[str, Any], onnx: bool) -> str:
+def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
 
     images = facts["summary"].get("training_images")
@@ -253,11 +180,14 @@ def card(config, classes: tuple[str, ...], facts: dict[str, Any], onnx: bool) ->
         "the changed image stays in [0, 1]. Nothing is claimed about other changes (other norms, rotations, blur,\n"
         "corruptions), larger radii, or other data.",
         "## Accuracy",
-        accuracy_table(facts["accuracies"]),
-        *map(masking, facts["masking"]),
-        *(["Checks for masked gradients were not made."] if not facts["masking"] else []),
+        accuracy_table(facts.accuracies),
+        *(
+            f"Checks for masked gradients at epsilon {describe(m.epsilon)} ({m.examples} images): {m.in_words()}."
+            for m in facts.masking
+        ),
+        *(["Checks for masked gradients were not made."] if not facts.masking else []),
         "## Training",
-        training(config, facts["summary"]),
+        training(config, facts.summary),
         "## Use",
         "```python\nfrom model import CLASSES, load\n\n"
         "logits = load()(images)  # float N x C x H x W in [0, 1]; the normalisation is inside\n```",
@@ -266,28 +196,24 @@ def card(config, classes: tuple[str, ...], facts: dict[str, Any], onnx: bool) ->
     return "\n\n".join(paragraphs) + "\n"
 
 
-def accuracy_table(rows: list[dict]) -> str:
+def accuracy_table(rows: list[Accuracy]) -> str:
 
     if not rows:
         return "None is known for these weights."
     lines = ["| attack | epsilon | accuracy | 95 % interval | test images |", "|---|---|---|---|---|"]
     for row in rows:
-        radius = "0" if row["attack"] == "none" else describe(row["epsilon"])
-        low, high = row["interval"]
-        cells = [row["attack"], radius, f"{row['accuracy']:.2%}", f"{low:.2%} to {high:.2%}", str(row["examples"])]
+        low, high = row.interval
+        images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
+        cells = [row.attack, known.radius(row), row.in_words(), f"{low:.2%} to {high:.2%}", images]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
         "Accuracy under an attack is an upper bound: a stronger attack may find more. The interval (Wilson) is about",
+        "the choice of test images alone.",
     ]
-    return "\n".join([*lines, "the choice of test images alone."])
-
-
-def masking(found: dict) -> str:
-
-    failed = f": {', '.join(found['failed'])} failed" if found["failed"] else ", all passed"
-    where = f"at epsilon {describe(found['epsilon'])} ({found['examples']} images)"
-    return f"Checks for masked gradients {where}: {found['verdict']}{failed}."
+    if any(row.attack == EXACT for row in rows):
+        lines += ["", EXACT_NOTE]
+    return "\n".join(lines)
 
 
 def training(config, summary: dict) -> str:
@@ -303,18 +229,18 @@ def training(config, summary: dict) -> str:
     return "\n".join(lines)
 
 
-def robustbench(config, facts: dict[str, Any]) -> dict[str, Any]:
+def robustbench(config, facts: Known) -> dict[str, Any]:
     """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null."""
 
     percent = lambda value: None if value is None else f"{100 * value:.2f}"
-    summary, auto = facts["summary"], facts["autoattack"]
-    epsilon = auto["epsilon"] if auto else summary.get("epsilon", config.epsilon)
+    summary, auto = facts.summary, facts.autoattack
+    epsilon = auto.epsilon if auto else summary.get("epsilon", config.epsilon)
     architecture = {
         "preact_resnet18": "PreActResNet-18",
         "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
     }
-    clean = auto["clean"] if auto else summary.get("clean_accuracy")
-    n = auto["examples"] if auto else summary.get("examples")
+    clean = facts.autoattack_clean if auto else summary.get("clean_accuracy")
+    n = auto.examples if auto else summary.get("examples")
     return {
         "link": None,
         "name": config.name,
@@ -327,6 +253,6 @@ def robustbench(config, facts: dict[str, Any]) -> dict[str, Any]:
         "eps": describe(epsilon),
         "clean_acc": percent(clean),
         "reported": percent(summary.get("robust_accuracy")),
-        "autoattack_acc": percent(auto["accuracy"] if auto else None),
+        "autoattack_acc": percent(auto.accuracy if auto else None),
         "footnote": f"Measured on {n} test images." if n else None,
     }

@@ -39,7 +39,7 @@ class Picture:
 @dataclass(frozen=True)
 class Inspection:
     """`radii` holds (epsilon, how many of the `count` examples are robust), epsilon 0 first. `clean`, `robust` (at the
-    reference radius) and `labels` are per example."""
+    reference radius) and `labels` are per example. `source` and `checksum` say which images these are."""
 
     count: int
     epsilon: float
@@ -48,6 +48,8 @@ class Inspection:
     robust: Tensor
     labels: Tensor
     pictures: list[Picture]
+    source: str = ""
+    checksum: str = ""
 
 
 def inspect(
@@ -90,6 +92,8 @@ def inspect(
         robust=robust.cpu(),
         labels=data.labels,
         pictures=take_pictures(model, images[chosen], labels[chosen], epsilon),
+        source=data.source,
+        checksum=data.checksum(),
     )
 
 

@@ -11,11 +11,13 @@ from fastrobust.config.numbers import describe
 from fastrobust.config.reading import flatten
 from fastrobust.evaluation.results import wilson
 from fastrobust.evaluation.trained import open_trained
-from fastrobust.reporting import inspection
+from fastrobust.models.weights import read_weights, weights_digest
+from fastrobust.reporting import inspection, known
 from fastrobust.reporting.charts import COLOURS, Line, chart, escape, legend, number, page, picture, table
 from fastrobust.reporting.inspection import STEPS
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE, Accuracy
 from fastrobust.reporting.stored import Run, read_run
-from fastrobust.runtime import distributed
+from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_text
 from fastrobust.runtime.progress import Progress, duration
@@ -39,6 +41,7 @@ def command(arguments) -> int:
     for one, name in zip(runs, distinct_names(arguments.runs), strict=True):
         one.name = name
     for one, directory in zip(runs, arguments.runs, strict=True):
+        one.known = known_of(one, Path(directory))
         if arguments.limit:
             look_at(one, directory, arguments.limit, device, arguments.data)
     write_text(Path(arguments.output), render(runs))
@@ -54,6 +57,18 @@ def distinct_names(directories: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{i + 1}: {p[-1]}" for i, p in enumerate(parts)]
+
+
+def known_of(one: Run, path: Path) -> known.Known:
+    """What the run directory tells about the weights in it. Raises RunError."""
+    weights = None
+    if (path / run_directory.WEIGHTS).exists():
+        try:
+            weights = weights_digest(read_weights(path)[0])
+        except FastrobustError as error:
+            text = f"only the summary's accuracies are shown: {error}"
+            print(f"warning: {one.name}: {text}", file=sys.stderr)
+    return known.read(path, weights)
 
 
 def look_at(one: Run, directory: str, count: int, device, data: str | None) -> None:
@@ -88,11 +103,11 @@ def render(runs: list[Run]) -> str:
     return page(title, "\n".join(section for section in sections if section))
 
 
-def share(accuracy: float, n: int) -> str:
+def share(row: Accuracy) -> str:
     """An accuracy with its 95 % interval and n, as HTML."""
-
-    low, high = wilson(round(accuracy * n), n)
-    return f"{accuracy:.2%} <small>({low * 100:.1f} to {high * 100:.1f}, n = {n:,})</small>"
+    low, high = row.interval
+    images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}"
+    return f"{row.in_words()} <small>({low * 100:.1f} to {high * 100:.1f}, {escape(images)})</small>"
 
 
 def headline(runs: list[Run], title: str) -> str:
@@ -117,16 +132,20 @@ def summary_table(runs: list[Run]) -> str:
     rows: dict[str, list[str]] = {}
 
     def put(name: str, column: int, cell: str) -> None:
-        rows.setdefault(name, ["" for _ in runs])[column] = cell
+        cells = rows.setdefault(name, ["" for _ in runs])
+        cells[column] += f"<br>{cell}" if cells[column] else cell
 
     for i, one in enumerate(runs):
         config = one.config
         put("method", i, escape(config.in_words()))
         put("data and model", i, f"{escape(config.data.dataset)}, {escape(config.model.name)}")
+        for row in one.known.accuracies:
+            name = "clean accuracy" if row.attack == NONE else f"{row.attack}, epsilon {describe(row.epsilon)}"
+            put(name, i, share(row))
+        for m in one.known.masking:
+            told = f"{escape(m.in_words())} <small>({m.examples:,} images)</small>"
+            put(f"masked gradients, epsilon {describe(m.epsilon)}", i, told)
         if one.summary:
-            put("clean accuracy", i, share(one.summary.clean_accuracy, one.summary.evaluations[0].examples))
-            for e in one.summary.evaluations:
-                put(f"{e.attack}, epsilon {describe(e.epsilon)}", i, share(e.robust_accuracy, e.examples))
             put("training", i, f"{one.summary.epochs} epochs in {duration(one.summary.train_seconds)}")
         elif one.history:
             put("training", i, f"{one.history[-1].epoch} of {config.epochs} epochs so far")
@@ -143,6 +162,8 @@ def summary_table(runs: list[Run]) -> str:
         "PGD-STEPS-STARTS: so many steps from each of so many random starts. Robust: classified correctly at every "
         "point of all of them. In brackets: 95 % Wilson interval in per cent, n test images."
     )
+    if any(row.attack == EXACT for one in runs for row in one.known.accuracies):
+        note += f" {EXACT_NOTE}"
     body = table([[escape(name), *cells] for name, cells in rows.items()], head)
     return f'<h2>Summary</h2>{body}<p class="note">{note}</p>'
 
@@ -189,8 +210,9 @@ def robustness(runs: list[Run]) -> str:
         return missing
     counts = " or ".join(str(n) for n in sorted({one.seen.count for one in runs if one.seen}))
     text = (
-        f"PGD-{STEPS}, one restart, on {counts} test images; the band is the 95 % Wilson interval. So weak an attack gives "
-        "an upper bound, and so few images a rough one: the figures to quote are the summary's."
+        f"PGD-{STEPS}, one restart, on {counts} test images, evenly spaced over the test set; the band is the 95 % Wilson "
+        "interval. So weak an attack gives an upper bound, and so few images a rough one: the figures to quote are the "
+        "summary's."
     )
     axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
     along = list(marks.items())
@@ -223,9 +245,9 @@ def class_card(one: Run, colour: int, titled: bool) -> str:
         )
         cells.append([escape(name), bar, f"{clean / n:.0%}", f"{robust / n:.0%}", str(n)])
     title = f"<h3>{escape(one.name)}</h3>" if titled else ""
-    return (
-        f'<div class="card">{title}{table(cells, ["class", "", "clean", "robust", "n"])}<div class="note">{note}</div></div>'
-    )
+    images = f"images: {one.seen.source}; SHA-256 {one.seen.checksum[:12]}…"
+    notes = f'<div class="note">{note}</div><div class="note">{escape(images)}</div>'
+    return f'<div class="card">{title}{table(cells, ["class", "", "clean", "robust", "n"])}{notes}</div>'
 
 
 def pictures(runs: list[Run]) -> str:

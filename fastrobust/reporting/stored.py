@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fastrobust.reporting.known import Known
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.files import explained
@@ -56,13 +57,15 @@ class Environment(Stored):
 
 @dataclass
 class Run:
-    """What a run directory holds. `seen` is an Inspection, or None, and `unseen` says why."""
+    """What a run directory holds. `known`: the accuracies that are known of its weights, filled in by the report. `seen` is
+    an Inspection, or None, and `unseen` says why."""
 
     name: str
     config: Any
     environment: Environment
     history: list[Epoch]
     summary: Summary | None
+    known: Known = field(default_factory=Known)
     seen: Any = None
     classes: tuple[str, ...] = ()
     unseen: str = ""

@@ -52,7 +52,7 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of the source tree that this package runs from, with `+` if it has changes; None when installed."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(root)]
     try:
         top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10)

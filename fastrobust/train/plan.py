@@ -33,7 +33,7 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     phases.check_files(len(loader))
     training_step = step.build(config, loader, device, world)
     with world.one_after_the_other(config.data.download):
-        test = loaders.test_set(config, config.evaluation.limit)
+        test = loaders.test_set(config, config.evaluation.limit).labelled_as(loader.classes, config.name)
     table = Table("phase", "epochs", "passes", "images", "batch", "steps", "seconds/step", "time")
     total, begun, rates = 0.0, 0, []
     for index, phase in enumerate(config.phases):

@@ -89,19 +89,12 @@ def run(config: Config, directory: Path, device: torch.device, world: World, aga
     """Train the run of a config in its directory to the end, evaluate it, and return what `summary.json` holds. With
     `again` a run that is there already goes on from its last checkpoint, or is left as it is where it is finished; without,
     it is refused. The processes of a world call this together; the first writes. Raises FastrobustError."""
-    begun = world.first((directory / run_directory.CONFIG).exists)
-    if begun and not again:
-        raise run_directory.taken(directory)
-    if begun:
-        stored = run_directory.open_run(directory)[1]
-        if odd := reading.differences(stored, config):
-            raise RunError(
-                f"{directory} was begun with another config:\n  " + "\n  ".join(odd[:8]) + "\nMove it away, or rename this"
-            )
-        config = stored.model_copy(update={"device": config.device, "engine": engine.available(stored.engine, device)})
+    begun = world.first(lambda: stored_config(directory, config, again))
     if begun and world.first((directory / run_directory.SUMMARY).exists):
-        return read_summary(directory)
-    if not begun:
+        return world.first(lambda: read_summary(directory))
+    if begun:
+        config = begun.model_copy(update={"device": config.device, "engine": engine.available(begun.engine, device)})
+    else:
         together = f", {world.size} processes" if world.size > 1 else ""
         what = f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}"
         print(what, flush=True)
@@ -120,6 +113,21 @@ def run(config: Config, directory: Path, device: torch.device, world: World, aga
     world.first(lambda: run_directory.create(config))
     with held(directory, world), interrupt.resumable(directory):
         return finish(made)
+
+
+def stored_config(directory: Path, config: Config, again: bool) -> Config | None:
+    """The config of the run that is in the directory already, or None. Raises RunError where that is not a run of this
+    config, or none at all may be there."""
+    if not (directory / run_directory.CONFIG).exists():
+        return None
+    if not again:
+        raise run_directory.taken(directory)
+    stored = run_directory.open_run(directory)[1]
+    if odd := reading.differences(stored, config):
+        raise RunError(
+            f"{directory} was begun with another config:\n  " + "\n  ".join(odd[:8]) + "\nMove it away, or rename this"
+        )
+    return stored
 
 
 def training(config: Config, directory: Path, device: torch.device, world: World) -> Training:

@@ -36,13 +36,23 @@ Values = Annotated[list[Any], Field(min_length=1)]  # of the key that the axis i
 Bundles = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {key: value, ...}
 
 
+Grid = dict[str, Values | Bundles]  # by axis
+
+
 class Sweep(Section):
+    """`grids`, in the place of `grid`: several with the same axes, for values of one axis that depend on another's."""
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     config: str
     output: str = "runs"
     set: dict[str, Any] = Field(default_factory=dict)
-    grid: dict[str, Values | Bundles] = Field(default_factory=dict)
+    grid: Grid = Field(default_factory=dict)
+    grids: list[Grid] = Field(default_factory=list)
     seeds: Annotated[int, Field(ge=1, le=1000)] | Annotated[list[int], Field(min_length=1)] = 1
+
+    @property
+    def each_seed(self) -> list[int]:
+        return list(range(self.seeds)) if isinstance(self.seeds, int) else self.seeds
 
     @property
     def directory(self) -> Path:
@@ -80,38 +90,50 @@ def read_sweep(path: str | Path) -> Sweep:
         raise ConfigError(f"{path}:\n" + "\n".join(lines)) from None
 
 
-def points(sweep: Sweep) -> list[Point]:
-    """Every point of the grid, the seeds of one place side by side. Raises ConfigError."""
-
+def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:
+    """Every place on the grids: (its label on each axis, the keys of the config that are changed there). ConfigError."""
+    if sweep.grid and sweep.grids:
+        raise ConfigError("a sweep has either `grid` or `grids`")
     for key in ("output", "name", "seed"):
-        if key in sweep.set or key in sweep.grid:
-            raise ConfigError(
-                f"{key}: a sweep sets it for every run: write `{key if key != 'seed' else 'seeds'}:` at the top"
-            )
-    axes = []
-    for axis, values in sweep.grid.items():
-        bundles = values if isinstance(values, dict) else {as_text(value): {axis: value} for value in values}
-        if len(bundles) < len(values):
-            raise ConfigError(f"grid.{axis}: a value stands there twice")
-        axes.append([(axis, label, keys) for label, keys in bundles.items()])
-    seeds = list(range(sweep.seeds)) if isinstance(sweep.seeds, int) else sweep.seeds
-    if (size := math.prod(map(len, axes)) * len(seeds)) > MOST_POINTS:
+        if any(key in keys for keys in (sweep.set, sweep.grid, *sweep.grids)):
+            written = "seeds" if key == "seed" else key
+            raise ConfigError(f"{key}: a sweep sets it for every run: write `{written}:` at the top")
+    if any(grid.keys() != sweep.grids[0].keys() for grid in sweep.grids):
+        raise ConfigError("grids: all must have the same axes")
+    grids = [[choices(*axis) for axis in grid.items()] for grid in sweep.grids or [sweep.grid]]
+    if (size := sum(math.prod(map(len, axes)) for axes in grids) * len(sweep.each_seed)) > MOST_POINTS:
         raise ConfigError(f"the sweep has {size} points; at most {MOST_POINTS} are trained")
+    found = []
+    for place in itertools.chain.from_iterable(itertools.product(*axes) for axes in grids):
+        keys: dict[str, Any] = dict(sweep.set)
+        for _, _, changes in place:
+            keys |= changes
+        found.append((tuple((axis, label) for axis, label, _ in place), keys))
+    return found
+
+
+def choices(axis: str, values: Values | Bundles) -> list[tuple[str, str, dict[str, Any]]]:
+    """(axis, label, keys) of each value."""
+    bundles = values if isinstance(values, dict) else {as_text(value): {axis: value} for value in values}
+    if len(bundles) < len(values):
+        raise ConfigError(f"grid.{axis}: a value stands there twice")
+    return [(axis, label, keys) for label, keys in bundles.items()]
+
+
+def as_overrides(keys: dict[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in keys.items()]
+
+
+def points(sweep: Sweep) -> list[Point]:
+    """Every point of the sweep, the seeds of one place side by side. Raises ConfigError."""
     found: dict[str, Point] = {}
-    for place in itertools.product(*axes):
-        for seed in seeds:
-            keys: dict[str, Any] = dict(sweep.set)
-            for _, _, changes in place:
-                keys |= changes
-            parts = [f"{axis.split('.')[-1]}-{label}" for axis, label, _ in place] + [f"seed-{seed}"]
-            name = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
-            keys |= {"seed": seed, "name": name, "output": str(sweep.directory)}
-            config = reading.load(sweep.config, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
-            if name in found:
-                raise ConfigError(
-                    f"two points of the sweep would be called {name}: name the values of an axis `name: {{keys}}`"
-                )
-            found[name] = Point(tuple((axis, label) for axis, label, _ in place), seed, config)
+    for (labels, keys), seed in itertools.product(places(sweep), sweep.each_seed):
+        parts = [f"{axis.split('.')[-1]}-{label}" for axis, label in labels] + [f"seed-{seed}"]
+        name = "_".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
+        if name in found:
+            raise ConfigError(f"two points of the sweep would be called {name}: name the values of an axis `name: {{keys}}`")
+        of_run = {"seed": seed, "name": name, "output": str(sweep.directory)}
+        found[name] = Point(labels, seed, reading.load(sweep.config, as_overrides(keys | of_run)))
     return list(found.values())
 
 

@@ -18,7 +18,7 @@ from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json
-from fastrobust.verification.store import VERDICTS, Verdicts
+from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
 
 
 def command(arguments) -> int:
@@ -37,7 +37,7 @@ def command(arguments) -> int:
     workers.check(trained.model, shape)  # says at once what cannot be verified
     chosen = sets.evenly_spaced(len(data.labels), arguments.limit).tolist()
     place = f"epsilon-{arguments.epsilon:g}"
-    folder = Path(arguments.output) if arguments.output else weights.parent / "verification" / place
+    folder = Path(arguments.output) if arguments.output else weights.parent / FOLDER / place
     about = {"dataset": trained.config.data.dataset, "epsilon": arguments.epsilon}
     settings = about | {"weights": trained.digest, "images": data.checksum()}
     verdicts = Verdicts(folder, settings, about | digests_of_version_0_1(weights, data))
@@ -52,7 +52,7 @@ def command(arguments) -> int:
         return 130
     records = [verdicts.found[i] for i in chosen]
     summary = settings | summarize(records, arguments, time.monotonic() - began, len(todo))
-    summary["images"] = data.take(chosen).checksum()
+    summary |= {"images": data.take(chosen).checksum(), "data": arguments.data}
     write_json(folder / "summary.json", summary | machine.environment("cpu"))
     show(summary, folder)
     if arguments.json:

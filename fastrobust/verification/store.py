@@ -13,6 +13,7 @@ import numpy as np
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.files import explained, write_atomically, write_json
 
+FOLDER = "verification"  # in a run directory; a folder for each epsilon
 VERDICTS = ("misclassified", "verified", "falsified", "timeout")
 
 

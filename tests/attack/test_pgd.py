@@ -1,5 +1,5 @@
-"""Tests of fastrobust.attacks and fastrobust.evaluation. The oracles: a slow PGD without shortcuts, the closed form of a
-linear model, models that follow a script, and torchattacks."""
+"""Tests of PGD. The oracles: a slow PGD without shortcuts, the closed form of a linear model, models that follow a script,
+and torchattacks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 
 import fastrobust
 from fastrobust.attack.pgd import _packed, pgd
+from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import Verdicts, classified
-from fastrobust.config.numbers import describe
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation.accuracy import evaluate
@@ -66,8 +66,8 @@ def data():
     return images, labels
 
 
-def run_pgd(model, data, **changes) -> Verdicts:
-    settings = {"epsilon": EPSILON, "alpha": EPSILON / 4, "steps": 7, "restarts": 2}
+def run_pgd(model, data, epsilon=EPSILON, **changes) -> Verdicts:
+    settings = {"threat": Threat(epsilon), "alpha": EPSILON / 4, "steps": 7, "restarts": 2}
     return pgd(model, *data, **(settings | changes))
 
 
@@ -78,7 +78,7 @@ def slow_pgd(model, images, labels, *, epsilon, alpha, steps, restarts, seed=0):
     robust = clean.clone()
     everyone = torch.ones_like(clean)
     for restart in range(restarts):
-        ((index, delta),) = _packed(images, everyone, epsilon, len(labels), (seed, restart))
+        ((index, delta),) = _packed(images, everyone, Threat(epsilon), len(labels), (seed, restart))
         assert index.tolist() == list(range(len(labels)))
         delta = (x + delta).clamp(0, 1) - x
         for step in range(steps + 1):
@@ -99,9 +99,9 @@ def slow_pgd(model, images, labels, *, epsilon, alpha, steps, restarts, seed=0):
     "epsilon, steps, restarts, seed", [(0.1, 12, 3, 0), (0.05, 5, 2, 3), (0.2, 7, 1, 1), (0.3, 0, 2, 0)]
 )
 def test_verdicts_equal_those_of_a_pgd_without_shortcuts(model, data, epsilon, steps, restarts, seed):
-    settings = {"epsilon": epsilon, "alpha": epsilon / 4, "steps": steps, "restarts": restarts, "seed": seed}
-    clean, robust = slow_pgd(model, *data, **settings)
-    found = pgd(model, *data, batch_size=64, **settings)
+    settings = {"alpha": epsilon / 4, "steps": steps, "restarts": restarts, "seed": seed}
+    clean, robust = slow_pgd(model, *data, epsilon=epsilon, **settings)
+    found = pgd(model, *data, threat=Threat(epsilon), batch_size=64, **settings)
     assert torch.equal(found.clean, clean)
     assert torch.equal(found.robust, robust)
     assert 0 < robust.sum() < clean.sum() < len(clean)  # the comparison says something
@@ -162,7 +162,7 @@ def test_a_linear_model_is_broken_exactly_where_its_closed_form_says(low, high, 
 
     found = pgd(
         Double(nn.Sequential(nn.Flatten(), linear)),
-        images, labels, epsilon=epsilon, alpha=epsilon / 4, steps=9, restarts=1, batch_size=100,
+        images, labels, threat=Threat(epsilon), alpha=epsilon / 4, steps=9, restarts=1, batch_size=100,
     )  # fmt: skip
     assert torch.equal(found.robust, exact)
     assert 20 < exact.sum() < found.clean.sum() < 400
@@ -206,7 +206,7 @@ def test_one_misclassified_point_settles_an_example_whatever_its_loss():
     break_at = [None, *range(everything), None]
     scripted = Scripted(break_at)
     images, labels = marked(len(break_at))
-    found = pgd(scripted, images, labels, epsilon=1 / 255, alpha=1 / 255, steps=steps, restarts=restarts)
+    found = pgd(scripted, images, labels, threat=Threat(1 / 255), alpha=1 / 255, steps=steps, restarts=restarts)
     assert found.robust.tolist() == [at is None for at in break_at]
     assert found.clean.tolist() == [at != 0 for at in break_at]
     assert scripted.visits[0] == scripted.visits[-1] == everything  # those that hold are attacked to the end
@@ -231,13 +231,13 @@ def test_points_lie_in_the_ball_and_the_box_and_start_at_the_noise(model, data):
             seen.append(z.detach().clone())
             return self.model(z) + 100 * right[: len(z)]  # nothing leaves the batch
 
-    found = pgd(Recorder(), images, labels, epsilon=0.1, alpha=0.04, steps=4, restarts=2)
+    found = pgd(Recorder(), images, labels, threat=Threat(0.1), alpha=0.04, steps=4, restarts=2)
     assert found.robust.all()
     assert len(seen) == 1 + 2 * 5
     assert torch.equal(seen[0], x)
     for restart in range(2):
         points = seen[1 + 5 * restart : 6 + 5 * restart]
-        ((_, noise),) = _packed(images, torch.ones(40, dtype=torch.bool), 0.1, 40, (0, restart))
+        ((_, noise),) = _packed(images, torch.ones(40, dtype=torch.bool), Threat(0.1), 40, (0, restart))
         torch.testing.assert_close(points[0], (x + noise).clamp(0, 1), rtol=0, atol=1e-6)
         for before, after in itertools.pairwise(points):
             assert (after - before).abs().max() <= 0.04 + 1e-6
@@ -287,41 +287,13 @@ def test_more_restarts_only_break_more(model, data):
 
 
 def test_the_radius_must_be_named(model, data):
-    with pytest.raises(TypeError, match="epsilon"):
+    with pytest.raises(TypeError, match="threat"):
         pgd(model, *data, alpha=0.01, steps=1, restarts=1)
     with pytest.raises(TypeError, match="epsilon"):
         evaluate(model, ImageSet(*data, (), ""), alpha=0.01, steps=1, restarts=1, batch_size=9)
 
 
-# ---- noise and packing
-
-
-@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.6, 1.0])
-@pytest.mark.parametrize("batch_size", [1, 100, 300])
-def test_packing_gives_each_living_example_once_in_full_batches_with_its_own_noise(size, share, batch_size):
-    images = torch.zeros(size, 1, 2, 2, dtype=torch.uint8)
-    alive = torch.rand(size, generator=torch.Generator().manual_seed(size)) < share
-    batches = list(_packed(images, alive, 0.3, batch_size, (4, 2)))
-    assert [i for index, _ in batches for i in index.tolist()] == alive.nonzero().flatten().tolist()
-    assert all(len(index) == len(noise) == batch_size for index, noise in batches[:-1])
-    assert all(1 <= len(index) <= batch_size for index, _ in batches)
-    ((_, noise_of_all),) = _packed(images, torch.ones(size, dtype=torch.bool), 0.3, size, (4, 2))
-    for index, noise in batches:
-        assert torch.equal(noise, noise_of_all[index])
-
-
-def test_noise_is_uniform_and_differs_by_seed_restart_and_example():
-    images = torch.zeros(600, 3, 8, 8, dtype=torch.uint8)
-    alive = torch.ones(600, dtype=torch.bool)
-    draws = [next(_packed(images, alive, 0.2, 600, key))[1] for key in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 0))]
-    assert torch.equal(draws[0], draws[4])
-    examples = torch.cat([d.flatten(1) for d in draws[:4]])
-    assert len(examples.unique(dim=0)) == 4 * 600
-    values = examples.flatten()
-    assert -0.2 <= values.min() < -0.1999 and 0.1999 < values.max() <= 0.2
-    quartiles = torch.tensor([(values < q).float().mean() for q in (-0.1, 0.0, 0.1)])
-    torch.testing.assert_close(quartiles, torch.tensor([0.25, 0.5, 0.75]), rtol=0, atol=0.005)
+# ---- what is left behind
 
 
 def test_the_seed_decides_and_torchs_own_random_numbers_stay_untouched(model, data):
@@ -333,9 +305,6 @@ def test_the_seed_decides_and_torchs_own_random_numbers_stay_untouched(model, da
     assert torch.equal(first.robust, again.robust)
     others = [run_pgd(model, data, seed=s, epsilon=0.2, steps=1, restarts=1).robust for s in range(4, 10)]
     assert any(not torch.equal(first.robust, other) for other in others)
-
-
-# ---- what is left behind
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["finished", "failed"])
@@ -369,11 +338,11 @@ def test_the_model_is_left_as_it_was(entry, failing):
     flags = [p.requires_grad for p in network.parameters()]
     gradients = [p.grad if p.grad is None else p.grad.clone() for p in network.parameters()]
     tensors = {name: t.clone() for name, t in network.state_dict().items()}
-    attack = {"epsilon": 1e-6, "alpha": 1e-6, "steps": 2, "restarts": 2, "batch_size": 5}
+    attack = {"alpha": 1e-6, "steps": 2, "restarts": 2, "batch_size": 5}
     act = {
         "classified": lambda: classified(network, images, labels),
-        "pgd": lambda: pgd(network, images, labels, **attack),
-        "evaluate": lambda: evaluate(network, ImageSet(images, labels, (), ""), **attack),
+        "pgd": lambda: pgd(network, images, labels, threat=Threat(1e-6), **attack),
+        "evaluate": lambda: evaluate(network, ImageSet(images, labels, (), ""), epsilon=1e-6, **attack),
     }[entry]
     if failing:
         with pytest.raises(KeyboardInterrupt):
@@ -392,9 +361,6 @@ def test_the_model_is_left_as_it_was(entry, failing):
         assert torch.equal(t, tensors[name]), name
 
 
-# ---- progress and the report
-
-
 def test_progress_counts_the_examples_that_each_restart_attacked(model, data):
     counts = [0, 0, 0]
 
@@ -409,9 +375,9 @@ def test_progress_counts_the_examples_that_each_restart_attacked(model, data):
 
 
 def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
-    settings = {"epsilon": 0.07, "alpha": 0.01, "steps": 3, "restarts": 2, "batch_size": 64, "seed": 5}
-    found = evaluate(model, ImageSet(*data, (), ""), **settings)
-    verdicts = pgd(model, *data, **settings)
+    settings = {"alpha": 0.01, "steps": 3, "restarts": 2, "batch_size": 64, "seed": 5}
+    found = evaluate(model, ImageSet(*data, (), ""), epsilon=0.07, **settings)
+    verdicts = pgd(model, *data, threat=Threat(0.07), **settings)
     assert found.pop("seconds") > 0
     low, high = found.pop("clean_interval")
     assert low < verdicts.clean.sum() / 300 < high
@@ -420,7 +386,10 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
     assert found == {
         "clean_accuracy": verdicts.clean.sum().item() / 300,
         "robust_accuracy": verdicts.robust.sum().item() / 300,
-        "robust_accuracy_after_one_restart": run_pgd(model, data, **settings | {"restarts": 1}).robust.sum().item() / 300,
+        "robust_accuracy_after_one_restart": run_pgd(model, data, epsilon=0.07, **settings | {"restarts": 1})
+        .robust.sum()
+        .item()
+        / 300,
         "resolution": 14,
         "examples": 300,
         "epsilon": 0.07,
@@ -428,10 +397,3 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
         "alpha": 0.01,
     }
     assert 0 < found["robust_accuracy"] < found["clean_accuracy"] < 1
-
-
-@pytest.mark.parametrize(
-    "epsilon, text", [(0.3, "0.3"), (0.2, "0.2"), (8 / 255, "8/255"), (1.0, "1"), (0.0, "0"), (0.5 / 255, "0.00196078")]
-)
-def test_epsilon_is_described_as_people_write_it(epsilon, text):
-    assert describe(epsilon) == text

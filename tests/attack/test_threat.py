@@ -1,4 +1,4 @@
-"""Tests of fastrobust.threat against a plain Python version of each formula, one pixel at a time."""
+"""Tests of fastrobust.attack.threat against a plain Python version of each formula, one pixel at a time."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastrobust.attack import threat
+from fastrobust.attack.threat import Threat
 
 
 def project_pixel(delta: float, x: float, epsilon: float) -> float:
@@ -140,3 +141,55 @@ def test_the_memory_layout_is_kept_and_changes_nothing(layout):
     assert torch.equal(moved, plain)
     assert moved.is_contiguous(memory_format=layout)
     assert threat.uniform_start(x, 0.1).is_contiguous(memory_format=layout)
+
+
+# ---- the class that all other code uses
+
+
+def test_a_threat_is_its_radius_and_the_functions():
+    x, generator = images(3, 2, 5, 4), torch.Generator().manual_seed(7)
+    delta, gradient = (torch.randn(x.shape, generator=generator) for _ in range(2))
+    ball = Threat(0.1)
+    assert torch.equal(ball.project(delta, x), threat.project(delta, x, 0.1))
+    assert torch.equal(ball.clip(delta, x), threat.clip_to_box(delta, x))
+    assert torch.equal(ball.step(delta, gradient, 0.03), threat.signed_step(delta, gradient, 0.03))
+    assert all(torch.equal(a, b) for a, b in zip(ball.box(x), threat.box(x, 0.1), strict=True))
+    for clip in (True, False):
+        torch.manual_seed(8)
+        start = ball.start(x, clip)
+        torch.manual_seed(8)
+        assert torch.equal(start, threat.uniform_start(x, 0.1, clip))
+        assert ((x + start).clamp(0, 1) == x + start).all() == clip
+    assert ball.scaled(0.5) == Threat(0.05) and ball == Threat(0.1)
+    assert ball.scaled(torch.tensor(0.5)).radius == torch.tensor(0.05)
+
+
+def test_noise_depends_on_the_generator_alone():
+    ball = Threat(0.25)
+    one, same, other = (ball.noise((40, 3, 8, 8), torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.abs().max() <= 0.25 and one.min() < -0.249 and one.max() > 0.249 and one.mean().abs() < 0.01
+
+
+def test_the_nearest_allowed_point_pixel_by_pixel():
+    x, points = images(3, 2, 5, 4), 2 * torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(9))
+    found = Threat(0.1).nearest(points, x)
+    for p, pixel, q in zip(points.flatten().tolist(), x.flatten().tolist(), found.flatten().tolist(), strict=True):
+        assert q == pytest.approx(pixel + project_pixel(p - pixel, pixel, 0.1), abs=1e-6)
+    assert Threat(0.1).contains(found, x, 1e-6).all()
+
+
+def test_one_pixel_outside_is_outside():
+    """In every pixel of every image, at the ball and at the box, by more and by less than the tolerance."""
+    ball = Threat(0.1)
+    for pixel, allowed in ((0.5, (0.4, 0.6)), (0.05, (0.0, 0.15)), (0.97, (0.87, 1.0))):
+        x = torch.full((24, 2, 3, 4), pixel)
+        for edge, outwards in zip(allowed, (-1, 1), strict=True):
+            points = x.clone()
+            places = torch.arange(24)
+            points.flatten(1)[places, places] = edge + outwards * 0.002
+            assert not ball.contains(points, x, 0.001).any()
+            assert ball.contains(points, x, 0.003).all()
+            points[1] = x[1]
+            assert ball.contains(points, x, 0.001).tolist() == [k == 1 for k in range(24)]
+    assert not ball.contains(torch.full((2, 1, 2, 2), math.nan), torch.full((2, 1, 2, 2), 0.5), 1.0).any()

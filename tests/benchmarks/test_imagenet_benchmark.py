@@ -58,12 +58,12 @@ def test_prepared_files_are_used_as_they_are(photos, tmp_path, monkeypatch, caps
     """No sample is written where the config finds files; one loader that fails is left out, the others go on."""
 
     sizes = ["--sizes", "24", "40", "original"]
-    arguments = ["--source", str(photos), "--output", str(tmp_path / "image_folder-dali"), *sizes]
+    arguments = ["--data", str(photos), "--output", str(tmp_path / "image_folder-dali"), *sizes]
     assert prepare("webdataset", ["image_folder", *arguments]) == 0
     monkeypatch.setattr(imagenet, "write_sample", None)
     monkeypatch.setitem(imagenet.PACKAGES, "dali", "json")  # is installed, whatever DALI is
     monkeypatch.setattr(
-        "fastrobust.data.dali.Dali.__init__", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no driver"))
+        "fastrobust.data.loaders.dali.Dali.__init__", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no driver"))
     )
     small = ["data.dataset=image_folder", f"data.prepared={tmp_path / 'image_folder-dali'}", *SMALL]
     command = ["imagenet", "--quick", "--device", "cpu", "--batch-size", "6", "--repetitions", "1", *small]
@@ -83,10 +83,9 @@ def test_operations_of_a_step_are_five_forward_passes():
     """torchvision gives ResNet-50 4.09 GFLOPS at 224 pixels, counting a multiplication and an addition as one."""
     overrides = ["phases.1.batch_size=1", "precision=fp32", "device=cpu"]
     config = reading.load(imagenet.ROOT / "configs/imagenet_3phase.yaml", overrides)
-    job = imagenet.synthetic_job(config, 1, 1000, CPU)
-    x, y = next(job.loader.batches(0, 0, 1, 0, 1))
-    assert x.shape == (1, 3, 224, 224)
-    counted = imagenet.flops(job, x, y)
+    step, batch = imagenet.synthetic_step(config, 1, 1000, CPU)
+    assert batch.images.shape == (1, 3, 224, 224)
+    counted = imagenet.flops(step, batch)
     assert counted["forward"] == pytest.approx(2 * 4.09e9, rel=2e-3)
     assert counted["step"] / counted["forward"] == pytest.approx(5, abs=0.05)
     text = (imagenet.ROOT / "docs/scaling.md").read_text()

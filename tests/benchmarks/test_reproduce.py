@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 
 import pytest
 
@@ -12,6 +13,8 @@ from benchmarks import paper, reproduce, tables
 from fastrobust.config import reading
 from fastrobust.data import sets
 from fastrobust.runtime.errors import DataError
+from fastrobust.train.training import Training
+from fastrobust.tuning import sweep
 
 
 def test_every_row_is_a_config_and_one_name_one_run():
@@ -45,7 +48,8 @@ def test_the_rows_are_appendix_a_and_b(name, expected):
     assert (c.optimizer.momentum, c.optimizer.weight_decay) == (0.9, 5e-4)
     assert c.schedule.name == ("multistep" if c.epochs == 400 else "cyclic")
     e = c.evaluation
-    assert (e.steps, e.restarts, e.epsilon, e.alpha) == (50, 10, (8 / 255,), 2 / 255)
+    assert (e.steps, e.restarts, e.epsilon, e.alpha) == (50, 10, (8 / 255,), (2 / 255,))
+    assert c.model.name == "preact_resnet18_paper"
 
 
 def test_a_config_opens_with_its_command_and_its_figures():
@@ -66,7 +70,8 @@ def test_the_rows_of_imagenet_are_the_papers():
     for row in paper.ROWS["full"]["table4"]:
         c = reading.load(reproduce.ROOT / "configs" / row.config)
         epsilon = (2 if "2/255" in row.label else 4) / 255
-        assert (c.epsilon, c.evaluation.epsilon, c.evaluation.alpha, c.precision) == (epsilon, (epsilon,), 1 / 255, "fp16")
+        e = c.evaluation
+        assert (c.epsilon, e.epsilon, e.alpha, c.precision) == (epsilon, (epsilon,), (1 / 255,), "fp16")
         assert (c.method.name, c.epochs, c.replays) == (("free", 92, 4) if "Free" in row.label else ("fgsm", 15, 1))
     for row in paper.ROWS["full"]["table5"]:
         c = reading.load(reproduce.ROOT / "configs" / row.config, list(row.overrides))
@@ -79,6 +84,23 @@ def test_the_schedules_of_figure_1_are_those_of_the_configs():
     for name, file in (("CIFAR-10", "cifar10_fgsm_fast.yaml"), ("ImageNet", "imagenet_3phase.yaml")):
         c = reading.load(reproduce.ROOT / "configs" / file)
         assert (c.schedule, c.epochs) == paper.SCHEDULES[name]
+
+
+def test_figure_2_is_one_sweep_and_has_the_runs_of_table_3(monkeypatch):
+    """The sweep command and `benchmarks.reproduce` train the same runs, and Table 3's rows are among them."""
+    monkeypatch.chdir(reproduce.ROOT)
+    of_run = {"name": "x", "output": "x", "seed": 0}
+    trained = [p.config.model_copy(update=of_run) for p in sweep.points(sweep.read_sweep("configs/sweeps/figure2.yaml"))]
+    rows = paper.ROWS["full"]["figure2"]
+    shown = [reproduce.config_of(row, 0, "full", "auto", None).model_copy(update=of_run) for row in rows]
+    assert trained == [config for config in shown for _ in range(3)]  # three seeds
+    lengths = {label: [int(tables.epochs_of(row)) for row in rows if row.label == label] for label in paper.FIRST_TO_45}
+    assert lengths == {"FGSM": [4, 8, 15, 30], "PGD": [4, 8, 15, 30], "Free": [16, 40, 88, 120]}
+    ours = {row.name for row in paper.ROWS["full"]["table3"] if row.config}
+    assert ours == {row.name for row in rows if int(tables.epochs_of(row)) == paper.FIRST_TO_45[row.label]}
+    for c in shown:
+        rate = 0.04 if c.method.name == "free" else 0.21
+        assert (c.schedule.max_lr, c.schedule.peak, c.precision) == (rate, 0.4, "fp16")
 
 
 # ---- how it works, on tiny runs
@@ -145,16 +167,14 @@ def test_rows_are_trained_kept_and_told(tiny, few_bars, capsys):
 def test_out_of_minutes_it_can_go_on(tiny, capsys, monkeypatch):
     """The first run is stopped by the clock within its second epoch and resumes there."""
 
-    real = Trainer._guard
+    real = Training._guard
 
     def slow(self, *arguments):
-        import time
-
         time.sleep(4)
         return real(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_guard", slow)
+        patched.setattr(Training, "_guard", slow)
         assert call("table2", "--minutes", "0.05") == 1
     out = capsys.readouterr().out
     assert "open: a seed 0: stopped by SIGTERM" in out and "not measured" in out
@@ -184,8 +204,22 @@ def test_without_its_data_a_row_stays_open_and_the_others_go_on(tiny, capsys, mo
     assert (tiny / "results/small/a_seed0.json").exists()
 
 
+def test_one_row_alone(tiny, capsys):
+    assert call("table1", "table3", "--only", "a", "--seeds", "2") == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")] == [
+        "[1/2] a, seed 0",
+        "[2/2] a, seed 1",
+    ]
+
+
 @pytest.mark.parametrize(
-    "arguments, word", [(["table9"], "table9"), (["--minutes", "0"], "minutes"), (["--minutes", "-1"], "minutes")]
+    "arguments, word",
+    [
+        (["table9"], "table9"),
+        (["--minutes", "0"], "minutes"),
+        (["--minutes", "-1"], "minutes"),
+        (["table1", "--only", "c"], "--only"),
+    ],
 )
 def test_mistakes_are_explained(tiny, capsys, arguments, word):
     assert call(*arguments) == 2

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.config import schema
-from fastrobust.data.augment import augment, center_crop, pad_crop_flip, random_resized_crop, to_unit
+from fastrobust.data import order
+from fastrobust.data.augment import augment, boxes, center_crop, pad_crop_flip, random_resized_crop, to_unit
 
 
 def images(n: int, channels: int = 3, height: int = 6, width: int = 5, seed: int = 0) -> Tensor:
@@ -134,7 +136,7 @@ def with_coordinates(n: int, height: int, width: int, seed: int = 0) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def boxes(out: Tensor, height: int, width: int) -> list[tuple[float, float, float, float]]:
+def boxes_seen(out: Tensor, height: int, width: int) -> list[tuple[float, float, float, float]]:
     """(left, top, width, height) of the crops in pixels of the source; a negative width is a mirrored crop. Read off
     two inner sample points, which the image's border does not touch."""
     side = out.shape[2]
@@ -151,9 +153,11 @@ def boxes(out: Tensor, height: int, width: int) -> list[tuple[float, float, floa
 
 
 def test_resized_crops_lie_in_the_image_with_the_recipes_areas_and_ratios():
+    """In an image so large that the rounding of boxes to whole pixels does not show."""
     torch.manual_seed(5)
-    height, width, n = 40, 40, 2000
-    found = boxes(random_resized_crop(with_coordinates(n, height, width), 16, True), height, width)
+    height, width, n = 400, 400, 2000
+    x = with_coordinates(50, height, width)
+    found = [box for _ in range(n // 50) for box in boxes_seen(random_resized_crop(x, 16, True), height, width)]
     areas, ratios, mirrored = [], [], 0
     for left, top, w, h in found:
         if w < 0:
@@ -194,16 +198,98 @@ def test_resized_crops_are_bilinear():
                 assert crop[2][i][j] == pytest.approx(upper * (1 - v) + lower * v, abs=2e-5)
 
 
-def test_a_full_crop_at_the_same_size_is_the_image(monkeypatch):
+def crop_with(draws: Tensor, x: Tensor, resolution: int, flip: bool) -> Tensor:
+    """random_resized_crop with these random numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **options: {tuple(draws.shape): draws}[shape])
+        return random_resized_crop(x, resolution, flip)
+
+
+def test_a_full_crop_at_the_same_size_is_the_image():
     """With every drawn number fixed: all of the area, a ratio of 1, no shift."""
-    monkeypatch.setattr(Tensor, "uniform_", lambda self, low, high: self.fill_(1.0 if low == 0.08 else 0.0))
+    draws = torch.zeros(4, order.DRAWS, dtype=torch.float64)
+    draws[:, : order.TRIES], draws[:, order.TRIES : 2 * order.TRIES] = 1.0, 0.5
     x = to_unit(images(4, height=8, width=8))
-    torch.testing.assert_close(random_resized_crop(x, 8, False), x, rtol=0, atol=2e-6)
+    torch.testing.assert_close(crop_with(draws, x, 8, False), x, rtol=0, atol=2e-6)
+
+
+SHAPES = [(32, 32), (40, 40), (160, 213), (7, 5), (3, 4), (20, 300), (300, 20), (1, 40), (40, 1), (1, 1), (120, 161)]
+
+
+def edges() -> np.ndarray:
+    """Rows of equal draws at the ends of the range and in its middle, and with no fit but in the last try."""
+    rows = [np.full(order.DRAWS, value) for value in (0.0, 0.5, 1 - 2**-53)]
+    last = np.full(order.DRAWS, 1 - 2**-53)
+    last[order.TRIES - 1] = 0.0
+    return np.array([*rows, last])
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_boxes_are_those_of_the_loaders(height, width):
+    """The same random numbers give the same boxes, on the device and in the loaders' code."""
+    rng = np.random.default_rng([height, width])
+    draws = np.concatenate([edges(), rng.random((4000, order.DRAWS))])
+    expected = order.crop_boxes(draws, np.full(len(draws), height), np.full(len(draws), width))
+    found = boxes(torch.from_numpy(draws), height, width)
+    assert found.dtype == torch.int64 and found.tolist() == expected.tolist()
+    top, left, h, w = found.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    assert (h > 0).all() and (w > 0).all()
+    middle = (found == torch.tensor(order.middle_box(height, width))).all(1).float().mean()
+    long = max(height, width) / min(height, width)
+    if long > 10:  # no try fits in most images
+        assert middle > 0.9 if min(height, width) == 1 else middle > 0.2
+    elif min(height, width) > 30:
+        assert middle < 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_boxes_on_a_gpu_are_those_of_the_cpu(height, width):
+    draws = torch.from_numpy(np.concatenate([edges(), np.random.default_rng(1).random((4000, order.DRAWS))]))
+    found = boxes(draws.cuda(), height, width)
+    assert found.is_cuda and torch.equal(found.cpu(), boxes(draws, height, width))
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 40), (30, 53), (9, 90), (90, 9), (5, 5)])
+@pytest.mark.parametrize("resolution", [4, 16])
+def test_a_resized_crop_is_exactly_its_box(height, width, resolution):
+    """On ramps a bilinear sample is the place of the sample: those of the box in equal steps, half a step from its edges,
+    and no further out than the centres of the image's outer pixels."""
+    n = 60
+    draws = torch.from_numpy(np.random.default_rng([height, width, resolution]).random((n, order.DRAWS)))
+    out = crop_with(draws, with_coordinates(n, height, width), resolution, True)
+    steps = (np.arange(resolution) + 0.5) / resolution
+    expected = order.crop_boxes(draws.numpy(), np.full(n, height), np.full(n, width)).tolist()
+    mirrored = draws[:, order.FLIP] < 0.5
+    assert 10 < mirrored.sum() < 50 and len({tuple(box) for box in expected}) > 8
+    for crop, (top, left, h, w), flip in zip(out, expected, mirrored.tolist(), strict=True):
+        columns = (left + steps * w).clip(0.5, width - 0.5) / width
+        rows = (top + steps * h).clip(0.5, height - 0.5) / height
+        columns = columns[::-1] if flip else columns
+        np.testing.assert_allclose(crop[0].numpy(), np.tile(columns, (resolution, 1)), rtol=0, atol=5e-6)
+        np.testing.assert_allclose(crop[1].numpy(), np.tile(rows[:, None], (1, resolution)), rtol=0, atol=5e-6)
+
+
+def test_a_resized_crop_is_the_cut_box_resized():
+    """Noise, against torch's own resizing of the box alone; shrinking, no sample reaches a pixel outside of the box."""
+    n, height, width, resolution = 80, 60, 75, 9
+    draws = torch.from_numpy(np.random.default_rng(0).random((n, order.DRAWS)))
+    x = torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
+    out = crop_with(draws, x, resolution, True)
+    expected = order.crop_boxes(draws.numpy(), np.full(n, height), np.full(n, width)).tolist()
+    for image, crop, (top, left, h, w), draw in zip(x, out, expected, draws, strict=True):
+        assert min(h, w) >= resolution
+        cut = image[None, :, top : top + h, left : left + w]
+        resized = F.interpolate(cut, (resolution, resolution), mode="bilinear", align_corners=False)[0]
+        resized = resized.flip(2) if draw[order.FLIP] < 0.5 else resized
+        torch.testing.assert_close(crop, resized, rtol=0, atol=2e-5)
 
 
 def test_without_flip_no_crop_is_mirrored():
     torch.manual_seed(7)
-    assert all(w > 0 for _, _, w, _ in boxes(random_resized_crop(with_coordinates(200, 20, 20), 8, False), 20, 20))
+    assert all(w > 0 for _, _, w, _ in boxes_seen(random_resized_crop(with_coordinates(200, 20, 20), 8, False), 20, 20))
 
 
 @pytest.mark.parametrize(("height", "width", "resolution"), [(12, 12, 12), (40, 40, 16), (10, 14, 24)])

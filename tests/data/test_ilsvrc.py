@@ -73,7 +73,7 @@ def test_the_same_as_the_folder_that_they_unpack_to(official, tmp_path):
         }
         assert len(checksums) == 1
     for place, output in ((official, "a"), (plain, "b")):
-        arguments = ["imagenet", "--source", str(place), "--output", str(tmp_path / output), "--sizes", "32", "original"]
+        arguments = ["imagenet", "--data", str(place), "--output", str(tmp_path / output), "--sizes", "32", "original"]
         assert prepare("ffcv", arguments) == 0
     for name in ("train_32.beton", "train_original.beton", "test_original.beton"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

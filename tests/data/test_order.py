@@ -1,4 +1,4 @@
-"""Tests of fastrobust.data.stream: shares of processes, and crops against a slow loop."""
+"""Tests of fastrobust.data.order: shares of processes, and crops against a slow loop."""
 
 import math
 

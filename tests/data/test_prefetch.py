@@ -1,4 +1,4 @@
-"""Tests of fastrobust.data.prefetch."""
+"""Tests of fastrobust.data.loaders.prefetch: batches made ahead, in a thread."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 
+from fastrobust.data.batch import Batch
 from fastrobust.data.loaders import prefetch
 
 
@@ -13,20 +14,21 @@ def batches(count: int, fail_at: int | None = None):
     for k in range(count):
         if k == fail_at:
             raise ValueError("batch 3 is bad")
-        yield torch.full((2,), k), torch.full((2,), -k)
+        yield Batch(torch.full((2,), k), torch.full((2,), -k), torch.full((2,), 10 * k))
 
 
 def test_the_same_batches_in_the_same_order():
-    found = [(x[0].item(), y[0].item()) for x, y in prefetch.on_device(prefetch.ahead(batches(20), 3), torch.device("cpu"))]
-    assert found == [(k, -k) for k in range(20)]
+    found = list(prefetch.on_device(prefetch.ahead(batches(20), 3), torch.device("cpu")))
+    assert all(isinstance(batch, Batch) for batch in found)
+    assert [tuple(t[0].item() for t in batch) for batch in found] == [(k, -k, 10 * k) for k in range(20)]
     assert list(prefetch.ahead([], 3)) == []
 
 
 def test_an_error_in_the_thread_is_raised_after_the_batches_before_it():
     found = []
     with pytest.raises(ValueError, match="batch 3 is bad"):
-        for x, _ in prefetch.ahead(batches(9, fail_at=3), 2):
-            found.append(x[0].item())
+        for batch in prefetch.ahead(batches(9, fail_at=3), 2):
+            found.append(batch.images[0].item())
     assert found == [0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""Tests of fastrobust.data.resident: the stream of batches against slow lists of indices."""
+"""Tests of fastrobust.data.loaders.resident: the stream of batches against slow lists of indices."""
 
 import itertools
 
@@ -22,15 +22,16 @@ def make(n: int) -> Resident:
 
 
 def indices(data: Resident, batch_size: int, first: int, last: int, seed: int = 0, phase: int = 0) -> list[list[int]]:
-    """The examples of each batch, read off the pixels; labels must belong to them."""
+    """The examples of each batch, read off the pixels; labels and numbers must belong to them."""
     found = []
-    for images, labels in data.batches(seed, phase, batch_size, first, last):
+    for images, labels, index in data.batches(seed, phase, batch_size, first, last):
         assert images.shape == (batch_size, 3, 2, 2) and images.dtype == torch.uint8
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert images[:, 2].tolist() == [[[1, 2], [3, 4]]] * batch_size
         assert labels.shape == (batch_size,) and labels.dtype == torch.int64
         numbers = images[:, 0, 0, 0].long() + 256 * images[:, 1, 0, 0].long()
         assert labels.tolist() == (3 * numbers).tolist()
+        assert index.dtype == torch.int64 and index.tolist() == numbers.tolist()
         found.append(numbers.tolist())
     return found
 
@@ -129,9 +130,16 @@ def test_images_are_kept_as_they_are():
 
 
 def test_a_batch_is_a_copy():
-    """Whoever writes into a batch does not spoil the data."""
+    """Whoever writes into its images or labels does not spoil the data."""
     data = make(6)
-    for images, labels in data.batches(0, 0, 6, 0, 1):
-        images.zero_()
-        labels.zero_()
+    for batch in data.batches(0, 0, 6, 0, 1):
+        batch.images.zero_()
+        batch.labels.zero_()
     assert sorted(i for batch in indices(data, 6, 1, 2) for i in batch) == list(range(6))
+
+
+def test_the_first_of_a_batch():
+    (batch,) = make(9).batches(0, 0, 6, 0, 1)
+    first = batch.first(2)
+    assert first.labels.tolist() == batch.labels[:2].tolist() == (3 * first.index).tolist()
+    assert torch.equal(first.images, batch.images[:2]) and len(first.index) == 2

@@ -1,36 +1,22 @@
-"""Tests of fastrobust.data.sources: idx files, finding and downloading, CIFAR-10 batches. For images: test_image_sets.py."""
+"""Tests of fastrobust.data.sets: finding and downloading, CIFAR-10 batches. For images: test_image_sets.py."""
 
 import codecs
 import gzip
-import hashlib
 import os
 import pickle
 import struct
-import sys
-import tracemalloc
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import (
-    CIFAR,
-    RNG,
-    check_form,
-    cifar_batches,
-    idx,
-    idx_folder,
-    pixels_of,
-    real,
-    tar_bytes,
-    write_files,
-)
+import torch
+from data_files import CIFAR, RNG, check_form, cifar_batches, idx_folder, pixels_of, tar_bytes, write_files
 
-from fastrobust.config.datasets import DATASETS
 from fastrobust.data import formats, sets
-from fastrobust.data.sets import load, locate, read_idx_pair
+from fastrobust.data.sets import ImageSet, load, locate
 from fastrobust.models.torchvision_compat import import_torchvision
-from fastrobust.runtime import machine
 from fastrobust.runtime.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning from numpy, torch or Pillow is a defect here
@@ -42,142 +28,6 @@ def root(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTROBUST_DATA", str(tmp_path))
     monkeypatch.setitem(sets._PLACES, "fashion_mnist", ["fashion_mnist", "FashionMNIST/raw"])
     return tmp_path
-
-
-# ---- idx
-
-
-def test_idx_pair_plain_and_gzipped(tmp_path):
-    images, labels = idx_folder(tmp_path)
-    read = read_idx_pair(*(tmp_path / f"{name}.gz" for name in sets._IDX_NAMES["train"]), 10)
-    np.testing.assert_array_equal(read[0], images)
-    np.testing.assert_array_equal(read[1], labels)
-    read = read_idx_pair(*(tmp_path / name for name in sets._IDX_NAMES["test"]), 10)
-    np.testing.assert_array_equal(read[0], images[:10])
-    np.testing.assert_array_equal(read[1], labels[:10])
-
-
-@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
-def test_idx_load_and_limit(root, monkeypatch, dataset):
-    images, labels = idx_folder(root / dataset)
-    digests = [hashlib.md5(idx(array)).hexdigest() for array in (images, labels)]
-    monkeypatch.setitem(sets._IDX_MD5, (dataset, "train"), digests)
-    result = load(dataset, "train")
-    check_form(result, 20, 1, 28, DATASETS[dataset].classes)
-    np.testing.assert_array_equal(result.images[:, 0].numpy(), images)
-    assert result.labels.tolist() == labels.tolist()
-    for name in sets._IDX_NAMES["train"]:
-        assert str(root / dataset / name) in result.source
-    part = load(dataset, "train", limit=4)
-    np.testing.assert_array_equal(part.images[:, 0].numpy(), images[[0, 5, 10, 15]])
-    assert part.labels.tolist() == [0, 5, 0, 5]
-    assert len(load(dataset, "train", limit=99).labels) == 20
-
-
-@pytest.mark.parametrize("dataset", ["mnist", "fashion_mnist"])
-def test_idx_with_other_content_fails_the_checksum(root, dataset):
-    idx_folder(root / dataset)
-    with pytest.raises(DataError, match=r"train-images.*checksum"):
-        load(dataset, "train")
-
-
-IMAGES = idx(np.zeros((10, 28, 28), np.uint8))
-LABELS = idx(np.arange(10, dtype=np.uint8))
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "message"),
-    [
-        (IMAGES[:-1], LABELS, "images.* is truncated"),
-        (IMAGES[:10], LABELS, "images.* is truncated"),
-        (b"", LABELS, "images.* is truncated"),
-        (gzip.compress(IMAGES)[:-12], LABELS, "images.* is truncated"),
-        (gzip.compress(IMAGES)[:-2], LABELS, "images.* is truncated"),
-        (gzip.compress(IMAGES[:-1]), LABELS, "images.* is truncated"),
-        (IMAGES + b"\0", LABELS, "images.* more follow"),
-        (gzip.compress(IMAGES) + b"trailing", LABELS, "images.* corrupt"),
-        (gzip.compress(IMAGES)[:-8] + bytes(8), LABELS, "images.* corrupt"),
-        (gzip.compress(IMAGES)[:12] + b"\xff" * 40, LABELS, "images.* corrupt"),
-        (LABELS, LABELS, "images.*(no idx|truncated)"),
-        (IMAGES, IMAGES, "labels.*no idx"),
-        (idx(np.zeros((10, 27, 28), np.uint8)), LABELS, r"images.*\(10, 27, 28\)"),
-        (idx(np.zeros((0, 28, 28), np.uint8)), LABELS, r"images.*\(0, 28, 28\)"),
-        (IMAGES, LABELS[:-1], "labels.* is truncated"),
-        (IMAGES, idx(np.arange(9, dtype=np.uint8)), "images.*labels.*10 images and 9 labels"),
-        (IMAGES, LABELS[:-1] + b"\x0a", r"labels.*label 10 of image 9 is outside 0\.\.9"),
-    ],
-)
-def test_damaged_idx(tmp_path, images, labels, message):
-    (tmp_path / "images").write_bytes(images)
-    (tmp_path / "labels").write_bytes(labels)
-    with pytest.raises(DataError, match=message) as caught:
-        read_idx_pair(tmp_path / "images", tmp_path / "labels", 10)
-    assert "fetch" in str(caught.value) and "checksum" not in str(caught.value)
-
-
-@pytest.mark.parametrize("pack", [bytes, gzip.compress])
-def test_hostile_idx_header_allocates_nothing(tmp_path, pack):
-    (tmp_path / "images").write_bytes(pack(struct.pack(">4I", 0x803, 2**31, 28, 28) + bytes(784)))
-    tracemalloc.start()
-    try:
-        with pytest.raises(DataError, match="2147483648"):
-            read_idx_pair(tmp_path / "images", tmp_path / "labels", 10)
-        assert tracemalloc.get_traced_memory()[1] < 4e6
-    finally:
-        tracemalloc.stop()
-
-
-def test_idx_larger_than_the_memory(tmp_path, monkeypatch):
-    (tmp_path / "images").write_bytes(IMAGES)
-    (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\n")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
-    with pytest.raises(DataError, match=r"images needs 7\.84e-06 GB of memory"):
-        read_idx_pair(tmp_path / "images", tmp_path / "labels", 10)
-
-
-def test_truncated_download_is_called_truncated_in_load(root):
-    idx_folder(root / "mnist")
-    file = root / "mnist" / "train-images-idx3-ubyte.gz"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz is truncated"):
-        load("mnist", "train")
-
-
-@pytest.mark.parametrize(
-    ("split", "count", "digest"),
-    [
-        ("train", 60000, "6bbc9ace898e44ae57da46a324031adb"),
-        ("test", 10000, "2646ac647ad5339dbf082846283269ea"),
-    ],
-)
-def test_real_mnist(split, count, digest):
-    real("mnist")
-    result = load("mnist", split)
-    check_form(result, count, 1, 28, "0123456789")
-    assert hashlib.md5(idx(result.images[:, 0].numpy())).hexdigest() == digest
-    if split == "train":
-        assert result.labels.bincount().tolist() == [
-            5923,
-            6742,
-            5958,
-            6131,
-            5842,
-            5421,
-            5918,
-            6265,
-            5851,
-            5949,
-        ]
-        assert result.labels[:5].tolist() == [5, 0, 4, 1, 9]
-
-
-def test_real_fashion_mnist():
-    if not Path(sets._DEBIAN_FASHION).exists():
-        pytest.skip("needs the package dataset-fashion-mnist")
-    result = load("fashion_mnist", "test", sets._DEBIAN_FASHION)
-    check_form(result, 10000, 1, 28, DATASETS["fashion_mnist"].classes)
-    assert result.labels.bincount().tolist() == [1000] * 10
-    assert result.labels[0] == 9  # an ankle boot
 
 
 # ---- finding and downloading
@@ -230,8 +80,8 @@ def test_not_found_lists_places_and_remedies(root):
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        (("cifar", "train"), {}, "unknown dataset 'cifar'.*mean 'cifar10'"),
-        (("zzzz", "train"), {}, "unknown dataset 'zzzz': known are mnist, .*image_folder"),
+        (("cifar", "train"), {}, "data.dataset: 'cifar' is not one of mnist, .*mean 'cifar10'"),
+        (("zzzz", "train"), {}, "'zzzz' is not one of mnist, .*image_folder, or your own package.module:name"),
         (("mnist", "val"), {}, "no split 'val'"),
         (("mnist", "train"), {"limit": 0}, "limit must be at least 1"),
         (("mnist", "train"), {"resolution": 32}, "28 x 28 pixels"),
@@ -248,9 +98,7 @@ def test_wrong_arguments(root, arguments, options, message):
 
 def fake_torchvision(monkeypatch, name, fetch):
     datasets = types.SimpleNamespace(**{name: fetch})
-    module = types.ModuleType("fastrobust.models.torchvision_compat")
-    module.import_torchvision = lambda: types.SimpleNamespace(datasets=datasets)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(sets, "import_torchvision", lambda: types.SimpleNamespace(datasets=datasets))
 
 
 def test_download_only_when_nothing_is_found(root, monkeypatch):
@@ -284,7 +132,6 @@ def test_failed_download(root, monkeypatch):
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_a_download_with_another_checksum_is_refused(root, monkeypatch, dataset):
     """torchvision's own download, from a server (a folder here) whose files are not the known ones."""
-
     datasets = import_torchvision().datasets
     server = root / "server"
     server.mkdir()
@@ -406,3 +253,77 @@ def test_truncated_and_missing_cifar_batches(root):
     with pytest.raises(DataError, match=r"cifar-10-python\.tar\.gz lacks .* test_batch"):
         load("cifar10", "test", archive)
     assert place.exists()
+
+
+# ---- labels by the names of classes, and parts of a set
+
+NAMES = ("cat", "dog", "eel", "fox", "gnu", "hen")
+
+
+def animals(classes: tuple[str, ...], labels: list[int]) -> ImageSet:
+    """Image k is all k."""
+    pixels = torch.arange(len(labels), dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 3, 2).contiguous()
+    return ImageSet(pixels.permute(0, 3, 1, 2), torch.tensor(labels), classes, "the zoo")
+
+
+def test_labels_are_matched_by_name(capsys):
+    """Folders sort their classes by name; a model may have them in another order."""
+    data = animals(("cat", "dog", "eel"), [0, 1, 2, 2, 0])
+    found = data.labelled_as(("eel", "cat", "dog"), "the model")
+    assert [found.classes[label] for label in found.labels] == [data.classes[label] for label in data.labels]
+    assert found.labels.tolist() == [1, 2, 0, 0, 1] and found.labels.dtype == torch.int64
+    assert torch.equal(found.images, data.images) and found.source == "the zoo"
+    assert data.labels.tolist() == [0, 1, 2, 2, 0] and data.classes == ("cat", "dog", "eel")
+    assert data.labelled_as(data.classes, "the model") is data
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("have", "absent"),
+    [(("gnu", "dog"), "4 classes (cat, eel, fox, hen)"), (("hen", "gnu", "fox", "eel", "dog"), "class cat")],
+)
+def test_a_part_of_the_classes_is_allowed_and_said(capsys, have, absent):
+    found = animals(have, [1, 0, 1]).labelled_as(NAMES, "the model")
+    assert [NAMES[label] for label in found.labels] == [have[1], have[0], have[1]] and found.classes == NAMES
+    assert capsys.readouterr().out == f"note: the zoo has no images of {absent}: accuracies are over the other classes\n"
+
+
+@pytest.mark.parametrize(
+    ("have", "unknown"),
+    [
+        (("cat", "yak"), "class yak"),
+        (("Cat", "dog", "ant"), r"2 classes \(Cat, ant\)"),
+        (tuple("stuvwxyz"), r"8 classes \(s, t, u, v, w, ...\)"),
+        (tuple("012345"), r"6 classes \(0, 1, 2, 3, 4, ...\)"),  # as many as the model's, in their order
+    ],
+)
+def test_a_class_that_the_model_does_not_know_is_refused(capsys, have, unknown):
+    trained = r"runs/a was trained on 6 classes \(cat, dog, eel, fox, gnu, ...\)"
+    with pytest.raises(DataError, match=f"^the zoo has images of {unknown}, but {trained}: give images of the same classes"):
+        animals(have, [0, 1]).labelled_as(NAMES, "runs/a")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor])
+def test_take_gives_the_named_images_in_their_order(form):
+    data = animals(NAMES, [5, 4, 3, 2, 1, 0])
+    found = data.take(form([4, 0, 3]))
+    check_form(found, 3, 2, 3, NAMES)
+    assert found.images[:, 0, 0, 0].tolist() == [4, 0, 3] and found.labels.tolist() == [1, 5, 2]
+    assert found.source == "the zoo" and len(data.labels) == 6
+    assert torch.equal(data.take(range(1, 6, 2)).labels, data.labels[1::2])
+    assert data.take([]).images.shape == (0, 2, 3, 3)
+
+
+def test_checksums_tell_sets_apart():
+    """Pixels, labels and class names count; where the set came from, and how it lies in memory, do not."""
+    data = animals(NAMES, [0, 1, 2])
+    whole = data.checksum()
+    assert replace(data, source="elsewhere").checksum() == whole
+    assert replace(data, images=data.images.contiguous()).checksum() == whole
+    brighter, relabelled = data.images.clone(), data.labels.clone()
+    brighter[1, 1, 2, 2] += 1
+    relabelled[2] = 3
+    changed = [replace(data, images=brighter), replace(data, labels=relabelled), replace(data, classes=NAMES[::-1])]
+    changed += [data.take([0, 1]), data.take([1, 0, 2])]
+    assert len({whole, *(other.checksum() for other in changed)}) == 6

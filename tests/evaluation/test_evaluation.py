@@ -1,5 +1,5 @@
-"""Tests of fastrobust.evaluation, .results and .autoattack: what counts as broken, resuming, merging, and AutoAttack. The
-oracles: attacks that lie, the same work without an interruption, and the library's own evaluation."""
+"""What counts as broken, resuming, merging, and AutoAttack. The oracles: attacks that lie, the same work without an
+interruption, and the library's own evaluation."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from torch import nn
 
 import fastrobust
 from fastrobust.__main__ import main as cli
-from fastrobust.attack import autoattack, rounds
+from fastrobust.attack import autoattack
+from fastrobust.attack.base import Setting
 from fastrobust.attack.pgd import Pgd, StaticAttack
 from fastrobust.attack.rounds import run_rounds
+from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import breaks, correct, evaluating
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
-from fastrobust.evaluation import accuracy, command, results
-from fastrobust.evaluation.accuracy import attack_names, build, run_attacks
+from fastrobust.evaluation import accuracy, results
+from fastrobust.evaluation.accuracy import attack_names, run_attacks
 from fastrobust.runtime.errors import ConfigError, RunError
 
 EPSILON = 0.1
@@ -75,7 +77,7 @@ class Brightness(nn.Module):
 )
 def test_a_success_counts_in_the_threat_model_alone(x, point, epsilon, counts):
     images, points = torch.full((3, 1, 4, 4), x), torch.full((3, 1, 4, 4), point)
-    found = breaks(Brightness(), images, torch.zeros(3, dtype=torch.int64), points, epsilon)
+    found = breaks(Brightness(), images, torch.zeros(3, dtype=torch.int64), points, Threat(epsilon))
     assert found.tolist() == [counts] * 3
 
 
@@ -86,7 +88,7 @@ def test_one_pixel_outside_the_box_or_the_ball_is_enough_to_refuse_a_point():
     points[1, 0, 0, 0] = -2e-6
     points[2, 0, 0, 1] = 1 + 2e-6
     points[3, 0, 3, 3] = 0.58 + 1e-4
-    assert breaks(Brightness(), x, y, points, 0.1).tolist() == [True, False, False, False, True]
+    assert breaks(Brightness(), x, y, points, Threat(0.1)).tolist() == [True, False, False, False, True]
 
 
 def test_a_model_that_gives_no_numbers_at_a_point_is_broken_there():
@@ -95,8 +97,8 @@ def test_a_model_that_gives_no_numbers_at_a_point_is_broken_there():
             return torch.stack([x.flatten(1).mean(1) / (x.flatten(1).amax(1) < 0.5), x.flatten(1).mean(1) - 9], 1)
 
     x, y = torch.full((1, 1, 2, 2), 0.45), torch.zeros(1, dtype=torch.int64)
-    assert breaks(Fragile(), x, y, x + 0.1, 0.11).tolist() == [True]
-    assert breaks(Fragile(), x, y, x, 0.11).tolist() == [False]
+    assert breaks(Fragile(), x, y, x + 0.1, Threat(0.11)).tolist() == [True]
+    assert breaks(Fragile(), x, y, x, Threat(0.11)).tolist() == [False]
 
 
 class Liar:
@@ -122,7 +124,7 @@ def test_what_an_attack_claims_is_checked():
     labels, robust = torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.bool)
     refused = []
     liar = Liar(Brightness())
-    run_rounds(liar, images, labels, robust, epsilon=0.1, after=lambda place, n, refusals: refused.append(refusals))
+    run_rounds(liar, images, labels, robust, threat=Threat(0.1), after=lambda place, n, refusals: refused.append(refusals))
     assert (~robust).nonzero().flatten().tolist() == [2, 6, 10]
     assert sum(refused) == 9 * 2  # in both rounds
     believed = torch.ones(12, dtype=torch.bool)
@@ -134,13 +136,13 @@ def test_what_an_attack_claims_is_checked():
 def test_pgd_hands_over_the_points_that_broke(model, data, static):
     x, y = to_unit(data.images[:32]), data.labels[:32]
     start = torch.empty_like(x).uniform_(-EPSILON, EPSILON, generator=torch.Generator().manual_seed(1))
-    pgd = Pgd(model, data.images, epsilon=EPSILON, alpha=EPSILON / 4, steps=9, restarts=1, batch_size=32, seed=0)
+    pgd = Pgd(Setting(model, data.images, Threat(EPSILON), EPSILON / 4, 32, 0), (9, 1))
     if static:
-        pgd.graph = StaticAttack(model, x, EPSILON, EPSILON / 4)
+        pgd.graph = StaticAttack(model, x, Threat(EPSILON), EPSILON / 4)
     with evaluating(model):
         survived, points = pgd.run(x[:30], y[:30], start[:30])
         assert 3 < survived.sum() < 27
-        held = breaks(model, x[:30], y[:30], points, EPSILON)
+        held = breaks(model, x[:30], y[:30], points, Threat(EPSILON))
     assert torch.equal(held, ~survived)
     assert (points - x[:30]).abs().amax() <= EPSILON + 1e-6
 
@@ -250,7 +252,7 @@ def test_records_about_different_things_are_not_merged(model, data, tmp_path, ot
 
 def test_a_finished_attack_is_not_run_again_unless_asked(model, data, tmp_path, monkeypatch):
     first = run(model, data, ["pgd-3-1"], folder=tmp_path)[0]
-    monkeypatch.setattr(rounds, "run_rounds", lambda *a, **k: pytest.fail("attacked again"))
+    monkeypatch.setattr(accuracy, "run_rounds", lambda *a, **k: pytest.fail("attacked again"))
     again = run(model, data, ["pgd-3-1"], folder=tmp_path)[0]
     assert torch.equal(first.broken, again.broken) and again.facts == first.facts
     with pytest.raises(pytest.fail.Exception):  # the second attack of a chain; the first is there
@@ -274,10 +276,24 @@ def test_a_damaged_record_is_an_explained_error(model, data, tmp_path):
 # ---- AutoAttack
 
 
+class Thousand(nn.Module):
+    """The model with so many classes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return nn.functional.pad(self.model(x), (0, 990), value=-9.0)
+
+
 def test_autoattack_has_the_standard_budget(model):
     """Croce & Hein, 2020: 100 iterations, 1 restart, 9 targets, 5,000 queries."""
-    make = lambda name: autoattack.Part(name, model, classes=1000, epsilon=EPSILON, batch_size=9, seed=0).attack
-    apgd, targeted, fab, square = map(make, autoattack.PARTS)
+    images = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
+    setting = Setting(Thousand(model), images, Threat(EPSILON), 0.0, 9, 0)
+    kinds = (autoattack.ApgdCe, autoattack.ApgdT, autoattack.FabT, autoattack.Square)
+    assert tuple(kind.part for kind in kinds) == autoattack.PARTS
+    apgd, targeted, fab, square = (kind(setting).attack for kind in kinds)
     assert (apgd.loss, apgd.n_iter, apgd.n_restarts, apgd.eot_iter) == ("ce", 100, 1, 1)
     assert (targeted.loss, targeted.n_iter, targeted.n_restarts, targeted.n_target_classes) == ("dlr-targeted", 100, 1, 9)
     assert (fab.targeted, fab.n_iter, fab.n_restarts, fab.n_target_classes) == (True, 100, 1, 9)
@@ -296,7 +312,7 @@ def cheaper(attack):
 
 @pytest.fixture
 def cheap(monkeypatch):
-    build = build
+    build = accuracy.build
 
     def cheaply(*arguments):
         attack = build(*arguments)
@@ -417,9 +433,9 @@ def test_where_results_cannot_be_kept_it_is_said(copied_run, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--attack", "pdg-50-10"], "there is no attack 'pdg-50-10'; there are pgd-STEPS-RESTARTS"),
-        (["--attack", "pgd-0-1"], "there is no attack 'pgd-0-1'"),
-        (["--attack", "pgd-5-1,"], "there is no attack ''"),
+        (["--attack", "pdg-50-10"], "attack: 'pdg' is not one of pgd, apgd-ce, apgd-t, fab-t, square; did you mean 'pgd'?"),
+        (["--attack", "pgd-0-1"], "pgd is written pgd-STEPS-RESTARTS"),
+        (["--attack", "pgd-5-1,"], "attack: '' is not one of pgd, apgd-ce"),
         (["--attack", "pgd-5-1", "--steps", "3"], "stand in the name of the attack"),
     ],
 )

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastrobust.models import create
+from fastrobust import models
+from fastrobust.models.paper_preact_resnet import PaperPreActBlock
 from fastrobust.models.preact_resnet import PreActResNet18
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError
@@ -18,7 +19,7 @@ MNIST = {"channels": 1, "mean": (0.0,), "std": (1.0,)}
 
 def create(name: str, facts: dict = CIFAR, classes: int = 10) -> nn.Module:
     torch.manual_seed(0)
-    return create(name, classes=classes, **facts)
+    return models.create(name, classes=classes, **facts)
 
 
 def parameters(model: nn.Module) -> int:
@@ -45,9 +46,8 @@ def test_preact_resnet18_has_11_17_million_parameters():
     assert parameters(PreActResNet18(1, 100, width=8)) == preact_resnet18_parameters(1, 100, 8)
 
 
-def test_preact_resnet18_is_the_network_of_the_paper():
-    """The forward pass written out with functions on the same weights, in eval mode with moved statistics."""
-    model = PreActResNet18(3, 10, width=4)
+def unlike_at_the_start(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Moves statistics, scales and shifts away from 0 and 1; returns the weights. The model is in eval mode."""
     torch.manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -55,28 +55,106 @@ def test_preact_resnet18_is_the_network_of_the_paper():
             module.running_var.uniform_(0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, 0, 0.1)
-    weights = model.eval().state_dict()
+    return model.eval().state_dict()
 
-    def norm_relu(x, name):
-        mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
-        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
-        return (x * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]).clamp(min=0)
 
+def norm_relu(x, weights, name):
+    mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
+    x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    return (x * weights[f"{name}.weight"][:, None, None] + weights[f"{name}.bias"][:, None, None]).clamp(min=0)
+
+
+def test_preact_resnet18_is_the_network_of_he_et_al():
+    """The forward pass written out with functions on the same weights, in eval mode with moved statistics."""
+    model = PreActResNet18(3, 10, width=4)
+    weights = unlike_at_the_start(model)
     x = torch.rand(2, 3, 32, 32)
     out = F.conv2d(x, weights["conv.weight"], padding=1)
     for k in range(8):
         stride = 2 if k in (2, 4, 6) else 1
-        inner = norm_relu(out, f"blocks.{k}.bn1")
+        inner = norm_relu(out, weights, f"blocks.{k}.bn1")
         shortcut = F.conv2d(inner, weights[f"blocks.{k}.shortcut.weight"], stride=stride) if stride == 2 else out
         inner = F.conv2d(inner, weights[f"blocks.{k}.conv1.weight"], stride=stride, padding=1)
-        inner = norm_relu(inner, f"blocks.{k}.bn2")
+        inner = norm_relu(inner, weights, f"blocks.{k}.bn2")
         out = F.conv2d(inner, weights[f"blocks.{k}.conv2.weight"], padding=1) + shortcut
     assert out.shape == (2, 32, 4, 4)
-    out = norm_relu(out, "bn").mean((2, 3)) @ weights["linear.weight"].T + weights["linear.bias"]
+    out = norm_relu(out, weights, "bn").mean((2, 3)) @ weights["linear.weight"].T + weights["linear.bias"]
     torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "classes"), [("preact_resnet18_w16", 7), ("resnet18", 5)])
+# ---- the layout of the paper's published code
+
+
+def papers_layout(channels: int, classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of the paper's published weights: conv1; layer1 to layer4, two blocks each; bn;
+    linear."""
+    shapes = {"conv1.weight": (64, channels, 3, 3)}
+
+    def batchnorm(name: str, width: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (width,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    for layer, (inputs, outputs) in enumerate(((64, 64), (64, 128), (128, 256), (256, 512)), 1):
+        for block, width in enumerate((inputs, outputs)):
+            name = f"layer{layer}.{block}"
+            batchnorm(f"{name}.bn1", width)
+            shapes[f"{name}.conv1.weight"] = (outputs, width, 3, 3)
+            batchnorm(f"{name}.bn2", outputs)
+            shapes[f"{name}.conv2.weight"] = (outputs, outputs, 3, 3)
+            if width != outputs:
+                shapes[f"{name}.shortcut.0.weight"] = (outputs, width, 1, 1)
+    batchnorm("bn", 512)
+    return shapes | {"linear.weight": (classes, 512), "linear.bias": (classes,)}
+
+
+@pytest.mark.parametrize(("facts", "classes"), [(CIFAR, 10), (MNIST, 7)])
+def test_the_papers_layout_takes_the_papers_weights(facts, classes):
+    network = create("preact_resnet18_paper", facts, classes).network
+    layout = papers_layout(facts["channels"], classes)
+    assert {name: tuple(t.shape) for name, t in network.state_dict().items()} == layout
+    stored = {name: torch.zeros(shape, dtype=network.state_dict()[name].dtype) for name, shape in layout.items()}
+    network.load_state_dict(stored, strict=True)
+    wrapped = {f"network.{name}" for name in layout} | {"mean", "std"}
+    assert set(create("preact_resnet18_paper", facts, classes).state_dict()) == wrapped
+
+
+def test_the_papers_layout_has_as_many_parameters_as_ours():
+    count = parameters(create("preact_resnet18_paper"))
+    assert count == preact_resnet18_parameters(3, 10, 64) == 11_172_170
+
+
+def test_the_papers_shortcuts_start_at_the_raw_input():
+    """The forward pass written out with functions on the same weights, in eval mode with moved statistics."""
+    network = create("preact_resnet18_paper").network
+    weights = unlike_at_the_start(network)
+    x = torch.rand(2, 3, 32, 32)
+    out = F.conv2d(x, weights["conv1.weight"], padding=1)
+    for name in [f"layer{layer}.{block}" for layer in (1, 2, 3, 4) for block in (0, 1)]:
+        raw = out
+        stride = 2 if name in ("layer2.0", "layer3.0", "layer4.0") else 1
+        inner = F.conv2d(norm_relu(raw, weights, f"{name}.bn1"), weights[f"{name}.conv1.weight"], stride=stride, padding=1)
+        inner = F.conv2d(norm_relu(inner, weights, f"{name}.bn2"), weights[f"{name}.conv2.weight"], padding=1)
+        out = inner + (F.conv2d(raw, weights[f"{name}.shortcut.0.weight"], stride=2) if stride == 2 else raw)
+    assert out.shape == (2, 512, 4, 4)
+    pooled = F.avg_pool2d(norm_relu(out, weights, "bn"), 4).flatten(1)
+    expected = F.linear(pooled, weights["linear.weight"], weights["linear.bias"])
+    torch.testing.assert_close(network(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_of_the_paper_whose_branch_is_silent_gives_its_projected_input():
+    """Negative pixels reach the output: a shortcut behind the first ReLU would lose them."""
+    block = PaperPreActBlock(2, 4, 2).eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.randn(3, 2, 8, 8)
+    projected = torch.einsum("nchw,oc->nohw", x[:, :, ::2, ::2], block.shortcut[0].weight[:, :, 0, 0])
+    torch.testing.assert_close(block(x), projected, rtol=1e-5, atol=1e-6)
+    plain = PaperPreActBlock(4, 4, 1).eval()
+    nn.init.zeros_(plain.conv2.weight)
+    assert torch.equal(plain(projected), projected) and (projected < 0).any()
+
+
+@pytest.mark.parametrize(("name", "classes"), [("preact_resnet18_w16", 7), ("preact_resnet18_paper", 3), ("resnet18", 5)])
 def test_logits_and_memory_layout(name, classes):
     model = create(name, classes=classes)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, classes)
@@ -123,7 +201,7 @@ def test_mnist_net_is_the_network_of_the_paper():
 def test_weights_depend_on_the_seed():
     a, b = create("mnist_net", MNIST), create("mnist_net", MNIST)
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    other = create("mnist_net", classes=10, **MNIST)
+    other = models.create("mnist_net", classes=10, **MNIST)
     assert not torch.equal(other.network[0].weight, a.network[0].weight)
 
 
@@ -177,3 +255,44 @@ def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # makes `import timm` an ImportError
     with pytest.raises(ConfigError, match=r"timm/resnet18 needs timm: pip install 'fastrobust\[timm\]'"):
         create("timm/resnet18")
+
+
+# ---- models of the user's own
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A module in the current folder."""
+    (tmp_path / "own_models.py").write_text(
+        "from torch import nn\n"
+        "def small(channels, classes):\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))\n"
+        "def nothing(channels, classes):\n"
+        "    return None\n"
+        "a_word = 'word'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield "own_models"
+    sys.modules.pop("own_models", None)
+
+
+def test_an_own_model(own):
+    model = create(f"{own}:small", MNIST, classes=4)
+    assert model(torch.rand(2, 1, 9, 9)).shape == (2, 4)
+    assert parameters(model) == 8 and isinstance(model, models.Normalized)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent", "'own_models:absent': the module has no 'absent'"),
+        ("a_word", r"own_models:a_word must be a function of \(channels, classes\), it is a str"),
+        ("nothing", "own_models:nothing must return an nn.Module, it returns NoneType"),
+    ],
+)
+def test_an_own_model_that_is_none(own, name, said):
+    with pytest.raises(ConfigError, match=rf"model\.name: {said}"):
+        create(f"{own}:{name}")
+    with pytest.raises(ConfigError, match=r"model\.name: 'absent_models:small': there is no module 'absent_models'"):
+        create("absent_models:small")

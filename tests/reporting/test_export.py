@@ -1,4 +1,4 @@
-"""Tests of fastrobust.export: what it writes gives the run's logits without fastrobust, and says what was measured."""
+"""The export: what it writes gives the run's logits without fastrobust, and says what was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
 from fastrobust.models import create
 from fastrobust.models.weights import read_weights, save_weights, weights_digest
-from fastrobust.reporting import export
+from fastrobust.reporting import export, known
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.files import write_json
 
@@ -84,11 +84,23 @@ def test_onnx_gives_the_same_logits_for_any_batch_size(evaluated, exported):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["preact_resnet18_w16", "resnet18", "timm/resnet10t"])
+OWN = """
+from torch import nn
+
+def network(channels, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 28 * 28, classes))
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["mnist_net", "preact_resnet18_w16", "preact_resnet18_paper", "resnet18", "timm/resnet10t", "own_model:network"]
+)
 def test_every_kind_of_model_is_exported(finished_run, tmp_path, name, capsys, monkeypatch):
     if name.startswith("timm"):
         pytest.importorskip("timm")
-    if not name.startswith("preact"):
+    (tmp_path / "own_model.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    if name not in ("preact_resnet18_w16", "own_model:network"):
         monkeypatch.setattr(export, "write_onnx", lambda *arguments: None)  # it takes its time
     _, config, classes = read_weights(finished_run)
     config.model.name = name
@@ -140,17 +152,17 @@ def test_masking_verdicts_are_in_the_card_if_they_are_of_these_weights(evaluated
     assert "at epsilon 8/255 (300 images): masked: single step failed" in card
 
 
-@pytest.mark.parametrize("parts, known", [(4, True), (3, False)])
-def test_autoattack_is_claimed_only_if_all_of_it_was_run(evaluated, parts, known):
+@pytest.mark.parametrize("parts, claimed", [(4, True), (3, False)])
+def test_autoattack_is_claimed_only_if_all_of_it_was_run(evaluated, parts, claimed):
     records = [r for r in results.read_all(evaluated / results.FOLDER) if not r.settings["attack"].startswith("pgd")]
-    found = export.autoattack_of(records[:parts])
-    assert (found is not None) == known
+    found = known.autoattack_of(records[:parts])
+    assert (found is not None) == claimed
     untried = records[-1]
     untried.attacked = untried.attacked & (torch.arange(20) > 19)
     untried.clean[0] = True
     for r in records:
         r.broken[0], r.clean[0] = False, True
-    assert export.autoattack_of(records) is None
+    assert known.autoattack_of(records) is None
 
 
 def test_without_the_packages_the_rest_is_exported(finished_run, tmp_path, capsys, monkeypatch):

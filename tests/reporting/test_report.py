@@ -16,6 +16,7 @@ import torch
 
 from fastrobust.__main__ import main as cli
 from fastrobust.attack.pgd import pgd
+from fastrobust.attack.threat import Threat
 from fastrobust.data import sets
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
@@ -49,7 +50,8 @@ def test_the_sweep_is_what_pgd_finds(finished_run, bars):
     seen = inspection.inspect(model, data, epsilon=0.08, seed=3)
     assert [e for e, _ in seen.radii] == pytest.approx([0, 0.02, 0.04, 0.08, 0.12, 0.16])
     for epsilon, robust in seen.radii[1:]:
-        verdicts = pgd(model, data.images, data.labels, epsilon=epsilon, alpha=epsilon / 4, steps=10, restarts=1, seed=3)
+        settings = {"threat": Threat(epsilon), "alpha": epsilon / 4, "steps": 10, "restarts": 1, "seed": 3}
+        verdicts = pgd(model, data.images, data.labels, **settings)
         assert robust == verdicts.robust.sum()
     assert seen.radii[0][1] == verdicts.clean.sum() == seen.clean.sum()
     assert seen.robust.sum() == dict(seen.radii)[0.08]
@@ -163,11 +165,18 @@ def test_damaged_files_are_named(finished_run, tmp_path, capsys, name, content):
     assert not (tmp_path / "r.html").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["RUN", "--limit", "-1"], ["RUN", "-o", "/nowhere/r.html"]])
+@pytest.mark.parametrize("arguments", [["nowhere"], ["RUN", "-o", "/nowhere/r.html"]])
 def test_bad_arguments_are_explained(finished_run, capsys, arguments):
     given = [str(finished_run) if a == "RUN" else a for a in arguments]
-    assert cli(["report", *given, "--limit", "0"] if "--limit" not in given else given) == 2
+    assert cli(["report", *given, "--limit", "0"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_negative_number_of_images_is_explained(finished_run, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli(["report", str(finished_run), "--limit", "-1"])
+    assert caught.value.code == 2
+    assert "argument --limit: '-1' is not a whole number" in capsys.readouterr().err
 
 
 # ---- in a browser

@@ -17,6 +17,8 @@ import yaml
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
+from fastrobust.config.schema import Config
+from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
 from fastrobust.models.weights import read_weights
@@ -56,6 +58,10 @@ def quick(small_run, tmp_path):
 def ended_well(processes: list[child.Ended]) -> bool:
     assert [p.status for p in processes] == [0] * len(processes), "\n".join(p.output for p in processes)
     return True
+
+
+def resolved(file: str | Path, *changes: str) -> Config:
+    return loaders.resolve(reading.load(file, changes), CPU)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -105,15 +111,15 @@ def test_two_processes_train_what_one_does(method, more, quick, tmp_path):
 
 def attack_alone(file: str) -> int:
     """Process 0 makes attack passes that process 1 does not."""
-    config = reading.load(file, [])
+    config = resolved(file)
     with distributed.joined(config.device) as (world, device):
         job = Training(config, Path("unused"), device, world=world)
-        images, labels = next(job.loader.batches(0, 0, 20, 0, 1))
-        assert len(labels) == 10
+        batch = next(job.loader.batches(0, 0, 20, 0, 1))
+        assert len(batch.labels) == 10
         if world.rank == 0:
             for _ in range(3):
-                job.learner.input_gradient(to_unit(images), labels)
-        job.step.take(images, labels)
+                job.learner.input_gradient(to_unit(batch.images), batch.labels)
+        job.step(batch)
         print(world.gather(sum(float(p.detach().double().sum()) for p in job.learner.model.parameters())))
     return 0
 
@@ -131,8 +137,8 @@ def test_running_averages_are_those_of_the_processes_together(quick, tmp_path):
     changes = {"model__name": "preact_resnet18_w16", "method": {"name": "standard"}, "data__limit": 40, "phases": phases}
     file = quick(**changes)
     assert ended_well(together(tmp_path, main, str(file), "name=two"))
-    job = Training(reading.load(file, []), tmp_path, CPU)
-    images, _ = next(job.loader.batches(0, 0, 40, 0, 1))
+    job = Training(resolved(file), tmp_path, CPU)
+    images = next(job.loader.batches(0, 0, 40, 0, 1)).images
     before = {name: t.clone() for name, t in job.learner.model.state_dict().items()}
     halves = []
     for half in images.split(20):
@@ -147,7 +153,7 @@ def test_running_averages_are_those_of_the_processes_together(quick, tmp_path):
 
 
 def draw(file: str) -> int:
-    config = reading.load(file, [])
+    config = resolved(file)
     with distributed.joined(config.device) as (world, device):
         Training(config, Path("unused"), device, world=world)
         print(world.gather(torch.rand(2).tolist()))
@@ -159,12 +165,12 @@ def test_every_process_draws_random_numbers_of_its_own(quick, tmp_path):
     first = json.loads(together(tmp_path, draw, str(file), size=4)[0].output.splitlines()[-1])
     again = json.loads(together(tmp_path, draw, str(file), size=4)[0].output.splitlines()[-1])
     assert first == again and len({tuple(numbers) for numbers in first}) == 4
-    Training(reading.load(file, []), tmp_path, CPU)
+    Training(resolved(file), tmp_path, CPU)
     assert torch.rand(2).tolist() == first[0], "process 0 draws what a single one would"
 
 
 def test_the_largest_seed_is_one_for_every_process(quick, tmp_path):
-    config = reading.load(quick(method={"name": "fgsm"}), [f"seed={2**31 - 1}"])
+    config = resolved(quick(method={"name": "fgsm"}), f"seed={2**31 - 1}")
     drawn = []
     for rank in range(2):
         Training(config, tmp_path, CPU, world=distributed.World(rank, 2))
@@ -229,7 +235,7 @@ def test_a_signal_to_one_process_stops_all_and_they_go_on_with_the_same_bits(qui
     assert [p.status for p in processes] == [75, 75], "\n".join(p.output for p in processes)
     assert "stopped by SIGTERM; go on with" in processes[0].output
     position = run_directory.load_checkpoint(directory)[1]["position"]
-    assert (position.passes, position.step) != (0, 0) and not (directory / run_directory.SUMMARY).exists()
+    assert (position["pass"], position["step"]) != (0, 0) and not (directory / run_directory.SUMMARY).exists()
     assert ended_well(together(tmp_path, main, "--resume", str(directory)))
     assert same_bits(directory, expected)
 

@@ -1,4 +1,4 @@
-"""Tests of fastrobust.interrupt: who is told of a signal, and what the exit status says."""
+"""Tests of fastrobust.runtime.interrupt: who is told of a signal, and what the exit status says."""
 
 from __future__ import annotations
 

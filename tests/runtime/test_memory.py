@@ -1,4 +1,5 @@
-"""Tests of fastrobust.memory. Lack of memory is made up here, but for the CPU allocator's; `endure` has it for real."""
+"""Tests of fastrobust.runtime.memory. Lack of memory is made up here, except for the CPU allocator's; `make stress` has it
+for real."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ import weakref
 import pytest
 import torch
 
-from fastrobust.attack import pgd, verdicts
-from fastrobust.attack.pgd import attack_step
+from fastrobust.attack import gradient, pgd, verdicts
 from fastrobust.data import sets
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import create
@@ -83,15 +83,14 @@ def test_an_evaluation_names_a_batch_size_that_fits(monkeypatch):
     images = torch.randint(0, 256, (40, 3, 28, 28), dtype=torch.uint8)
     data = sets.ImageSet(images, torch.arange(40) % 10, tuple("0123456789"), "made up")
     model = create("mnist_net", channels=3, classes=10, mean=(0.0,) * 3, std=(1.0,) * 3)
-    step = attack_step
+    step = gradient.step
 
     def hungry(model, x, *rest):
         return out_of_memory() if len(x) > 6 else step(model, x, *rest)
 
-    monkeypatch.setattr(pgd, "attack_step", hungry)
-    monkeypatch.setattr(
-        verdicts, "correct", lambda logits, y: torch.ones(len(y), dtype=torch.bool)
-    )  # so that all are attacked
+    monkeypatch.setattr(gradient, "step", hungry)
+    for module in (verdicts, pgd):  # so that all are attacked, to the end
+        monkeypatch.setattr(module, "correct", lambda logits, y: torch.ones(len(y), dtype=torch.bool))
     settings = {"epsilon": 0.1, "alpha": 0.05, "steps": 2, "restarts": 1}
     with pytest.raises(FastrobustError, match=r"with 24 images at once; 6 was tried and fits: set evaluation\.batch_size=6"):
         evaluate(model, data, batch_size=24, **settings)

@@ -1,4 +1,7 @@
-"""Does a run survive what machines and files do to it? python -m endure [PART ...] [--count N | --quick] [--json FILE]"""
+"""Does a run survive what machines and files do to it?
+
+python -m tests.stress [PART ...] [--count N | --quick] [--json FILE]
+"""
 
 from __future__ import annotations
 
@@ -20,16 +23,16 @@ from tests.stress.parts import PARTS
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m endure", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m tests.stress", description=__doc__.splitlines()[0])
     p.add_argument("parts", nargs="*", metavar="PART", help=f"default: all of {', '.join(PARTS)}")
     p.add_argument("--quick", action="store_true", help="a few of each, as `make test` does")
     p.add_argument("--count", type=int, help="so many kills, files, epochs, … of each part")
     p.add_argument("--json", metavar="FILE", type=Path, help="where the figures go; those of other parts in it stay")
     arguments = p.parse_args(argv)
-    return main_with_errors(lambda: endure(arguments.parts or list(PARTS), arguments))
+    return main_with_errors(lambda: stress(arguments.parts or list(PARTS), arguments))
 
 
-def endure(names: list[str], arguments: argparse.Namespace) -> int:
+def stress(names: list[str], arguments: argparse.Namespace) -> int:
     file = arguments.json
     unknown = [name for name in names if name not in PARTS]
     if unknown:
@@ -40,7 +43,7 @@ def endure(names: list[str], arguments: argparse.Namespace) -> int:
         print(f"[{number}/{len(names)}] {name} ...", flush=True)
         began = time.monotonic()
         count = arguments.count or (PARTS[name].quick if arguments.quick else PARTS[name].full)
-        with tempfile.TemporaryDirectory(prefix="endure-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix="stress-", ignore_cleanup_errors=True) as folder:
             figures = PARTS[name].run(Path(folder), count)
         seconds = time.monotonic() - began
         print(f"    {json.dumps(figures)}  {duration(seconds)}", flush=True)
@@ -48,7 +51,7 @@ def endure(names: list[str], arguments: argparse.Namespace) -> int:
             failed.append(name)
         found[name] = figures | {
             "seconds": round(seconds, 1),
-            "command": f"python -m endure {name}" + (f" --count {count}" if count != PARTS[name].full else ""),
+            "command": f"python -m tests.stress {name}" + (f" --count {count}" if count != PARTS[name].full else ""),
             "date": time.strftime("%Y-%m-%d"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+WARM = ["tests.stress.warm"]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastrobust.train", "fastrobust.trainer", "fastrobust.evaluation", "tests.stress.warm"])
+CONTEXT.set_forkserver_preload(WARM)
 
 
 class Ended(NamedTuple):

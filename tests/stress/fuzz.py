@@ -21,20 +21,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from data_files import prepare
 from PIL import Image
 
-from fastrobust.config import reading
+from fastrobust.__main__ import main as cli
+from fastrobust.config import parts, reading
 from fastrobust.data import formats, loaders, sets
-from fastrobust.data.loaders.dali import Dali
-from fastrobust.data.loaders.ffcv import Ffcv
-from fastrobust.data.loaders.torch_workers import Torch
 from fastrobust.data.prepared import beton, records
 from fastrobust.models.weights import build_model, read_weights, save_weights
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import FastrobustError
 from tests.stress import child, tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 MEMORY = 3 << 30  # bytes that a process may take beyond what it has
 CASE_SECONDS = 20  # for one file
 
@@ -119,7 +117,7 @@ def arrays(found: sets.ImageSet) -> tuple:
 
 def configs(folder: Path) -> list[Target]:
     """Every config of the project."""
-    found = sorted(Path("configs").glob("*.yaml"))
+    found = sorted((ROOT / "configs").glob("*.yaml"))
     return [
         Target(folder / file.name, file.read_bytes(), lambda file=file: reading.load(folder / file.name), False, mutate_text)
         for file in found
@@ -255,15 +253,10 @@ def weights(folder: Path) -> list[Target]:
     return [Target(file, file.read_bytes(), read, True, mutate_bytes)]
 
 
-def reading(kind: str, found: records.Records) -> Callable[[], Any]:
-    """What the loader makes of prepared images, in order, as 32 x 32 pixels: FFCV's native decoder, DALI's, or Pillow."""
-    facts = (3, 32, None, torch.device("cpu"), 1)
-    if kind == "ffcv":
-        loader = Ffcv(found, *facts)
-    elif kind == "dali":
-        loader = Dali(found, *facts)
-    else:
-        loader = Torch(found, "original", *facts)
+def decoded(name: str, found: records.Records) -> tuple:
+    """What a loader makes of prepared images, in order, as 32 x 32 pixels: FFCV's native decoder, DALI's, or Pillow."""
+    kind = parts.find("loader", parts.LOADERS, name)
+    loader = kind(found, "original", 3, 32, None, torch.device("cpu"), workers=1)
     try:
         return arrays(loader.in_order())
     finally:
@@ -279,13 +272,14 @@ def prepared(folder: Path) -> list[Target]:
     """FFCV files and WebDataset shards, their indices and manifests."""
     beton.PAGE = 1 << 15  # else nearly all of a file is empty
     targets = []
-    for kind, name in (("ffcv", "ffcv"), ("webdataset", "torch")):
+    for kind, name in (("ffcv", "ffcv"), ("dali", "torch")):
         if name not in loaders_here():
             continue
+        read_records = loaders.READERS[loaders.PREPARED[kind][0]]
         place, source = folder / kind, tiny.write_images(folder / "source", train=10, test=10, size=48)
-        options = ["--source", source, "--output", place, "--storage", "mixed", "--workers", 1, "--splits", "train"]
-        prepare(kind, list(map(str, ["image_folder", *options])))
-        read = lambda kind=kind, name=name, place=place: reading(name, records.read(kind, place, "train", "original"))
+        options = ["--data", source, "--output", place, "--storage", "mixed", "--workers", 1, "--splits", "train"]
+        assert cli(["prepare", kind, *map(str, ["image_folder", *options])]) == 0
+        read = lambda name=name, place=place, records=read_records: decoded(name, records(place, "train", "original"))
         for file in sorted(place.iterdir()):
             targets.append(Target(file, file.read_bytes(), read, True, mutate_bytes))
     return targets
@@ -307,7 +301,7 @@ def decoders(folder: Path) -> list[Target]:
                 row = np.array([(0, 0, len(data), height, width, 0, 0, zlib.crc32(data))], records.ROW)
                 columns = {column: row[column] for column in records.ROW.names}
                 columns["raw"] = columns["raw"].astype(bool)
-                return reading(name, records.Records((file,), **columns, classes=("a",), manifest={"files": []}))
+                return decoded(name, records.Records((file,), **columns, classes=("a",), manifest={"files": []}))
 
             targets.append(Target(file, content, read, False, mutate_bytes))
     return targets

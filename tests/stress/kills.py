@@ -1,7 +1,7 @@
 """Processes that are killed at any moment and started again: what they come to must be what they come to undisturbed.
 
 A `Job` is anything that can be killed and run again: training, writing data files. Another needs the same things and a line
-in `endure.parts.PARTS`. Training in several processes, where one of them is killed, is in `endure.ranks`.
+in `parts.PARTS`. Training in several processes, where one of them is killed, is in `ranks.py`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_files import prepare
-
 from fastrobust.__main__ import main as cli
-from fastrobust.data.prepared import records, writing
+from fastrobust.data.loaders import PREPARED, READERS
+from fastrobust.data.prepared import records
 from fastrobust.runtime import run_directory
-from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import DataError
 from fastrobust.runtime.interrupt import RESUME_ME
 from fastrobust.runtime.progress import Progress
-from fastrobust.train import start
 from tests.stress import child, tiny
 
 
@@ -51,8 +48,8 @@ def training(config: Path) -> Job:
 
     def command(folder: Path) -> tuple:
         if (directory(folder) / run_directory.CONFIG).exists():
-            return start, "--resume", str(directory(folder))
-        return start, str(config), f"output={folder}"
+            return train, "--resume", str(directory(folder))
+        return train, str(config), f"output={folder}"
 
     def stage(folder: Path) -> str:
         there = {file.name for file in directory(folder).iterdir()} if directory(folder).exists() else set()
@@ -81,17 +78,17 @@ def training(config: Path) -> Job:
 
 
 def train(*argv: str) -> int:
-
     return cli(["train", *argv])
 
 
 def writing(kind: str, source: Path) -> Job:
-    """Writing a folder of images as `kind` of files, in two sizes and two splits, to `out` in the job's folder."""
+    """Writing a folder of images for the loader `kind`, in two sizes and two splits, to `out` in the job's folder."""
+    read = READERS[PREPARED[kind][0]]
     wanted = [("train", 20), ("train", "original"), ("test", "original")]
 
     def command(folder: Path) -> tuple:
-        options = ["--source", source, "--output", folder / "out", "--sizes", "20", "original", "--storage", "mixed"]
-        return write, kind, *map(str, ["image_folder", *options, "--workers", 2])
+        options = ["--data", source, "--output", folder / "out", "--sizes", "20", "original", "--storage", "mixed"]
+        return cli, ["prepare", kind, *map(str, ["image_folder", *options, "--workers", 2])]
 
     def stage(folder: Path) -> str:
         there = {file.name for file in (folder / "out").iterdir()} if (folder / "out").exists() else set()
@@ -112,7 +109,7 @@ def writing(kind: str, source: Path) -> Job:
         for split, size in wanted:
             if records.manifest_path(out, split, size).exists():
                 try:
-                    records.verify(out, records.read(kind, out, split, size).manifest)
+                    records.verify(out, read(out, split, size).manifest)
                 except DataError as error:
                     return f"a killed write looks whole: {error}"
         return None
@@ -124,10 +121,6 @@ def writing(kind: str, source: Path) -> Job:
         stage,
         sound,
     )
-
-
-def write(kind: str, *argv: str) -> int:
-    return main_with_errors(lambda: prepare(kind, list(argv)))
 
 
 def call(job: Job, folder: Path, **options) -> child.Ended:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastrobust.__main__ import main as cli
-from fastrobust.evaluation import command
 from fastrobust.runtime import run_directory
 from tests.stress import child, kills, tiny
 
@@ -94,14 +93,13 @@ def read_only_disk(config: Path, folder: Path) -> dict:
         remount(disk, "rw")
         problem = kills.finish(job, place, expected)
         remount(disk, "ro")
-        ended = child.run(command, str(place / "tiny"), log=folder / "log")
+        ended = child.run(evaluate, str(place / "tiny"), log=folder / "log")
         if problem is not None or ended.status != 0:
             wrong.append(problem or f"evaluating: {ended.output[-500:]}")
     return {"interrupted": stage, "wrong": wrong}
 
 
 def evaluate(*argv: str) -> int:
-
     return cli(["evaluate", *argv])
 
 
@@ -162,7 +160,6 @@ def repeated(folder: Path, data: Path, count: int) -> dict:
 
 def grow(folder: str, argv: list[str]) -> int:
     """Train, and note after each epoch what this process holds."""
-
     write = run_directory.write_metrics
     lines = open(Path(folder) / "held", "w")  # noqa: SIM115 (open to the end)
 

@@ -1,4 +1,4 @@
-"""What `make endure` does: for each part a function of (folder, count) that returns its figures, with what is wrong in a
+"""What `make stress` does: for each part a function of (folder, count) that returns its figures, with what is wrong in a
 list, the full count, and the few of the quick form."""
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ PARTS = {
         lambda folder, count: kills.kill_in_writes(kills.training(_config(folder)), folder, count), 40, 2
     ),
     "sigkill_write_ffcv": Part(_written("ffcv", kills.kill_at_random), 100, 2),
-    "sigkill_write_dali": Part(_written("webdataset", kills.kill_at_random), 100, 2),
+    "sigkill_write_dali": Part(_written("dali", kills.kill_at_random), 100, 2),
     "sigkill_write_ffcv_in_a_write": Part(_written("ffcv", kills.kill_in_writes), 40, 2),
-    "sigkill_write_dali_in_a_write": Part(_written("webdataset", kills.kill_in_writes), 40, 2),
+    "sigkill_write_dali_in_a_write": Part(_written("dali", kills.kill_in_writes), 40, 2),
     "torn_checkpoint": Part(_killed(1, tear=kills.tear_checkpoint), 40, 2),
     "sigterm": Part(_killed(2, signum=signal.SIGTERM), 40, 2),
     "lost_process": Part(ranks.lost_process, 40, 2),
@@ -49,7 +49,7 @@ PARTS = {
     "read_only_disk": Part(lambda folder, count: limits.read_only_disk(_config(folder), folder), 1, 1),
     "clock": Part(lambda folder, count: limits.clock(_config(folder), folder, count), 10, 1),
     "repeated": Part(lambda folder, count: limits.repeated(folder, tiny.write_images(folder / "data"), count), 10, 1),
-    "growth": Part(lambda folder, count: limits.growth(folder, tiny.write_images(folder / "data"), count), 200, 12),
+    "growth": Part(lambda folder, count: limits.growth(folder, tiny.write_images(folder / "data"), count), 200, 40),
     "out_of_memory": Part(lambda folder, count: limits.out_of_memory(folder), 1, 1),
     "fuzz_configs": Part(_fuzzer("configs"), 10_000, 30),
     "fuzz_idx": Part(_fuzzer("idx"), 5_000, 30),

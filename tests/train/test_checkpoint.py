@@ -1,5 +1,5 @@
-"""Tests of fastrobust.checkpoint, of stopping and going on: what was interrupted and resumed must end with the same bits as
-a run that nothing disturbed."""
+"""Tests of fastrobust.train.checkpoint, of stopping and resuming: what was interrupted and resumed must end with the same
+bits as a run that nothing disturbed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from trainer_runs import (
+from training_runs import (
     METHODS,
     SGD,
     TWO_PHASES,
@@ -26,7 +26,8 @@ from fastrobust.config import reading
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.interrupt import Interrupted
-from fastrobust.train import trainer
+from fastrobust.train import training
+from fastrobust.train.methods.fgsm import Fgsm
 
 # ---- resuming
 
@@ -95,13 +96,18 @@ def test_a_run_can_be_interrupted_again_and_again(config_of, begin, resume):
     assert_same_end(job, reference)
 
 
-def test_phases_differ_in_resolution_and_batch_size_and_can_be_resumed(config_of, begin, resume):
+def test_phases_differ_in_resolution_and_batch_size_and_can_be_resumed(config_of, begin, resume, monkeypatch):
     config = config_of(**TWO_PHASES)
     reference = begin(config, "reference")
-    shapes = []
-    step = reference.method
-    reference.method = lambda learner, x, *rest: shapes.append(tuple(x.shape)) or step(learner, x, *rest)
-    reference.train()
+    shapes, step = [], Fgsm.step
+
+    def watched(self, learner, batch, *rest):
+        shapes.append(tuple(batch.x.shape))
+        step(self, learner, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fgsm, "step", watched)
+        reference.train()
     assert shapes == [(10, 3, 8, 8)] * 5 + [(7, 3, 12, 12)] * 8
     marks = [(record["epoch"], record["phase"], record["updates"]) for record in reference.history]
     assert marks == [(1, 0, 3), (2, 0, 5), (3, 1, 9), (4, 1, 13)]
@@ -208,20 +214,21 @@ def test_replaced_data_are_refused(config_of, begin, few_bars, tmp_path, change)
         lambda f, t: f["position"].update(phase=7),
         lambda f, t: f["position"].update(step=-1),
         lambda f, t: f.update(history=5),
-        lambda f, t: t.pop("delta"),
-        lambda f, t: t.update(delta=torch.zeros(1)),
+        lambda f, t: t.pop("state.delta"),
+        lambda f, t: t.update({"state.delta": torch.zeros(1)}),
         lambda f, t: t.pop("rng.cpu"),
         lambda f, t: t.update({"rng.cpu": torch.zeros(3)}),
         lambda f, t: t.update({"learner.sums.updates": torch.zeros(2)}),
     ],
 )
 def test_a_checkpoint_that_fits_its_checksum_but_makes_no_sense_is_refused(config_of, begin, change):
-    job = begin(config_of(phases__0__epochs=1), "a")
+    config = config_of(phases__0__epochs=1, **METHODS["fgsm previous"])
+    job = begin(config, "a")
     job.train()
     tensors, facts = run_directory.load_checkpoint(job.directory)
     change(facts, tensors)
     with pytest.raises(RunError, match="does not fit its config"):
-        begin(config_of(phases__0__epochs=1), "b").restore(tensors, facts)
+        begin(config, "b").restore(tensors, facts)
 
 
 # ---- signals
@@ -261,7 +268,7 @@ def test_training_gives_the_signals_back(config_of, begin):
 def test_a_long_epoch_is_saved_in_its_middle(config_of, begin, resume, monkeypatch):
     reference = begin(config_of(), "reference")
     reference.train()
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
     job = begin(config_of())
     before_step(job, 7, crash)
     with pytest.raises(ZeroDivisionError):

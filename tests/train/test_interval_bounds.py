@@ -1,5 +1,5 @@
-"""Tests of fastrobust.ibp: bounds against sampled points, closed forms and intervals written out; what training with them
-does; and what it refuses."""
+"""Tests of fastrobust.train.interval_bounds: bounds against sampled points, closed forms and intervals written out; what
+training with them does; and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from conftest import bar_images
 from torch import Tensor, nn
 
 from fastrobust.attack import threat
-from fastrobust.config import schema
 from fastrobust.models import Normalized, create
 from fastrobust.runtime.errors import ConfigError
-from fastrobust.train import interval_bounds, methods
+from fastrobust.train import interval_bounds
 from fastrobust.train.learner import Learner
+from fastrobust.train.methods.fgsm import fgsm
+from fastrobust.train.optimizers import Adam
 
 
 def network(seed: int, scale: float = 1.0) -> Normalized:
@@ -147,11 +148,12 @@ def test_what_is_trained_with_the_bound_is_proved_by_it():
     for weight in (0.0, 0.1):
         torch.manual_seed(0)
         model = create("mnist_net", channels=1, classes=10, mean=(0.0,), std=(1.0,))
-        learner = Learner(model.train(), schema.Adam(name="adam"), torch.full((60,), 5e-3))
+        learner = Learner(model.train(), Adam(name="adam"), torch.full((60,), 5e-3))
         for i in range(60):
             batch, epsilon = slice(i % 4 * 100, i % 4 * 100 + 100), 0.05 * min(1, i / 36)
             start = torch.zeros_like(x[batch])
-            methods.fgsm(learner, x[batch], y[batch], start, epsilon=epsilon, alpha=1.25 * epsilon, ibp_weight=weight)
+            ball = threat.Threat(epsilon)
+            fgsm(learner, x[batch], y[batch], start, threat=ball, alpha=1.25 * epsilon, ibp_weight=weight)
         with torch.no_grad():
             worst = interval_bounds.worst_differences(model, *threat.box(x[400:], 0.05), y[400:])
             proved.append((worst.scatter(1, y[400:, None], -torch.inf).amax(1) < 0).float().mean().item())

@@ -1,144 +1,16 @@
-"""Tests of fastrobust.learner: its optimisers against torch's plain ones, mixed precision against constructions where
-an unscaled loss fails, BatchNorm statistics against hand-made averages, and stored states against going on."""
+"""Tests of fastrobust.train.learner: mixed precision against constructions where an unscaled loss fails, BatchNorm
+statistics against averages made by hand, and stored states against going on."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_learner import RATES, adam, make_batches, make_model, same_weights, sgd
 from torch import Tensor, nn
 
-from fastrobust.config import schema
-from fastrobust.train.learner import Learner, frozen
-
-RATES = [0.05, 0.2, 0.01, 0.3, 0.1, 0.02, 0.15, 0.07]
-
-
-def sgd(**keys) -> schema.Sgd:
-    return schema.Sgd(name="sgd", **keys)
-
-
-def adam(**keys) -> schema.Adam:
-    return schema.Adam(name="adam", **keys)
-
-
-def make_model(seed: int = 0) -> nn.Module:
-    """1 x 6 x 6 images, 4 classes; two kinds of normalisation-free layers around a BatchNorm."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
-
-
-def make_batches(count: int, n: int = 8) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    images = [torch.rand(n, 1, 6, 6, generator=generator) for _ in range(count)]
-    return [(x, torch.randint(4, (n,), generator=generator)) for x in images]
-
-
-def plain_training(model: nn.Module, optimizer: torch.optim.Optimizer, batches, rates) -> None:
-    for (x, y), lr in zip(batches, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-def same_weights(a: nn.Module, b: nn.Module, atol: float = 1e-6) -> None:
-    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-
-
-# ---- optimisers
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_sgd_is_torchs_sgd(momentum, weight_decay):
-    model, reference = make_model(), make_model()
-    batches = make_batches(len(RATES))
-    learner = Learner(model, sgd(momentum=momentum, weight_decay=weight_decay), torch.tensor(RATES))
-    for x, y in batches:
-        learner.update(x, y)
-    plain = torch.optim.SGD(
-        reference.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay, foreach=False, fused=False
-    )
-    plain_training(reference, plain, batches, RATES)
-    same_weights(model, reference)
-    assert max((p - q).abs().max() for p, q in zip(model.parameters(), make_model().parameters(), strict=True)) > 0.05
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.05])
-def test_adam_is_torchs_adam(weight_decay):
-    rates = [lr / 20 for lr in RATES]
-    model, reference = make_model(), make_model()
-    model[0].bias, reference[0].bias = None, None  # before BatchNorm its gradient is rounding, which Adam would amplify
-    batches = make_batches(len(rates))
-    learner = Learner(model, adam(weight_decay=weight_decay), torch.tensor(rates))
-    for x, y in batches:
-        learner.update(x, y)
-    plain = torch.optim.Adam(reference.parameters(), lr=1.0, weight_decay=weight_decay, foreach=False, fused=False)
-    plain_training(reference, plain, batches, rates)
-    same_weights(model, reference, atol=1e-5)
-
-
-def test_every_update_has_its_learning_rate_and_momentum_never_moves():
-    """Trap 1. One weight w with gradient 1 per update: plain SGD with momentum, in Python floats."""
-
-    class One(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.w = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            """A loss of log(1 + exp(w - 30)) + 30 - w, whose gradient is -1 for w far below 30."""
-            return torch.stack([self.w.expand(len(x)), torch.full((len(x),), 30.0)], 1)
-
-    model = One()
-    learner = Learner(model, sgd(momentum=0.9, weight_decay=0.0), torch.tensor(RATES))
-    x, y = torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64)
-    w = velocity = 0.0
-    for k, lr in enumerate(RATES):
-        learner.update(x, y)
-        velocity = 0.9 * velocity - 1.0
-        w -= lr * velocity
-        assert model.w.item() == pytest.approx(w, rel=1e-5)
-        assert learner.lr.item() == pytest.approx(lr) and learner.updates.item() == k + 1
-        assert [group["momentum"] for group in learner.optimizer.param_groups] == [0.9]
-
-
-@pytest.mark.parametrize("make", [sgd, adam])
-@pytest.mark.parametrize("decay_batchnorm", [True, False])
-def test_who_is_decayed(make, decay_batchnorm):
-    """With a loss that depends on no weight, only weight decay moves them."""
-
-    class Indifferent(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return 0 * super().forward(x)
-
-    model = Indifferent(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.BatchNorm1d(32), nn.Linear(32, 4))
-    for p in model.parameters():
-        nn.init.ones_(p)
-    learner = Learner(model, make(weight_decay=0.5, decay_batchnorm=decay_batchnorm), torch.tensor([0.1]))
-    learner.update(*make_batches(1)[0])
-    spared = {name for name, p in model.named_parameters() if torch.equal(p, torch.ones_like(p))}
-    assert spared == (set() if decay_batchnorm else {"1.weight", "1.bias", "3.weight", "3.bias"})
-    decayed = 0.95 if make is sgd else 0.9  # 1 - lr * decay; Adam's first step is lr whatever the gradient
-    torch.testing.assert_close(model[0].weight, torch.full_like(model[0].weight, decayed))
-
-
-@pytest.mark.parametrize("decay_batchnorm", [True, False])
-def test_training_without_decay_of_batchnorm(decay_batchnorm):
-    model, reference = make_model(), make_model()
-    batches = make_batches(len(RATES))
-    learner = Learner(model, sgd(weight_decay=0.3, decay_batchnorm=decay_batchnorm), torch.tensor(RATES))
-    for x, y in batches:
-        learner.update(x, y)
-    norm = [reference[1].weight, reference[1].bias]
-    rest = [reference[0].weight, reference[0].bias, reference[4].weight, reference[4].bias]
-    groups = [{"params": rest, "weight_decay": 0.3}, {"params": norm, "weight_decay": 0.3 if decay_batchnorm else 0.0}]
-    plain_training(reference, torch.optim.SGD(groups, lr=1.0, momentum=0.9, foreach=False, fused=False), batches, RATES)
-    same_weights(model, reference)
+from fastrobust.attack.gradient import frozen
+from fastrobust.train.learner import Learner
 
 
 def test_frozen_weights_are_not_trained():
@@ -307,9 +179,9 @@ def test_lower_precisions_are_used():
 # ---- BatchNorm in the attack
 
 
-def norm_learner(attack_batchnorm: str) -> Learner:
+def norm_learner(batchnorm_in_attack: str) -> Learner:
     model = nn.Sequential(nn.BatchNorm2d(2, momentum=0.1), nn.Flatten(), nn.Dropout(0.0), nn.Linear(8, 3))
-    return Learner(model, sgd(), torch.tensor(RATES), attack_batchnorm=attack_batchnorm)
+    return Learner(model, sgd(), torch.tensor(RATES), batchnorm_in_attack=batchnorm_in_attack)
 
 
 def test_batchnorm_statistics_move_in_the_passes_that_they_should():

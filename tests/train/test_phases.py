@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_files import prepare
-from test_loaders import need
-from trainer_runs import assert_same_end, before_step, crash, stop_at
+from data_files import need, prepare
+from training_runs import CPU, assert_same_end, before_step, crash, stop_at
 
 from fastrobust.config import reading
 from fastrobust.data import loaders, sets
@@ -15,7 +14,6 @@ from fastrobust.runtime import run_directory
 from fastrobust.runtime.interrupt import Interrupted
 from fastrobust.train.training import Training
 
-CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -47,9 +45,9 @@ def test_three_phases_end_with_the_same_bits_however_often_interrupted(name, pho
         "schedule": {"name": "points", "points": [[0, 0], [1, 0.05], [4, 0.001]]}, "phases": phases,
         "evaluation": {"steps": 2, "restarts": 2},
     }  # fmt: skip
-    config = reading.parse(config, "test")
+    config = loaders.resolve(reading.parse(config, "test"), CPU)
 
-    def begin(folder: str, resume: bool) -> Trainer:
+    def begin(folder: str, resume: bool) -> Training:
         (tmp_path / folder).mkdir(exist_ok=True)
         torch.manual_seed(987)  # whatever the state of the generator is
         job = Training(config, tmp_path / folder, CPU)
@@ -58,8 +56,8 @@ def test_three_phases_end_with_the_same_bits_however_often_interrupted(name, pho
         return job
 
     reference, shapes = begin("reference", False), []
-    step = reference.train_step
-    reference.train_step = lambda x, y: (shapes.append(tuple(x.shape)), step(x, y))
+    take = reference.step.take
+    reference.step.take = lambda batch: (shapes.append(tuple(batch.images.shape)), take(batch))
     reference.train()
     assert len(reference.history) == 4 and reference.learner.updates.item() == 16
     sides = [16] * 7 + [24] * 4 + [32] * 5 if name != "resident" else [24] * 7 + [40] * 4 + [48] * 5

@@ -1,9 +1,10 @@
-"""Tests of fastrobust.schedules, and of the trainer's table of learning rates, against tables worked out by hand."""
+"""Tests of fastrobust.train.schedules, and of the table of learning rates of a run, against tables worked out by hand."""
 
 import pytest
 import torch
 
 from fastrobust.config import reading
+from fastrobust.runtime.errors import ConfigError
 from fastrobust.train import schedules
 from fastrobust.train.schedules import epsilon_scale_table, lr_table, steps_in
 
@@ -28,8 +29,9 @@ def make_config(method: str = "standard", schedule=None, phases=None, warmup: fl
 
 
 def schedule_of(section: dict, epochs: int):
+    """The learning rate at every epoch, as a function, by a config's `schedule` section."""
     found = make_config(schedule=section, phases=[{"epochs": epochs, "batch_size": 100}])
-    return schedules.from_config(found.schedule, found.epochs)
+    return lambda epoch: found.schedule.rate(epoch, found.epochs)
 
 
 @pytest.mark.parametrize(
@@ -92,13 +94,29 @@ def test_points_are_constant_outside():
     assert schedules.interpolate([(2, 0.3), (3, 0.5)], 7) == 0.5
 
 
-def test_from_config():
+def test_a_config_section_is_its_schedule():
     cyclic = schedule_of({"name": "cyclic", "max_lr": 0.2, "peak": "1/4"}, 8)
     assert [cyclic(e) for e in (0, 1, 2, 5, 8)] == pytest.approx([0, 0.1, 0.2, 0.1, 0])
     multistep = schedule_of({"name": "multistep", "lr": 0.3, "milestones": [0.25, 0.5], "factor": 0.2}, 8)
     assert [multistep(e) for e in (0, 1.99, 2, 3.99, 4, 8)] == pytest.approx([0.3, 0.3, 0.06, 0.06, 0.012, 0.012])
     points = schedule_of({"name": "points", "points": IMAGENET}, 15)
     assert [points(e) for e in (0.5, 6, 13.5)] == pytest.approx([0.2, 0.04, 0.0022])
+
+
+def test_the_highest_rate():
+    rates = {
+        0.2: {"name": "cyclic", "max_lr": 0.2, "peak": 0.3},
+        0.3: {"name": "multistep", "lr": 0.3, "milestones": [0.5], "factor": 0.1},
+        0.4: {"name": "points", "points": IMAGENET},
+    }
+    for highest, section in rates.items():
+        found = make_config(schedule=section).schedule
+        assert found.highest() == highest == max(found.rate(epoch / 100, 10) for epoch in range(1001))
+
+
+def test_points_must_reach_the_last_epoch():
+    with pytest.raises(ConfigError, match=r"schedule\.points end at epoch 15, but the phases last 16 epochs"):
+        make_config(schedule={"name": "points", "points": IMAGENET}, phases=[{"epochs": 16, "batch_size": 100}])
 
 
 def test_table_is_the_schedule_at_the_middle_of_every_update():

@@ -7,11 +7,15 @@ import math
 
 import pytest
 import torch
+from training_runs import CPU
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
-from fastrobust.train import lr_range
-from fastrobust.train.training import Training
+from fastrobust.data import loaders
+from fastrobust.runtime.distributed import ALONE
+from fastrobust.train import start
+from fastrobust.train.step import build
+from fastrobust.tuning import lr_range
 
 
 def quadratic(curvature: float, momentum: float, rates: list[float]) -> list[float]:
@@ -86,12 +90,12 @@ def test_a_real_test(config_file, tmp_path, capsys, monkeypatch):
 
 def test_every_step_has_its_own_rate(settings, tmp_path):
     """`free` replays a minibatch at one rate; the first loss is that of the untrained model."""
-
-    config = reading.parse(settings(tmp_path, method={"name": "free", "replays": 3}), "test")
-    job = Training(config, tmp_path, torch.device("cpu"))
+    config = start.resolve(reading.parse(settings(tmp_path, method={"name": "free", "replays": 3}), "test"), CPU, ALONE)
+    loader = loaders.Phases(config, CPU).enter(0)
+    step = build(config, loader, CPU)
     seen = []
-    for loss in lr_range.losses_of(job, [1e-3, 1e-2, 0.1]):
-        seen.append((job.learner.lr.item(), job.learner.updates.item(), loss))
+    for loss in lr_range.losses_of(step, loader, config, [1e-3, 1e-2, 0.1]):
+        seen.append((step.learner.lr.item(), step.learner.updates.item(), loss))
     assert [rate for rate, _, _ in seen] == pytest.approx([1e-3, 1e-2, 0.1])
     assert [updates for _, updates, _ in seen] == [3, 6, 9]
     assert seen[0][2] == pytest.approx(math.log(10), rel=0.1)

@@ -7,14 +7,14 @@ import json
 import os
 import re
 import statistics
-from pathlib import Path
 
 import pytest
 import yaml
 
 from fastrobust.__main__ import main as cli
 from fastrobust.models.weights import read_weights
-from fastrobust.train import start, sweep
+from fastrobust.train import start
+from fastrobust.tuning import sweep
 
 
 @pytest.fixture
@@ -161,12 +161,27 @@ def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
         ({"grid": {"seed": list(range(200)), "epsilon": [i / 1000 for i in range(1, 200)]}}, "points"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"name": "../up"}, "name"),
+        ({"grids": [{"epsilon": [0.1]}]}, "either"),
+        ({"grid": {}, "grids": [{"epsilon": [0.1]}, {"seed": [1]}]}, "same axes"),
     ],
 )
 def test_mistakes_are_explained(sweep_file, tmp_path, capsys, changes, words):
     assert cli(["sweep", str(sweep_file(**changes))]) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_grids_are_one_sweep(sweep_file):
+    """The values of one axis may depend on another's; the axes are the same, and so every run has its own place."""
+    grids = [
+        {"method": {"fgsm": {}}, "phases.0.epochs": [1, 2]},
+        {"method": {"free": {"method": {"name": "free"}}}, "phases.0.epochs": [8]},
+    ]
+    found = sweep.points(sweep.read_sweep(sweep_file(grid={}, grids=grids, seeds=2)))
+    places = [(p.config.method.name, p.config.epochs, p.seed) for p in found]
+    assert places == [(*place, seed) for place in (("fgsm", 1), ("fgsm", 2), ("free", 8)) for seed in (0, 1)]
+    assert found[4].labels == (("method", "free"), ("phases.0.epochs", "8"))
+    assert found[4].config.name == "method-free_epochs-8_seed-0"
 
 
 def test_a_missing_sweep_file(tmp_path, capsys):
@@ -233,10 +248,9 @@ def test_bad_scheduler_options_are_explained(sweep_file, capsys):
     assert re.search(r"--cluster local colour=red: .*colour", capsys.readouterr().err)
 
 
-def test_the_sweep_of_figure_2_is_whole(monkeypatch):
-    root = Path(__file__).parent.parent
-    monkeypatch.chdir(root)
+def test_the_sweep_of_figure_2_is_whole(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
     found = sweep.points(sweep.read_sweep("configs/sweeps/figure2.yaml"))
-    assert len(found) == 3 * 6 * 3
+    assert len(found) == 3 * 4 * 3
     rates = {(p.config.method.name, p.config.schedule.max_lr) for p in found}
     assert rates == {("fgsm", 0.21), ("pgd", 0.21), ("free", 0.04)}

@@ -12,6 +12,7 @@ from small_networks import SHAPE, images, program, rows_at, tiny
 from torch import nn
 
 from fastrobust.attack.pgd import pgd
+from fastrobust.attack.threat import Threat
 from fastrobust.models import create
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.verification import branch, milp, reduced
@@ -96,7 +97,7 @@ def test_linear_programs_answer_where_the_optimiser_does_not(answers, monkeypatc
         asked.append(row)
         return ask(reduced, row, tolerance, seconds, signs) if answers else ("timeout", None)
 
-    monkeypatch.setattr(milp.milp, "decide", decide)
+    monkeypatch.setattr(branch.milp, "decide", decide)
     verdicts = []
     for seed in range(12):
         decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
@@ -152,7 +153,7 @@ def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
         verdicts = decider.decide(list(range(8)), x, labels, 10.0)
         assert [v.index for v in verdicts] == list(range(8)) and verdicts[0].verdict == "misclassified"
         kinds |= {v.verdict for v in verdicts}
-        robust = pgd(model, x, labels, epsilon=epsilon, alpha=epsilon / 8, steps=40, restarts=5).robust
+        robust = pgd(model, x, labels, threat=Threat(epsilon), alpha=epsilon / 8, steps=40, restarts=5).robust
         for v in verdicts:
             assert v.label == labels[v.index] and (v.witness is not None) == (v.verdict == "falsified")
             if v.verdict == "verified":

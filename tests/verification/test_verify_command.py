@@ -1,8 +1,9 @@
-"""The command fastrobust.verify and the curve made from it."""
+"""The verify command and the curve made from it."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,15 +14,17 @@ import pytest
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
+from fastrobust.data import sets
 from fastrobust.models.weights import build_model, save_weights
 from fastrobust.runtime.errors import RunError
 from fastrobust.verification import command
+from fastrobust.verification.store import VERDICTS, Verdicts
 
 pytest.importorskip("highspy")
 
 
 def arguments(folder, *more) -> list[str]:
-    return [str(folder), "--epsilon", "0.004", "--limit", "12", "--jobs", "1", "--timeout", "20", "--json", *more]
+    return [str(folder), "--epsilon", "0.004", "--limit", "12", "--workers", "1", "--timeout", "20", "--json", *more]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,9 @@ def verified(finished_run, tmp_path_factory):
 def test_the_command_decides_every_image_and_says_how(verified):
     output, summary = verified
     assert summary["examples"] == 12
-    assert sum(summary[name] for name in command.VERDICTS) == 12 == sum(summary["by"].values())
+    assert sum(summary[name] for name in VERDICTS) == 12 == sum(summary["by"].values())
     lines = [json.loads(line) for line in (output / "verdicts.jsonl").read_text().splitlines()]
-    assert sorted(line["index"] for line in lines) == list(range(12))
+    assert sorted(line["index"] for line in lines) == sets.evenly_spaced(200, 12).tolist()
     falsified = {line["index"] for line in lines if line["verdict"] == "falsified"}
     assert {int(file.stem) for file in (output / "witnesses").iterdir()} == falsified
     for index in falsified:
@@ -45,13 +48,11 @@ def test_the_command_decides_every_image_and_says_how(verified):
 
 
 def test_the_curve_of_a_weights_file(finished_run, tmp_path, monkeypatch):
-    import shutil
-
     from benchmarks import verification
 
     (tmp_path / "some_run").mkdir()
     weights = shutil.copy(finished_run / "model.safetensors", tmp_path / "some_run")
-    options = ["--epsilons", "0.004", "0.002", "--limit", "3", "--jobs", "1", "--output", str(tmp_path / "curve")]
+    options = ["--epsilons", "0.004", "0.002", "--limit", "3", "--workers", "1", "--output", str(tmp_path / "curve")]
     monkeypatch.setattr("sys.argv", ["verification", str(weights), *options])
     assert verification.main() == 0
     curve = json.loads((tmp_path / "curve.json").read_text())
@@ -61,8 +62,6 @@ def test_the_curve_of_a_weights_file(finished_run, tmp_path, monkeypatch):
 
 
 def test_the_command_again_decides_nothing_anew_and_a_torn_line_once_more(verified, finished_run, capsys, tmp_path):
-    import shutil
-
     output, summary = verified
     copy = tmp_path / "copy"
     shutil.copytree(output, copy)
@@ -72,7 +71,7 @@ def test_the_command_again_decides_nothing_anew_and_a_torn_line_once_more(verifi
     text = capsys.readouterr().out
     assert "11 of 12 images have been decided before" in text
     again = json.loads(text.splitlines()[-1])
-    assert {name: again[name] for name in command.VERDICTS} == {name: summary[name] for name in command.VERDICTS}
+    assert {name: again[name] for name in VERDICTS} == {name: summary[name] for name in VERDICTS}
     assert again["decided_now"] == 1
     assert len((copy / "verdicts.jsonl").read_text().splitlines()) == 12
 
@@ -86,8 +85,6 @@ def test_verdicts_about_something_else_are_not_mixed(verified, finished_run, cap
 
 
 def test_damaged_verdicts_are_an_error(verified, finished_run, tmp_path, capsys):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(verified[0], copy)
     content = (copy / "verdicts.jsonl").read_text().splitlines(keepends=True)
@@ -116,8 +113,8 @@ def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsy
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_no_process_outlives_a_command_that_is_killed(finished_run, tmp_path):
-    command = [sys.executable, "-m", "fastrobust.verify", *arguments(finished_run), "--output", str(tmp_path / "verdicts")]
-    command[command.index("--jobs") + 1] = "2"
+    command = [sys.executable, "-m", "fastrobust", "verify", *arguments(finished_run), "-o", str(tmp_path / "verdicts")]
+    command[command.index("--workers") + 1] = "2"
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def workers() -> list[Path]:
@@ -145,8 +142,9 @@ def test_no_process_outlives_a_command_that_is_killed(finished_run, tmp_path):
 def test_bad_arguments(finished_run, capsys):
     assert cli(["verify", str(finished_run), "--epsilon", "0"]) == 2
     assert "larger than 0" in capsys.readouterr().err
-    assert cli(["verify", str(finished_run), "--epsilon", "0.1", "--timeout", "nan"]) == 2
-    with pytest.raises(SystemExit):
-        cli(["verify", str(finished_run), "--epsilon", "8"])
+    for mistake in (["--epsilon", "0.1", "--timeout", "nan"], ["--epsilon", "0.1", "--timeout", "0"], ["--epsilon", "8"]):
+        with pytest.raises(SystemExit) as caught:
+            cli(["verify", str(finished_run), *mistake])
+        assert caught.value.code == 2 and "error: argument" in capsys.readouterr().err
     with pytest.raises(RunError):
-        command.Results(finished_run / "config.yaml" / "x", {})
+        Verdicts(finished_run / "config.yaml" / "x", {}, {})

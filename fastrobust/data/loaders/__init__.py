@@ -30,17 +30,19 @@ def resolve(config: Config, device: torch.device) -> Config:
     """The config with the loader that `auto` stands for (prepared files with ffcv or dali where these are installed, else
     what fits into memory, else torch) and with the folder of the prepared files that it reads. Paths are absolute. Raises
     ConfigError."""
-    name = config.loader
-    if name == "auto":
-        name = _automatic(config, device)
-    place = folder(config, PREPARED[name][0]) if name in PREPARED else None
-    if name in PREPARED and place is None:
-        raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
-    if config.loader == "auto" and name == "torch" and prepared(config, "webdataset"):
-        place = folder(config, "webdataset")
-    path = None if config.data.path is None else os.path.abspath(config.data.path)
-    prepared_place = None if place is None else os.path.abspath(place)
-    data = config.data.model_copy(update={"path": path, "prepared": prepared_place})
+    data, automatic = config.data, config.loader == "auto"
+    name = _automatic(config, device) if automatic else config.loader
+    kind = PREPARED[name][0] if name in PREPARED else None
+    if automatic and name == "torch":  # shards where there are some, else the source
+        kind = "webdataset" if prepared(config, "webdataset") else None
+        data = data.model_copy(update={"prepared": None})
+    if kind is not None:
+        place = folder(config, kind)
+        if place is None:
+            raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
+        data = data.model_copy(update={"prepared": str(place)})
+    paths = {key: value and os.path.abspath(value) for key in ("path", "prepared") for value in [getattr(data, key)]}
+    data = data.model_copy(update=paths)
     return config.model_copy(update={"loader": name, "data": data})
 
 
@@ -48,7 +50,10 @@ def _automatic(config: Config, device: torch.device) -> str:
     if config.facts.size is not None:
         return "resident"
     for name, (kind, package) in PREPARED.items():
-        if prepared(config, kind) and installed(package):
+        reason = why_not(config, kind)
+        if reason:
+            print(f"note: prepared files are not used: {reason}", flush=True)
+        if reason is None and installed(package):
             return name
     return "resident" if fits(config, device) else "torch"
 
@@ -73,22 +78,25 @@ def folder(config: Config, kind: str) -> Path | None:
 
 
 def prepared(config: Config, kind: str) -> bool:
-    """Whether prepared files of all phases and of the test images are there, and are the config's images: not a trial with a
-    few of them, nor those of a source that has changed since. Says why not, where they are there."""
+    """Whether prepared files of all phases and of the test images are there, and are the config's images."""
+    return why_not(config, kind) is None
+
+
+def why_not(config: Config, kind: str) -> str | None:
+    """Why prepared files are not the config's images: none are there (an empty reason), they are a trial with a few of them,
+    or of a source that has changed since. None if they are."""
     place = folder(config, kind)
     if place is None:
-        return False
+        return ""
     try:
         found = [READERS[kind](place, "train", stored(config, phase)) for phase in config.phases]
-        tests = [READERS[kind](place, "test", size) for size in sizes_of(place, "test")[:1]]
+        found += [READERS[kind](place, "test", size) for size in sizes_of(place, "test")[:1]]
     except DataError:
-        return False
-    problem = None if tests else "there are no test images among them"
-    for records_of in (*found, *tests):
-        problem = problem or _not_all(config, records_of)
-    if problem:
-        print(f"note: the prepared files in {place} are not used: {problem}", flush=True)
-    return problem is None
+        return ""
+    if len(found) == len(config.phases):
+        return f"{place} holds no test images"
+    problems = [problem for one in found if (problem := _not_all(config, one))]
+    return f"those in {place}: {problems[0]}" if problems else None
 
 
 def _not_all(config: Config, found: records.Records) -> str | None:
@@ -138,13 +146,18 @@ def kind_of_files(config: Config) -> str | None:
     return "webdataset" if config.loader == "torch" and config.data.prepared else kind
 
 
+def class_of(config: Config) -> type:
+    """The class of a resolved config's loader. Raises ConfigError."""
+    return parts.find_class("loader", parts.LOADERS, config.loader)
+
+
 class Phases:
     """The loaders of a run's phases, one at a time: `enter(index)` gives the one of a phase. `config` is a resolved one.
     Raises ConfigError or DataError."""
 
     def __init__(self, config: Config, device: torch.device, world: World = ALONE):
         self.config, self.device, self.world = config, device, world
-        self.kind = parts.find("loader", parts.LOADERS, config.loader)
+        self.kind = class_of(config)
         self.key, self.loader = None, None
         for index, phase in enumerate(config.phases):
             if phase.batch_size % world.size:
@@ -182,8 +195,8 @@ class Phases:
 
 def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     """The images of a split of a resolved config, or `limit` of them, evenly spaced, at the resolution of the last
-    phase: the square in the middle of each. Where the run trains from prepared files they come from prepared files too.
-    Raises DataError."""
+    phase: the square in the middle of each. If the run trains from prepared files, these are read from prepared files
+    too. Raises DataError."""
     data, resolution = config.data, config.phases[-1].resolution
     kind = kind_of_files(config)
     if kind is None:
@@ -195,9 +208,7 @@ def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
         advice = f"write them with --splits {split}, or read the source's with --data PATH"
         raise DataError(f"{place} holds no prepared {split} images: {advice}")
     changed = config.model_copy(update={"data": data.model_copy(update={"limit": limit})})
-    loader = parts.find("loader", parts.LOADERS, config.loader).open(
-        changed, split, sizes[0], resolution, torch.device("cpu")
-    )
+    loader = class_of(config).open(changed, split, sizes[0], resolution, torch.device("cpu"))
     try:
         return loader.in_order()
     finally:

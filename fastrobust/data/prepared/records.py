@@ -2,8 +2,8 @@
 
     train_160.json        manifest: how many images, of which sizes and classes, in which files with which checksums
     train_160.index.npy   where every image lies, and its checksum
-    train_160.beton       FFCV's format (beton.py)              written by data_prep/write_ffcv.py
-    train_160-000.tar     or WebDataset shards (shards.py)      written by data_prep/write_dali.py
+    train_160.beton       FFCV's format (beton.py)              written by `fastrobust prepare ffcv`
+    train_160-000.tar     or WebDataset shards (shards.py)      written by `fastrobust prepare dali`
 
 The manifest is written last: files without one are not whole. It has a checksum of itself and one of each file. The index is
 checked when it is read, and every image whenever it is read: a changed byte is never trained on.
@@ -27,7 +27,7 @@ from fastrobust.runtime.errors import DataError
 
 MANIFEST_FORMAT = 2
 ROW = np.dtype([(name, "<i8") for name in ("file", "offset", "length", "height", "width", "raw", "label", "crc")])
-MAKERS = {"ffcv": "write_ffcv.py", "webdataset": "write_dali.py"}  # of each kind of files, in data_prep
+MAKERS = {"ffcv": "fastrobust prepare ffcv", "webdataset": "fastrobust prepare dali"}  # what writes each kind of files
 Size = int | str  # the short side in pixels, or "original"
 
 
@@ -104,7 +104,7 @@ def read(kind: str, folder: Path, split: str, size: Size) -> Records:
     """What a manifest and its index say about a split. Raises DataError."""
     manifest = read_manifest(folder, split, size)
     if manifest["kind"] != kind:
-        raise DataError(f"{folder} holds {manifest['kind']} files, not {kind}: write them with data_prep/{MAKERS[kind]}")
+        raise DataError(f"{folder} holds {manifest['kind']} files, not {kind}: write them with `{MAKERS[kind]}`")
     files = tuple(folder / file["name"] for file in manifest["files"])
     try:
         content = files[-1].read_bytes()
@@ -174,8 +174,8 @@ def read_manifest(folder: Path, split: str, size: Size) -> dict[str, Any]:
     except FileNotFoundError:
         there = sorted(p.name for p in folder.glob("*.json")) if folder.is_dir() else []
         found = f"there are {', '.join(there)}" if there else f"{folder} holds no prepared images"
-        raise DataError(f"{path} does not exist ({found}): write the images with data_prep/write_ffcv.py or write_dali.py"
-                        ) from None  # fmt: skip
+        how = " or ".join(f"`{maker}`" for maker in MAKERS.values())
+        raise DataError(f"{path} does not exist ({found}): write the images with {how}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}): write the images again") from None
     for file, length in files:

@@ -1,6 +1,6 @@
 """Writing prepared images: every size in one pass over the source, the same bytes whatever the number of workers.
 
-The command lines are data_prep/write_ffcv.py and data_prep/write_dali.py.
+The commands are `fastrobust prepare ffcv` and `fastrobust prepare dali`; data_prep/ has a script for each.
 """
 
 from __future__ import annotations
@@ -216,20 +216,20 @@ def command(options) -> int:
         raise ConfigError(f"--sizes names a size twice: {' '.join(options.sizes)}")
     if not 1 <= options.quality <= 95:
         raise ConfigError(f"--quality must lie between 1 and 95, not {options.quality}")
-    for name in ("cap", "limit", "workers"):
-        if getattr(options, name) is not None:
-            whole(getattr(options, name), f"--{name}")
     options.storage = options.storage or ("raw" if small else "jpeg")
     options.output = options.output or records.prepared_folder(options.dataset, kind)
     for split in options.splits:
         source = sets.pictures(options.dataset, split, options.data, options.limit)
         # the test images are wanted once, in the largest size: evaluation resizes them
         wanted = sizes if split == "train" else sizes[-1:]
-        (estimate if options.dry_run else lambda *a: write_split(kind, *a))(split, source, wanted, options)
+        if options.dry_run:
+            estimate(split, source, wanted, options)
+        else:
+            write_split(kind, split, source, wanted, options)
     return 0
 
 
-def whole(text: str | int, what: str) -> int:
-    if not str(text).isdecimal() or int(text) < 1:
+def whole(text: str, what: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"{what} must be a whole number of at least 1, not {text}")
     return int(text)

@@ -1,0 +1,204 @@
+"""Tests of the answers to mistakes in a config: each names the key and the nearest right one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from config_files import FOLDER, MINIMAL, refusal, refusal_of_text
+
+from fastrobust.config.reading import load
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key", "near"),
+    [
+        ("method.alhpa=0.1", "method.alhpa", "method.alpha"),
+        ("epochs=3", "epochs", "phases.0.epochs"),
+        ("max_lr=3", "max_lr", "schedule.max_lr"),
+        ("padding=3", "padding", "data.augment.padding"),
+        ("scheduler={name: cyclic}", "scheduler", "schedule"),
+        ("epslion=0.1", "epslion", "epsilon"),
+        ("data.augment.crops=pad", "data.augment.crops", "data.augment.crop"),
+        ("phases.0.batchsize=3", "phases.0.batchsize", "phases.0.batch_size"),
+        ("optimizer.momentun=0.9", "optimizer.momentun", "optimizer.momentum"),
+        ("evaluation.restart=3", "evaluation.restart", "evaluation.restarts"),
+        ("guard.stpes=3", "guard.stpes", "guard.steps"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(file, wrong, key, near):
+    assert f"unknown key '{key}'; did you mean '{near}'?" in refusal(file, wrong)
+
+
+def test_an_unknown_key_like_no_other_lists_the_keys_there(file):
+    text = refusal(file, "model.zzzzzz=1")
+    assert "unknown key 'model.zzzzzz'" in text and "name, mean, std" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "key", "near"),
+    [
+        ("method.name=fgms", "method", "fgsm"),
+        ("method.init=previus", "method.init", "previous"),
+        ("data.dataset=cifar", "data.dataset", "cifar10"),
+        ("data.augment.crop=padd", "data.augment.crop", "pad"),
+        ("precision=fp61", "precision", "fp16"),
+        ("schedule={name: multi_step, lr: 0.1}", "schedule", "multistep"),
+        ("optimizer.name=sdg", "optimizer", "sgd"),
+        ("guard.action=stopp", "guard.action", "stop"),
+        ("method.attack_batchnorm=evl", "method.attack_batchnorm", "eval"),
+    ],
+)
+def test_a_wrong_choice_names_the_nearest(file, wrong, key, near):
+    text = refusal(file, wrong)
+    assert re.search(rf"^  {re.escape(key)}: '.*' is not one of .*; did you mean '{near}'\?$", text, re.MULTILINE), text
+
+
+@pytest.mark.parametrize("key", ["epsilon", "method.alpha", "guard.alpha", "evaluation.alpha", "evaluation.epsilon"])
+@pytest.mark.parametrize("value", [8, 2])
+def test_pixels_on_the_scale_of_255(file, key, value):
+    text = refusal(file, f"{key}={value}")
+    assert key in text and f"did you mean {value}/255?" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("epsilon=-0.1", "epsilon"),
+        ("epsilon=.nan", "epsilon"),
+        ("epsilon=nan", "epsilon"),
+        ("epsilon=.inf", "epsilon"),
+        ("epsilon=8/0", "epsilon"),
+        ("epsilon=eight", "epsilon"),
+        ("epsilon=true", "epsilon"),
+        ("epsilon=[0.1]", "epsilon"),
+        ("epsilon=0", "epsilon"),
+        ("schedule.max_lr=0", "schedule.max_lr"),
+        ("schedule.max_lr=nan", "schedule.max_lr"),
+        ("schedule.max_lr=1e999", "schedule.max_lr"),
+        ("schedule.peak=1", "schedule.peak"),
+        ("optimizer.momentum=1", "optimizer.momentum"),
+        ("optimizer.weight_decay=-1e-4", "optimizer.weight_decay"),
+        ("phases.0.epochs=0", "phases.0.epochs"),
+        ("phases.0.epochs=1.5", "phases.0.epochs"),
+        ("phases.0.epochs='3'", "phases.0.epochs"),
+        ("phases.0.batch_size=true", "phases.0.batch_size"),
+        ("phases=[]", "phases"),
+        ("guard.drop=0", "guard.drop"),
+        ("evaluation.epsilon=[]", "evaluation.epsilon"),
+        ("evaluation.restarts=0", "evaluation.restarts"),
+        ("model.std=[0, 1, 1]", "model.std"),
+        ("model.mean=[0.5]", "model.mean"),
+        ("model.mean=[125, 125, 125]", "model.mean"),
+        ("method={name: pgd}", "method.alpha"),
+        ("method={name: free, replays: 0}", "method.replays"),
+        ("method={alpha: 0.1}", "method"),
+        ("method={name: n_fgsm, noise: 0}", "method.noise"),
+        ("schedule={name: multistep, lr: 0.1, milestones: [100, 150]}", "schedule.milestones"),
+        ("schedule={name: multistep, lr: 0.1, milestones: [1.0]}", "schedule.milestones"),
+        ("schedule={name: points, points: [[0, 1]]}", "schedule.points"),
+        ("schedule={name: points, points: [[0, 1], [9, 1], [3, 1], [15, 0]]}", "schedule"),
+        ("schedule={name: points, points: [[0, 1], [15, -1]]}", "schedule.points"),
+        ("name=a b", "name"),
+        ("name=../up", "name"),
+        ("device=gpu", "device"),
+        ("data.download=maybe", "data.download"),
+        ("data.limit=0", "data.limit"),
+        ("epsilon_warmup=-1", "epsilon_warmup"),
+        ("epsilon_warmup=15.5", "epsilon_warmup"),
+        ("epsilon_warmup=nan", "epsilon_warmup"),
+        ("engine=cudagraph", "engine"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(file, override, key):
+    assert key in refusal(file, override).replace(str(file), "")
+
+
+@pytest.mark.parametrize("key", ["epsilon", "data", "model", "method", "optimizer", "schedule", "phases"])
+def test_a_missing_key_is_named(file, key):
+    data = yaml.safe_load(MINIMAL)
+    del data[key]
+    assert f"{key}: this key is needed" in refusal_of_text(file, yaml.safe_dump(data))
+
+
+def test_a_missing_key_inside_a_section_is_named(file):
+    assert "data.dataset: this key is needed" in refusal(file, "data={flip: true}")
+    assert "schedule.max_lr: this key is needed" in refusal(file, "schedule={name: cyclic}")
+    assert "phases.0.batch_size: this key is needed" in refusal(file, "phases=[{epochs: 3}]")
+    assert "method: this section needs a `name`" in refusal(file, "method={}")
+
+
+def test_several_mistakes_are_all_told(file):
+    text = refusal(file, "epsilon=8", "seed=-1", "data.dataset=cifar")
+    assert "epsilon: " in text and "seed: " in text and "data.dataset: " in text and str(file) in text
+
+
+def test_points_must_reach_the_end(file):
+    text = refusal(file, "schedule={name: points, points: [[0, 0], [14, 0.1]]}")
+    assert "schedule.points end at epoch 14, but the phases last 15 epochs" in text
+    for end in (15, 20):
+        assert load(file, [f"schedule={{name: points, points: [[0, 0], [{end}, 0.1]]}}"]).schedule.name == "points"
+
+
+def test_resolutions_of_the_phases(file):
+    assert "phases.0.resolution is needed for image_folder" in refusal(file, *FOLDER)
+    assert "phases.0.resize is 40, but cifar10 images are 32" in refusal(file, "phases.0.resize=40")
+    text = refusal(file, *FOLDER, "phases.0.resolution=128", "phases.0.resize=160")
+    assert "a resolution of 128 out of images of 160" in text and "data.augment.crop: random_resized" in text
+    assert "random_resized" in refusal(file, "phases.0.resolution=24")
+    crop = "data.augment.crop=random_resized"
+    assert load(file, [crop, "phases.0.resolution=24"]).phases[0].resize == 32
+    phases = "phases=[{epochs: 1, batch_size: 2, resolution: 8}, {epochs: 1, batch_size: 2}]"
+    assert "phases.1.resolution is needed" in refusal(file, *FOLDER, crop, phases)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MINIMAL + "epsilon: 0.1\n", "the key 'epsilon' appears twice.*line 9"),
+        (MINIMAL.replace("{name: fgsm}", "{name: fgsm, name: pgd}"), "the key 'name' appears twice"),
+        ("epsilon: [1, 2\n", "is not valid YAML"),
+        ("a: b: c\n", "is not valid YAML"),
+        ("\tepsilon: 1\n", "is not valid YAML"),
+        ("- 1\n- 2\n", "must hold `key: value` lines, found list"),
+        ("just words\n", "must hold `key: value` lines, found str"),
+        ("", "must hold `key: value` lines, found NoneType"),
+        ("# a comment\n", "must hold `key: value` lines, found NoneType"),
+        (MINIMAL + "a: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        (MINIMAL + "? [1, 2]\n: 3\n", "keys must be plain words"),
+        (MINIMAL + "---\n" + MINIMAL, "is not valid YAML"),
+        (MINIMAL + "5: 3\n", "5: keys should be strings"),
+    ],
+)
+def test_files_that_are_no_config(file, text, words):
+    found = refusal_of_text(file, text)
+    assert re.search(words, found, re.DOTALL) and str(file) in found
+
+
+def test_a_missing_file_names_the_nearest(file, monkeypatch):
+    assert f"did you mean {file}?" in refusal(file.with_name("minimul.yaml"))
+    assert "does not exist" in refusal(file.parent / "no" / "such" / "place.yaml")
+    monkeypatch.chdir(file.parent)
+    file.with_name("other.yaml").write_text(MINIMAL)
+    assert "zzzzzzzz.yml does not exist; there are: minimal.yaml, other.yaml" in refusal(Path("zzzzzzzz.yml"))
+    assert "did you mean other.yaml?" in refusal(Path("othr.yaml"))
+
+
+def test_files_that_cannot_be_read(file):
+    assert "cannot be read" in refusal(file.parent)
+    file.write_bytes(bytes(range(256)))
+    assert "cannot be read" in refusal(file)
+    file.write_bytes(b"epsilon: 0.1\x00\n")
+    assert "is not valid YAML" in refusal(file)
+
+
+def test_sections_do_not_take_another_methods_keys(file):
+    assert "unknown key 'method.replays'" in refusal(file, "method.replays=3")
+    assert "unknown key 'optimizer.momentum'" in refusal(file, "optimizer={name: adam, momentum: 0.9}")

@@ -1,0 +1,240 @@
+"""What the model card and the report page tell about a model: the same accuracies, exact verdicts and masking checks, each
+only if it is about the model's weights. The oracle counts in the files that the commands left."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import write_folder
+
+from fastrobust.__main__ import main as cli
+from fastrobust.evaluation import results
+from fastrobust.models.weights import read_weights, save_weights, weights_digest
+from fastrobust.reporting import export, known
+from fastrobust.reporting.known import Accuracy
+from fastrobust.runtime.errors import RunError
+from fastrobust.runtime.files import write_json
+
+pytest.importorskip("highspy")
+SANITY = {"verdict": "masked", "failed": ["single step"], "examples": 300, "epsilon": 8 / 255}
+
+
+@pytest.fixture(scope="module")
+def judged(finished_run, tmp_path_factory):
+    """A run with all of AutoAttack on 20 images, checks for masked gradients, and exact verdicts at two radii, some of
+    which ran out of time."""
+    copy = shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run")
+    limited = ["--epsilon", "0.6", "--limit", "20", "--device", "cpu"]
+    assert cli(["evaluate", str(copy), "--attack", "autoattack", *limited]) == 0
+    write_json(copy / results.FOLDER / "sanity_epsilon-0.03.json", SANITY | {"weights": digest(copy)})
+    for epsilon, timeout in (("0.004", "20"), ("0.05", "1e-9")):
+        asked = ["--epsilon", epsilon, "--limit", "12", "--workers", "1", "--timeout", timeout]
+        assert cli(["verify", str(copy), *asked]) == 0
+    return copy
+
+
+@pytest.fixture
+def copied(judged, tmp_path):
+    return shutil.copytree(judged, tmp_path / "run")
+
+
+def digest(run) -> str:
+    return weights_digest(read_weights(run)[0])
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """told(run) -> (the cells of the card's table of accuracies, the cells of the page's summary, both as plain text)."""
+    monkeypatch.setattr(export, "write_onnx", lambda *arguments: None)  # it takes its time
+
+    def make(run):
+        assert cli(["export", str(run), "-o", str(tmp_path / "export")]) == 0
+        assert cli(["report", str(run), "--limit", "0", "-o", str(tmp_path / "r.html")]) == 0
+        card, page = (tmp_path / "export" / "README.md").read_text(), (tmp_path / "r.html").read_text()
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:2] == "| "]
+        rows = dict(re.findall(r"<tr><th>(.*?)</th><td>(.*?)</td></tr>", page.partition("<h2>Training")[0]))
+        return card, lines, {key: html.unescape(re.sub("</?small>", "", cell)) for key, cell in rows.items()}
+
+    return make
+
+
+def counted(run, epsilon: str) -> dict[str, int]:
+    lines = (run / "verification" / f"epsilon-{epsilon}" / "verdicts.jsonl").read_text().splitlines()
+    verdicts = [json.loads(line)["verdict"] for line in lines]
+    return {verdict: verdicts.count(verdict) for verdict in verdicts} | {"all": len(verdicts)}
+
+
+def test_exact_verdicts_stand_beside_the_accuracies(judged, told):
+    card, lines, page = told(judged)
+    for epsilon in ("0.004", "0.05"):
+        counts = counted(judged, epsilon)
+        k, undecided, n = counts.get("verified", 0), counts.get("timeout", 0), counts["all"]
+        words = f"{k / 12:.2%} verified ({k} of 12; {undecided} undecided)"
+        low, high = results.wilson(k, n)[0], results.wilson(k + undecided, n)[1]
+        assert ["exact verification", epsilon, words, f"{low:.2%} to {high:.2%}", "12"] in lines
+        row = page[f"exact verification, epsilon {epsilon}"]
+        assert row == f"{words} ({low * 100:.1f} to {high * 100:.1f}, n = 12)"
+    assert counted(judged, "0.004")["verified"] > 6 and counted(judged, "0.05")["timeout"] > 0  # both kinds are there
+    assert card.count("Exact verification: a verified image") == 1
+
+
+def test_autoattack_and_masking_verdicts_are_on_the_page_as_in_the_card(judged, told):
+    card, lines, page = told(judged)
+    robust = int(results.worst_case(results.read_all(judged / results.FOLDER)).sum())
+    low, high = results.wilson(robust, 20)
+    assert ["autoattack", "0.6", f"{robust / 20:.2%}", f"{low:.2%} to {high:.2%}", "20"] in lines
+    assert page["autoattack, epsilon 0.6"] == f"{robust / 20:.2%} ({low * 100:.1f} to {high * 100:.1f}, n = 20)"
+    assert "at epsilon 8/255 (300 images): masked: single step failed" in card
+    assert page["masked gradients, epsilon 8/255"] == "masked: single step failed (300 images)"
+    attacks = {(cells[0], cells[1]) for cells in lines[1:] if cells[0] != "none"}
+    on_page = {tuple(key.split(", epsilon ")) for key in page if ", epsilon " in key and "masked" not in key}
+    assert attacks == on_page
+    summary = json.loads((judged / "summary.json").read_text())
+    assert page["clean accuracy"].startswith(f"{summary['clean_accuracy']:.2%} (")
+    assert page["clean accuracy"].count("<br>") == 1  # on 200 images, and on 20
+
+
+def test_what_is_about_other_weights_is_left_out(copied, told):
+    model, config, classes = read_weights(copied)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    save_weights(copied, model, config, classes)
+    card, lines, page = told(copied)
+    text = card + " ".join(page)
+    assert not re.search("exact|autoattack|apgd|single step", text)
+    assert {cells[0] for cells in lines[1:]} == {"none", "pgd-7-2"}  # of the summary
+    assert {key for key in page if ", epsilon" in key} == {"pgd-7-2, epsilon 0.1", "pgd-7-2, epsilon 0.05"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_summary_of_version_0_1_counts_if_the_weights_file_is_the_one(copied, told, ours):
+    folder = copied / "verification" / "epsilon-0.004"
+    summary = json.loads((folder / "summary.json").read_text())
+    summary = {key: value for key, value in summary.items() if key not in ("weights", "images", "data", "dataset")}
+    write_json(folder / "summary.json", summary)
+    content = (copied / "model.safetensors").read_bytes() + (b"" if ours else b".")
+    about = {"weights_sha256": hashlib.sha256(content).hexdigest(), "dataset": "image_folder", "images_sha256": 64 * "0"}
+    write_json(folder / "settings.json", about | {"epsilon": 0.004})
+    _, lines, page = told(copied)
+    assert (["exact verification", "0.004"] in [cells[:2] for cells in lines]) == ours
+    assert ("exact verification, epsilon 0.004" in page) == ours
+    assert "exact verification, epsilon 0.05" in page
+
+
+def test_results_on_other_data_say_so(copied, told, tmp_path):
+    other = write_folder(tmp_path / "other", 10, 30)
+    asked = [str(copied), "--epsilon", "0.01", "--data", str(other)]
+    assert cli(["evaluate", *asked, "--attack", "pgd-2-1", "--device", "cpu"]) == 0
+    place = str(copied / "verification" / "other")
+    assert cli(["verify", *asked, "--limit", "5", "--workers", "1", "-o", place]) == 0
+    _, lines, page = told(copied)
+    images = {(cells[0], cells[1]): cells[4] for cells in lines[1:] if cells[0] != "none"}
+    assert images["pgd-2-1", "0.01"] == f"30 of {other}" and images["exact verification", "0.01"] == f"5 of {other}"
+    assert images["autoattack", "0.6"] == "20"
+    assert page["pgd-2-1, epsilon 0.01"].endswith(f"n = 30 of {other})")
+
+
+def test_the_page_needs_no_data_to_show_them(copied, told):
+    config = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(re.sub("path: .*", "path: /nowhere", config))
+    _, _, page = told(copied)
+    assert "exact verification, epsilon 0.004" in page and "autoattack, epsilon 0.6" in page
+
+
+def test_a_run_without_weights_shows_its_summary(copied, tmp_path, capsys):
+    (copied / "model.safetensors").unlink()
+    assert cli(["report", str(copied), "--limit", "0", "-o", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "pgd-7-2, epsilon 0.1" in page and "exact verification" not in page and capsys.readouterr().err == ""
+
+
+def test_damaged_weights_are_named_and_the_summary_is_shown(copied, tmp_path, capsys):
+    (copied / "model.safetensors").write_bytes(b"damaged")
+    assert cli(["report", str(copied), "--limit", "0", "-o", str(tmp_path / "r.html")]) == 0
+    assert "only the summary's accuracies are shown" in capsys.readouterr().err
+    assert "pgd-7-2, epsilon 0.1" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("verification/epsilon-0.004/summary.json", "{"), ("verification/epsilon-0.004/summary.json", "[]"),
+    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS"}'),
+    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS", "verified": 9, "examples": 0, "timeout": 0, "epsilon": 0.1}'),
+    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS", "verified": 9, "examples": 9, "timeout": 1, "epsilon": 0.1}'),
+    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS", "verified": "a", "examples": 9, "timeout": 0, "epsilon": 1}'),
+    ("verification/epsilon-0.004/summary.json", "{}"), ("evaluations/sanity_epsilon-0.03.json", "{"),
+    ("evaluations/sanity_epsilon-0.03.json", '{"weights": "OURS"}'), ("evaluations/x.safetensors", "x"),
+])  # fmt: skip
+def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
+    (copied / "verification" / "epsilon-0.004" / "settings.json").write_text("{")
+    (copied / name).write_text(content.replace("OURS", digest(copied)))
+    for command in (["export", str(copied)], ["report", str(copied), "--limit", "0", "-o", str(tmp_path / "r.html")]):
+        assert cli(command) == 2
+        error = capsys.readouterr().err
+        named = str(copied / name) if content != "{}" else str(copied / name).replace("summary", "settings")
+        assert f"{named} is damaged" in error and "Traceback" not in error
+    assert not (tmp_path / "r.html").exists()
+
+
+# ---- which result of AutoAttack is quoted
+
+
+def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_images_are_quoted(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    trained, (run / results.FOLDER).mkdir
+    (run / results.FOLDER).mkdir()
+    for epsilon, n, given in ((0.3, 90, None), (0.1, 10, None), (0.1, 60, None), (0.1, 20, None), (0.1, 99, "/elsewhere")):
+        clean = torch.arange(n) % 10 > 0
+        for attack in known.autoattack.PARTS:
+            settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
+            facts = {"settings": settings, "finished": True, "data": given}
+            results.Record(facts, clean, clean, clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
+    found = known.read(run, digest(run))
+    assert found.autoattack == Accuracy("autoattack", 0.1, 24, 60)
+    assert found.autoattack_clean == 54 / 60
+    quoted = [(row.epsilon, row.examples) for row in found.accuracies if row.attack == "autoattack"]
+    assert sorted(quoted) == [(0.1, 10), (0.1, 20), (0.1, 60), (0.1, 99), (0.3, 90)]  # the table has all
+    entry = export.robustbench(read_weights(run)[1], found)
+    assert (entry["eps"], entry["autoattack_acc"], entry["clean_acc"]) == ("0.1", "40.00", "90.00")
+
+
+# ---- a row
+
+
+def test_the_interval_counts_undecided_images_either_way():
+    row = Accuracy("exact verification", 0.1, 90, 100, 4)
+    assert row.interval == (results.wilson(90, 100)[0], results.wilson(94, 100)[1])
+    assert row.in_words() == "90.00% verified (90 of 100; 4 undecided)"
+    assert Accuracy("pgd-1-1", 0.1, 90, 100).interval == results.wilson(90, 100)
+    assert row.to_dict()["undecided"] == 4 and "undecided" not in Accuracy("pgd-1-1", 0.1, 90, 100).to_dict()
+
+
+@pytest.mark.parametrize("robust, examples, undecided", [(5, 4, None), (-1, 4, None), (0, 0, None), (3, 4, 2), (3, 4, -1)])
+def test_counts_that_cannot_be_are_refused(robust, examples, undecided):
+    with pytest.raises(ValueError):
+        Accuracy("pgd-1-1", 0.1, robust, examples, undecided)
+
+
+def test_a_path_that_is_no_directory_tells_nothing(finished_run):
+    found = known.read(finished_run / "model.safetensors", "0")
+    assert found == known.Known()
+
+
+def test_records_that_are_not_finished_do_not_count(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / results.FOLDER).mkdir()
+    clean = torch.ones(10, dtype=torch.bool)
+    settings = {"attack": "square", "epsilon": 0.1, "examples": 10, "data": "ten images", "weights": digest(run)}
+    results.Record({"settings": settings, "finished": False}, clean, clean, ~clean).save(run / results.FOLDER)
+    assert {row.attack for row in known.read(run, digest(run)).accuracies} == {"none", "pgd-7-2"}
+
+
+def test_a_damaged_summary_is_named(finished_run, tmp_path):
+    (tmp_path / "summary.json").write_text('{"evaluations": [{"examples": 0, "clean_accuracy": 1}]}')
+    with pytest.raises(RunError, match=r"summary\.json is damaged"):
+        known.read(tmp_path, None)
