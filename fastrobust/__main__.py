@@ -43,7 +43,8 @@ SWEEP = """A sweep file is YAML:
       phases.0.epochs: [5, 10, 15]         # ... or the values of one key
     seeds: 3                               # or a list
 
-Where the values of one axis depend on another's, `grids` is a list of grids with the same axes (configs/sweeps/figure2.yaml).
+Where the values of one axis depend on another's, `grids` is a list of grids with the same axes: see
+configs/sweeps/figure2.yaml.
 Every point is an ordinary run directory. The same command goes on with what is not finished."""
 
 

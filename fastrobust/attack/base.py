@@ -49,7 +49,7 @@ class Attack(ABC):
         if numbers:
             raise ConfigError(f"the attack takes no numbers, found {'-'.join(map(str, numbers))}")
 
-    @classmethod
+    @classmethod  # noqa: B027 (most attacks take any model)
     def check_model(cls, model: nn.Module, images: Tensor) -> None:
         """Raise ConfigError if the attack is not defined for this model. images: as in a `Setting`."""
 

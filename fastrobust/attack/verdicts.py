@@ -63,12 +63,15 @@ def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -
 
 def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
     """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W."""
+    right = []
     with evaluating(model), plain_fp32(), torch.no_grad():
-        classes = model(to_unit(images[:1])).shape[1]
-        if labels.max() >= classes:
-            raise DataError(f"label {labels.max().item()} is none of the model's {classes} classes, 0 to {classes - 1}")
-        batches = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        return torch.cat([correct(model(to_unit(x)), y) for x, y in batches])
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            logits = model(to_unit(x))
+            if not right and labels.max() >= logits.shape[1]:
+                most, classes = labels.max().item(), logits.shape[1]
+                raise DataError(f"label {most} is none of the model's {classes} classes, 0 to {classes - 1}")
+            right.append(correct(logits, y))
+    return torch.cat(right)
 
 
 @contextlib.contextmanager

@@ -6,13 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable
 
-ALIKE = 0.75  # the least likeness of a word and what it is taken for; `fgms` and `fgsm` have this
+ALIKE = 0.65  # the least likeness of a word and what it is taken for; `sdg` and `sgd` have 0.67
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that `word` most likely stands for, or None. Words that differ in a number are different words:
     cifar100 is not meant to be cifar10."""
-    known = [other for other in known if not (digits(word) and digits(other) and digits(word) != digits(other))]
+    known = [other for other in known if not digits(word) or digits(word) == digits(other)]
     return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=ALIKE)), None)
 
 
@@ -23,4 +23,5 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
 
 
 def digits(word: str) -> list[str]:
-    return re.findall(r"\d+", word)
+    """The digits of a word, sorted: 61 may be meant to be 16, 100 is not meant to be 10."""
+    return sorted(re.findall(r"\d", word))

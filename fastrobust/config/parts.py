@@ -6,13 +6,13 @@ is written in docs/extending.md.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Iterable
 from typing import Any
 
+from fastrobust.config.hints import did_you_mean
 from fastrobust.runtime.errors import ConfigError, first_line
 
 METHODS = {
@@ -79,8 +79,7 @@ def find_class(kind: str, table: dict[str, str], name: str) -> type:
 
 def unknown(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is not one of the known ones."""
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ", or your own package.module:name"
+    hint = did_you_mean(name, known, ", or your own package.module:name")
     return f"'{name[:80]}' is not one of {', '.join(known)}{hint}"
 
 

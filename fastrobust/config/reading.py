@@ -6,7 +6,6 @@ the key and the nearest right one.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 import os
@@ -21,6 +20,7 @@ from pydantic import ValidationError
 
 from fastrobust.config import parts
 from fastrobust.config.fields import Section
+from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.schema import Config
 from fastrobust.runtime.errors import ConfigError
 
@@ -146,10 +146,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _nearest_file(path: Path) -> str:
     there = {p.name: str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml")}
-    near = difflib.get_close_matches(path.name, there, n=1)
-    return (
-        f"; did you mean {there[near[0]]}?" if near else f"; there are: {', '.join(sorted(there.values()))}" if there else ""
-    )
+    if near := nearest(path.name, there):
+        return f"; did you mean {there[near]}?"
+    return f"; there are: {', '.join(sorted(there.values()))}" if there else ""
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -228,9 +227,9 @@ def _explain(error: dict[str, Any]) -> str:
             return f"unknown key '{key}': it does not belong to this {loc[0]}'s `name`"
         siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
         same_leaf = [k for k in known if k.rpartition(".")[2] == loc[-1]]
-        near = same_leaf or difflib.get_close_matches(key, siblings, n=1) or difflib.get_close_matches(key, known, n=1)
+        near = next(iter(same_leaf), None) or nearest(key, siblings) or nearest(key, known)
         allowed = f"; the keys there are: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
-        return f"unknown key '{key}'" + (f"; did you mean '{near[0]}'?" if near else allowed)
+        return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else allowed)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         message = "this key is needed"
@@ -238,8 +237,8 @@ def _explain(error: dict[str, Any]) -> str:
         context = error["ctx"]
         expected, given = context["expected"], error["input"]
         given = given[:80] if isinstance(given, str) else _shown(given)
-        near = difflib.get_close_matches(given, [e.strip("' ") for e in expected.replace(" or ", ",").split(",")], n=1)
-        message = f"'{given}' is not one of {expected}" + (f"; did you mean '{near[0]}'?" if near else "")
+        known = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
+        message = f"'{given}' is not one of {expected}{did_you_mean(given, known)}"
     elif not error["type"].startswith("value_error"):
         message = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
     return f"{key}: {message}" if key else message

@@ -28,25 +28,34 @@ def command(arguments) -> int:
 
 def evaluate_in(world, device, arguments) -> int:
     trained = open_trained(arguments.run, arguments.data, device)
-    config, settings = trained.config, trained.config.evaluation
-    epsilon = settings.epsilon[0] if arguments.epsilon is None else arguments.epsilon
+    settings = trained.config.evaluation
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
-    attack = as_named(attack)
+    attack, radii = as_named(attack), arguments.epsilon or [settings.epsilon[0]]
     names = attack_names(attack)
     if arguments.transfer and not arguments.sanity:
         raise ConfigError("--transfer is one of the checks of --sanity: give both")
-    if arguments.sanity and epsilon == 0:
+    if arguments.sanity and 0 in radii:
         raise ConfigError("--sanity needs a radius above 0: --epsilon 8/255")
     if arguments.attack and (arguments.steps or arguments.restarts):
         raise ConfigError("--steps and --restarts stand in the name of the attack: --attack pgd-50-10")
     if arguments.sanity and world.size > 1:
         raise ConfigError("--sanity runs in one process: leave torchrun away")
-    seed = config.seed if arguments.seed is None else arguments.seed
     data = trained.images(arguments.limit or settings.limit)
-    other = other_model(arguments.transfer, trained, data, epsilon, seed) if arguments.sanity else None
     folder = world.first(lambda: keeping(trained.path))
     if folder:
         world.first(lambda: results.take_over(folder, trained.digest, data))
+    found = [at_radius(world, arguments, trained, data, epsilon, attack, names, folder) for epsilon in radii]
+    if arguments.json:
+        print(json.dumps(found[0] if len(found) == 1 else {"evaluations": found}))
+    return 0
+
+
+def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder) -> dict:
+    """Evaluate at one radius: what is printed, and what --json gives."""
+    config, settings = trained.config, trained.config.evaluation
+    seed = config.seed if arguments.seed is None else arguments.seed
+    batch_size = arguments.batch_size or settings.batch_size
+    other = other_model(arguments.transfer, trained, data, epsilon, seed) if arguments.sanity else None
     earlier = results.stored(folder, trained.digest, data.checksum(), epsilon) if folder else []
     records = run_attacks(
         trained.model,
@@ -54,7 +63,7 @@ def evaluate_in(world, device, arguments) -> int:
         names,
         epsilon=epsilon,
         alpha=settings.alpha_at(epsilon) if arguments.alpha is None else arguments.alpha,
-        batch_size=arguments.batch_size or settings.batch_size,
+        batch_size=batch_size,
         seed=seed,
         folder=folder,
         fresh=arguments.fresh,
@@ -75,11 +84,8 @@ def evaluate_in(world, device, arguments) -> int:
     }
     show(result, config.data.dataset, folder)
     if other is not None:
-        batch_size = arguments.batch_size or settings.batch_size
         result["sanity"] = check_sanity(trained, other, result, epsilon, batch_size, seed, folder)
-    if arguments.json:
-        print(json.dumps(result))
-    return 0
+    return result
 
 
 def check_sanity(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from fastrobust.config import parts
+from fastrobust.config.hints import nearest
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError
 
@@ -56,9 +56,9 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, [*parts.MODELS, *known], n=1)
+        near = nearest(name, [*parts.MODELS, *known])
         hint = (
-            f"did you mean '{near[0]}'?"
+            f"did you mean '{near}'?"
             if near
             else f"ours: {', '.join(parts.MODELS)}; or any of torchvision's, timm/NAME, or your own package.module:function"
         )
@@ -76,6 +76,6 @@ def _timm(name: str, channels: int, classes: int) -> nn.Module:
     except ImportError:
         raise ConfigError(f"model.name: timm/{name} needs timm: pip install 'fastrobust[timm]'") from None
     if name not in timm.list_models():
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ConfigError(f"model.name: timm has no model '{name}'" + (f"; did you mean 'timm/{near[0]}'?" if near else ""))
+        near = nearest(name, timm.list_models())
+        raise ConfigError(f"model.name: timm has no model '{name}'" + (f"; did you mean 'timm/{near}'?" if near else ""))
     return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)

@@ -43,8 +43,8 @@ class Curves:
 
 
 def epoch_line(record: dict, config: Config, bar: Progress) -> str:
-    """What the terminal keeps of an epoch, in 80 columns: the loss and the accuracy on what was trained on (under the training
-    attack), and the guard's accuracies. The rest is in metrics.jsonl."""
+    """What the terminal keeps of an epoch, in 80 columns: the loss and the accuracy on what was trained on (under the
+    training attack), and the guard's accuracies. The rest is in metrics.jsonl."""
     text = f"epoch {record['epoch']:>3}/{config.epochs}  loss {record['loss']:.3f}  train {record['train_accuracy']:.1%}  "
     if "guard_accuracy" in record:
         text += f"guard clean {record['guard_clean_accuracy']:.1%} PGD {record['guard_accuracy']:.1%}  "

@@ -197,7 +197,7 @@ class Training:
             self._go_back(record)
 
     def _guarded_images(self) -> tuple[Tensor, Tensor]:
-        """The training images that the guard attacks, at the phase's resolution, and their labels: the same in all epochs."""
+        """The training images that the guard attacks, at the phase's resolution, with their labels."""
         if self.guarded is None:
             resolution = self.config.phases[self.position.phase].resolution
             numbers = sets.evenly_spaced(len(self.loader), guard.IMAGES)
