@@ -108,12 +108,12 @@ def folder_members(folder: Path) -> list[Member]:
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}): check the folder") from error
 
-    files, seen = [], set()
+    files = []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:  # links may lead in a circle
-            folders.clear()
+        above = Path(parent).relative_to(folder).parents  # as they are named: `..` of a link is elsewhere
+        if os.path.realpath(parent) in {os.path.realpath(folder / part) for part in above}:
+            folders.clear()  # a link that leads back to a folder around it
             continue
-        seen.add(real)
         files += [Path(parent, name) for name in names]
     return [Member(printable(file.relative_to(folder).as_posix()), printable(str(file)), file.read_bytes) for file in files]
 
@@ -294,6 +294,5 @@ def open_upright(member: Member) -> Image.Image:
 
 
 def unusable(where: str, error: Exception) -> DataError:
-    return DataError(
-        f"{where} is not a usable image ({error}): put a good copy in its place; a run that has begun needs all its images"
-    )
+    advice = "replace it with a good copy, or remove it before a run begins"
+    return DataError(f"{where} is not a usable image ({error}): {advice}")

@@ -216,10 +216,10 @@ def test_an_own_data_set_that_gives_something_else(own, path, said):
 
 def test_an_own_loader(file, own, tmp_path):
     for split in ("train", "test"):
-        (tmp_path / "images" / split / "a").mkdir(parents=True)
         for k in range(4):
+            (tmp_path / "images" / split / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
             pixels = np.random.default_rng(k).integers(0, 256, (8, 8, 3), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / split / "a" / f"{k}.png")
+            Image.fromarray(pixels).save(tmp_path / "images" / split / "ab"[k % 2] / f"{k}.png")
     changes = [f"loader={own}:Backwards", "data.dataset=image_folder", "data.path=images", "phases.0.resolution=8"]
     config = loaders.resolve(load(file, [*changes, "phases.0.batch_size=4", "data.workers=1"]), CPU)
     assert config.loader == f"{own}:Backwards"

@@ -13,7 +13,7 @@ from data_files import check_form, idx, idx_folder, real
 from fastrobust.config.datasets import DATASETS
 from fastrobust.data import sets
 from fastrobust.data.sets import load, read_idx_pair
-from fastrobust.runtime import machine
+from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning from numpy, torch or Pillow is a defect here
@@ -70,7 +70,7 @@ LABELS = idx(np.arange(10, dtype=np.uint8))
     [
         (IMAGES[:-1], LABELS, "images.* is truncated"),
         (IMAGES[:10], LABELS, "images.* is truncated"),
-        (b"", LABELS, "images.* is truncated"),
+        (b"", LABELS, "images.* is empty"),
         (gzip.compress(IMAGES)[:-12], LABELS, "images.* is truncated"),
         (gzip.compress(IMAGES)[:-2], LABELS, "images.* is truncated"),
         (gzip.compress(IMAGES[:-1]), LABELS, "images.* is truncated"),
@@ -109,8 +109,9 @@ def test_hostile_idx_header_allocates_nothing(tmp_path, pack):
 
 def test_idx_larger_than_the_memory(tmp_path, monkeypatch):
     (tmp_path / "images").write_bytes(IMAGES)
-    (tmp_path / "meminfo").write_text("MemAvailable: 9 kB\n")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable: 9 kB\n")
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
     with pytest.raises(DataError, match=r"images needs 7\.84e-06 GB of memory"):
         read_idx_pair(tmp_path / "images", tmp_path / "labels", 10)
 

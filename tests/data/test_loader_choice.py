@@ -33,7 +33,7 @@ def resolved(photos, tmp_path, monkeypatch):
 
 
 def little_memory(monkeypatch):
-    monkeypatch.setattr(loaders.machine, "available_memory", lambda: 37 * 64**2 * 3 * 2)
+    monkeypatch.setattr(loaders.limits, "available_memory", lambda: 37 * 64**2 * 3 * 2)
 
 
 def test_auto_takes_what_is_there(resolved, written, monkeypatch):

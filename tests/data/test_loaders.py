@@ -73,7 +73,7 @@ def test_two_processes_see_what_one_sees_and_any_batch_can_be_had(made, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_test_images_are_the_squares_in_the_middle(made, photos, name):
-    found = made(name, "original", 40, None, split="test").in_order(batch_size=5)
+    found = made(name, "original", 40, None, split="test").in_order()
     files = sorted((photos / "val").rglob("*.jpg"))
     assert found.images.shape == (12, 3, 40, 40) and found.classes == ("a", "b", "c")
     assert found.labels.tolist() == ["abc".index(file.parent.name) for file in files]
