@@ -158,8 +158,9 @@ def test_a_block_of_the_paper_whose_branch_is_silent_gives_its_projected_input()
 def test_logits_and_memory_layout(name, classes):
     model = create(name, classes=classes)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, classes)
-    kernels = [p for p in model.parameters() if p.dim() == 4]
-    assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    x = torch.rand(2, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(model.eval()(x).sum(), x)
+    assert gradient.is_contiguous() and gradient.view(2, -1).shape == (2, 3 * 32 * 32)  # as other tools expect it
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
 
 

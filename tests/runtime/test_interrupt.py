@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastrobust.runtime import interrupt, run_directory
-from fastrobust.runtime.command import main_with_errors
+from fastrobust.runtime.command import main_with_errors, to_paste
 
 RUN = Path("runs/a")
 
@@ -25,7 +25,9 @@ def test_a_signal_ends_the_command_with_a_status_that_says_resume_me(capsys, sig
             return 0
 
     assert main_with_errors(command) == status
-    assert capsys.readouterr().err == (f"stopped by {signum.name}; go on with: python -m fastrobust.train --resume runs/a\n")
+    command = to_paste("train", "--resume", RUN)
+    assert command.endswith("train --resume runs/a")
+    assert capsys.readouterr().err == f"stopped by {signum.name}; go on with: {command}\n"
 
 
 def test_ignored_signals_stay_ignored_and_the_others_are_given_back():

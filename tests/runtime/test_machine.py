@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastrobust.runtime import machine
+from fastrobust.runtime import limits, machine
 from fastrobust.runtime.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,17 +55,18 @@ def test_this_checkout_has_a_commit():
 def test_the_environment_names_versions_and_hardware():
     found = machine.environment("cpu")
     assert found["versions"]["torch"] == torch.__version__ and "numpy" in found["versions"]
-    assert found["hardware"]["cores"] == machine.cores() >= 1
+    assert found["hardware"]["cores"] == limits.cores() >= 1
     assert found["hardware"]["threads"] == torch.get_num_threads()
 
 
 def test_what_needs_most_of_the_memory_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:  1000 kB\n")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
-    assert machine.available_memory() == 1000 * 1024
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:  1000 kB\n")
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    assert limits.available_memory() == 1000 * 1024
     machine.check_memory(800 * 1024, "the images")
     with pytest.raises(DataError, match=r"the images needs .*more than 80 %.*set a `limit`"):
         machine.check_memory(801 * 1024, "the images")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "absent")
-    assert machine.available_memory() == math.inf
+    monkeypatch.setattr(limits, "ROOT", tmp_path / "absent")
+    assert limits.available_memory() == math.inf
     machine.check_memory(10**18, "the images")

@@ -19,8 +19,8 @@ from fastrobust.train import guard, training
 
 @pytest.fixture
 def overfits(monkeypatch):
-    """PGD finds all of the minibatch robust at first, and none of it from the second epoch on. The list that is given
-    holds the weights at each call."""
+    """PGD finds all of the guard's images robust at first, and none from the second epoch on; they are called enough. The
+    list that is given holds the weights at each call."""
     calls = []
 
     def made_up(model, images, labels, **settings):
@@ -30,7 +30,8 @@ def overfits(monkeypatch):
         everyone = torch.ones(len(labels), dtype=torch.bool)
         return Verdicts(everyone, everyone if len(calls) == 1 else ~everyone)
 
-    monkeypatch.setattr(training, "pgd", made_up)
+    monkeypatch.setattr(guard, "pgd", made_up)
+    monkeypatch.setattr(guard, "ENOUGH", 65)
     return calls
 
 
@@ -43,7 +44,7 @@ def test_the_guard_stops_and_keeps_the_weights_from_before_the_fall(config_of, b
     stopped = job.position.stopped
     assert stopped.startswith("stopped after epoch 2: catastrophic overfitting")
     assert "fell from 100.0% to 0.0%" in stopped
-    assert stopped.endswith("the weights after epoch 1 are kept")
+    assert "; the weights after epoch 1 are kept. " in stopped and stopped.endswith(f"To train on, {guard.ADVICE}")
     assert stopped in capsys.readouterr().out
     assert [record["guard_accuracy"] for record in job.history] == [1.0, 0.0]
     assert "warning" not in job.history[0] and "fell" in job.history[1]["warning"]
@@ -65,19 +66,20 @@ def test_the_guard_can_only_warn(config_of, begin, overfits):
 
 
 def test_a_run_without_any_healthy_epoch_keeps_its_last_weights(config_of, begin, monkeypatch):
-    monkeypatch.setattr(guard, "verdict", lambda history, drop: ("overfit", "made up"))
+    monkeypatch.setattr(guard, "verdict", lambda *given: ("overfit", "made up"))
     job = begin(config_of())
     seen = []
     save = job.save
     job.save = lambda: (seen.append(weights(job)), save())
     job.train()
-    assert job.position.stopped == "stopped after epoch 1: catastrophic overfitting: made up; no epoch was healthy"
+    said = "stopped after epoch 1: catastrophic overfitting: made up; no epoch with this epsilon was healthy"
+    assert job.position.stopped.startswith(said)
     assert len(job.history) == 1
     assert same(weights(job), seen[0])
 
 
 def test_a_suspicion_is_a_warning_and_training_goes_on(config_of, begin, monkeypatch):
-    monkeypatch.setattr(guard, "verdict", lambda history, drop: ("suspect", "made up") if len(history) == 2 else None)
+    monkeypatch.setattr(guard, "verdict", lambda history, *given: ("suspect", "made up") if len(history) == 2 else None)
     job = begin(config_of())
     job.train()
     assert job.position.stopped is None
@@ -95,26 +97,57 @@ def test_guarding_changes_nothing_but_what_is_recorded(config_of, begin):
     assert not any("guard_accuracy" in record for record in jobs["off"].history)
 
 
-def test_the_guard_attacks_the_last_minibatch_with_its_settings(config_of, begin, monkeypatch):
+def test_few_images_do_not_stop_a_run(config_of, begin, overfits, monkeypatch):
+    monkeypatch.setattr(guard, "ENOUGH", 66)
+    job = begin(config_of())
+    job.train()
+    assert job.position.stopped is None and len(job.history) == 3
+    assert "suspicious: PGD accuracy on 65 training images fell" in job.history[1]["warning"]
+
+
+def test_the_guard_attacks_the_same_images_after_every_epoch(config_of, begin, monkeypatch):
+    """They are whole and evenly spaced over the training images, whatever the batch size."""
+    monkeypatch.setattr(guard, "IMAGES", 30)
     job = begin(config_of(guard={"steps": 3, "alpha": 0.02}, phases__0__epochs=2))
-    batches, calls = [], []
-    take = job.step.take
-    job.step.take = lambda batch: (batches.append(batch), take(batch))
+    calls = []
 
     def watched(model, images, labels, **settings):
         verdicts = pgd(model, images, labels, **settings)
         calls.append((images.clone(), labels.clone(), settings, verdicts))
         return verdicts
 
-    monkeypatch.setattr(training, "pgd", watched)
+    monkeypatch.setattr(guard, "pgd", watched)
     job.train()
     assert len(calls) == 2
-    for (images, labels, settings, verdicts), last, record in zip(calls, (3, 6), job.history, strict=True):
-        assert torch.equal(images, batches[last].images) and torch.equal(labels, batches[last].labels)
+    numbers = torch.arange(30) * 65 // 30
+    for (images, labels, settings, verdicts), record in zip(calls, job.history, strict=True):
+        assert torch.equal(images, job.loader.images[numbers].permute(0, 3, 1, 2))
+        assert torch.equal(labels, job.loader.labels[numbers])
         assert settings["threat"] == Threat(0.05)
         assert {key: settings[key] for key in ("alpha", "steps", "restarts")} == {"alpha": 0.02, "steps": 3, "restarts": 1}
-        assert record["guard_accuracy"] == pytest.approx(verdicts.robust.sum().item() / 20)
-        assert record["guard_clean_accuracy"] == pytest.approx(verdicts.clean.sum().item() / 20)
+        assert (record["guard_images"], record["guard_epsilon"]) == (30, 0.05)
+        assert record["guard_accuracy"] == pytest.approx(verdicts.robust.sum().item() / 30)
+        assert record["guard_clean_accuracy"] == pytest.approx(verdicts.clean.sum().item() / 30)
+
+
+def test_what_the_guard_saw_outlasts_an_interruption(config_of, begin, resume, overfits):
+    """The fall is noticed by a run that was stopped and resumed between the two epochs."""
+    job = begin(config_of())
+    stop_at(job, 5)
+    with pytest.raises(Interrupted):
+        job.train()
+    assert len(overfits) == 1 and job.position.stopped is None
+    again = resume(config_of())
+    again.train()
+    assert "fell from 100.0% to 0.0%" in again.position.stopped and same(weights(again), overfits[0])
+
+
+def test_weights_of_a_smaller_radius_are_not_gone_back_to(config_of, begin, monkeypatch):
+    """They may classify well and withstand nothing at the radius that is asked for."""
+    monkeypatch.setattr(guard, "verdict", lambda history, *given: ("overfit", "made up") if len(history) == 3 else None)
+    job = begin(config_of(epsilon_warmup=3))
+    job.train()
+    assert "no epoch with this epsilon was healthy" in job.position.stopped and job.good_epoch == 2
 
 
 def test_during_the_warm_up_the_guard_attacks_with_the_radius_that_training_has_reached(config_of, begin, monkeypatch):
@@ -127,7 +160,7 @@ def test_during_the_warm_up_the_guard_attacks_with_the_radius_that_training_has_
         shares.append(threat.radius / 0.05)
         return pgd(*batch, threat=threat, alpha=alpha, **settings)
 
-    monkeypatch.setattr(training, "pgd", watched)
+    monkeypatch.setattr(guard, "pgd", watched)
     job.train()
     assert len(shares) == 3
     for share, done in zip(shares, (4, 7, 10), strict=True):

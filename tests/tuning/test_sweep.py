@@ -158,11 +158,13 @@ def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
         ({"grid": {"epsilom": [0.1]}}, "epsilom"),
         ({"grid": {"epsilon": [0.1, 0.1]}}, "twice"),
         ({"grid": {"model.name": ["a b", "a/b"]}}, "name the values"),
-        ({"grid": {"seed": list(range(200)), "epsilon": [i / 1000 for i in range(1, 200)]}}, "points"),
+        ({"seeds": list(range(200)), "grid": {"epsilon": [i / 1000 for i in range(1, 200)]}}, "points"),
+        ({"set": {"output": "elsewhere"}}, "output: a sweep sets it for every run"),
+        ({"grid": {"seed": [1, 2]}}, "write `seeds:` at the top"),
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"name": "../up"}, "name"),
         ({"grids": [{"epsilon": [0.1]}]}, "either"),
-        ({"grid": {}, "grids": [{"epsilon": [0.1]}, {"seed": [1]}]}, "same axes"),
+        ({"grid": {}, "grids": [{"epsilon": [0.1]}, {"data.limit": [9]}]}, "same axes"),
     ],
 )
 def test_mistakes_are_explained(sweep_file, tmp_path, capsys, changes, words):
