@@ -14,10 +14,9 @@ import statistics
 import torch
 
 from benchmarks import measure, usual_loop
-from benchmarks.step import METHODS, MODEL, cifar_config, images
+from benchmarks.step import METHODS, cifar_config, images, network
 from fastrobust.data.augment import augment
 from fastrobust.data.loaders.resident import Resident
-from fastrobust.models.paper_preact_resnet import preact_resnet18_paper
 from fastrobust.runtime import distributed
 from fastrobust.train.step import build
 
@@ -52,7 +51,7 @@ def main() -> None:
         step = build(config, loader, device)
         rows[name] = lambda step=step: one_pass(step)
     rows["data"] = lambda: one_pass(lambda batch: augment(batch.images, config.data.augment, 32))
-    usual = usual_loop.UsualLoop(preact_resnet18_paper(), device, half=cuda)
+    usual = usual_loop.UsualLoop(network(), device, half=cuda)
     workers = usual_loop.loader(data.images, data.labels, batch_size, 2, cuda)
 
     def usual_pass() -> None:
@@ -77,7 +76,7 @@ def main() -> None:
     spread = f"{median['usual loop']:.3f} ({min(scaled['usual loop']):.3f} to {max(scaled['usual loop']):.3f})"
     table.append(["usual loop, fgsm", spread, f"{median['usual loop']:.3f}", "23.41", "", "", ""])
     result = {
-        "model": MODEL,
+        "model": config.model.name,
         "images_timed": count,
         "batch_size": batch_size,
         "engine": step.engine,

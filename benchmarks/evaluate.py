@@ -45,13 +45,13 @@ def small_model(device: torch.device) -> tuple[torch.nn.Module, Config]:
 def main() -> int:
     p = measure.arguments(__doc__.splitlines()[0])
     p.add_argument("--run", help="a finished run; default: train a small network")
-    p.add_argument("--limit", type=int, default=1000)
+    p.add_argument("--limit", type=int, help="test images (default 1000, with --quick 200)")
     return main_with_errors(lambda: run(p.parse_args()))
 
 
 def run(arguments: Namespace) -> int:
     device = distributed.pick_device(arguments.device)
-    limit = 200 if arguments.quick else arguments.limit
+    limit = arguments.limit or (200 if arguments.quick else 1000)
     if arguments.run:
         trained = open_trained(arguments.run, device=device)
         model, config, data = trained.model, trained.config, trained.images(limit)

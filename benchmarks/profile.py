@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
-from benchmarks.step import METHODS, MODEL, cifar_config, images
+from benchmarks.step import METHODS, cifar_config, images
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.runtime import distributed
 from fastrobust.train.step import build
@@ -57,7 +57,7 @@ def main() -> None:
         for e in events[:ROWS]
     ]
     result = {
-        "model": MODEL,
+        "model": config.model.name,
         "method": arguments.method,
         "engine": step.engine,
         "precision": precision,

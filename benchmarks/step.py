@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 
 from benchmarks import measure, usual_loop
-from fastrobust.config import reading
+from fastrobust.config import parts, reading
 from fastrobust.config.schema import Config
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
-from fastrobust.models.paper_preact_resnet import preact_resnet18_paper
 from fastrobust.runtime import distributed
 from fastrobust.train.step import build
 
@@ -33,6 +32,11 @@ def images(n: int) -> ImageSet:
     pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (n,), generator=generator)
     return ImageSet(pixels.permute(0, 3, 1, 2), labels, tuple("0123456789"), "random")
+
+
+def network() -> torch.nn.Module:
+    """The model without its normalisation, as the usual loop takes it."""
+    return parts.find("model.name", parts.MODELS, MODEL)(3, 10)
 
 
 def cifar_config(method: str, engine_name: str, precision: str, batch_size: int, epochs: int = 100) -> Config:
@@ -77,7 +81,7 @@ def main() -> None:
         step = build(cifar_config(method, engine_name, precision, batch_size), loader, device)
         rows[f"{method} {engine_name} {precision}"] = lambda step=step: step(batch)
     for half in [False, True] if cuda else [False]:
-        loop = usual_loop.UsualLoop(preact_resnet18_paper(), device, half=half)
+        loop = usual_loop.UsualLoop(network(), device, half=half)
         x, y = next(iter(usual_loop.loader(data.images, data.labels, batch_size, 0, False)))
         rows[f"usual loop {'fp16' if half else 'fp32'}"] = lambda loop=loop, x=x, y=y: loop.step(x, y)
 

@@ -167,6 +167,13 @@ def config_file(settings):
     return make
 
 
+@pytest.fixture
+def quick(config_file, few_bars, tmp_path):
+    """quick(**changes) -> the config file of a run of four updates in tmp_path/runs/bars."""
+    small = {"phases": [{"epochs": 2, "batch_size": 35, "resolution": 28}], "evaluation": {"steps": 1, "restarts": 1}}
+    return lambda **changes: config_file(tmp_path, **({"data__path": str(few_bars)} | small | changes))
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, config_file) -> Path:
     """The directory of a finished FGSM run of 3 epochs, made by the train command."""

@@ -1,21 +1,19 @@
-"""The commands `fastrobust train` and `fastrobust evaluate`: what they leave, print and return, and how they fail. They are
+"""The commands `fastrobust train` and `fastrobust evaluate`: what they leave, print and return, and how they stop. They are
 called in this process where that shows the same."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
-import statistics
-import struct
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from run_files import FILES, assert_scalars_are_the_metrics, metrics_of, scalars_of, summary_of
 
 import fastrobust
 from fastrobust.__main__ import main as cli
@@ -27,54 +25,6 @@ from fastrobust.runtime import run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.train import start
 from fastrobust.train.step import Step
-
-FILES = {
-    "config.yaml",
-    "environment.json",
-    "metrics.jsonl",
-    "checkpoint.pt",
-    "checkpoint.previous.pt",
-    "model.safetensors",
-    "summary.json",
-}
-QUICK = {"phases": [{"epochs": 2, "batch_size": 35, "resolution": 28}], "evaluation": {"steps": 1, "restarts": 1}}
-
-
-@pytest.fixture
-def quick(config_file, few_bars, tmp_path):
-    """quick(**changes) -> the config file of a run of four updates in tmp_path/runs/bars."""
-    return lambda **changes: config_file(tmp_path, **({"data__path": str(few_bars)} | QUICK | changes))
-
-
-@pytest.fixture
-def copied_run(finished_run, tmp_path):
-    return shutil.copytree(finished_run, tmp_path / "copied")
-
-
-def summary_of(directory):
-    return json.loads((directory / "summary.json").read_text())
-
-
-def metrics_of(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def scalars_of(directory):
-    """tag -> [(step, value), ...] from the TensorBoard events."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-def assert_scalars_are_the_metrics(directory):
-    metrics, scalars = metrics_of(directory), scalars_of(directory)
-    for tag in ("loss", "train_accuracy", "learning_rate", "seconds", "images_per_second"):
-        assert [step for step, _ in scalars[tag]] == [record["updates"] for record in metrics]
-        assert [value for _, value in scalars[tag]] == pytest.approx([record[tag] for record in metrics], rel=1e-6)
-    return scalars
-
 
 # ---- a run from one end to the other
 
@@ -212,191 +162,6 @@ def test_epsilon_0_is_clean_accuracy(finished_run, capsys):
     assert found["robust_accuracy"] == found["clean_accuracy"] == summary_of(finished_run)["clean_accuracy"]
 
 
-# ---- mistakes
-
-
-def assert_explained(capsys, code, message):
-    err = capsys.readouterr().err
-    assert code == 2
-    assert "Traceback" not in err
-    assert err.count("error: ") == 1
-    assert message in err
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ("metod.name=fgsm", "unknown key 'metod'; did you mean 'method'?"),
-        ("method.alfa=0.1", "did you mean 'method.alpha'?"),
-        ("epsilon=8", "did you mean 8/255?"),
-        ("epsilon", "'epsilon' is not of the form key=value"),
-        ("data.path=absent", "image_folder was not found"),
-        ("data.dataset=minst", "did you mean 'mnist'?"),
-        ("model.name=mnist_nett", "there is no model 'mnist_nett'; did you mean 'mnist_net'?"),
-        ("phases.0.batch_size=71", "phases.0.batch_size is 71, but there are only 70 images"),
-        ("phases.0.resolution=20", "mnist_net"),  # takes 28 x 28 alone
-        ("device=cuda:99", "cuda:99 is not there"),
-        ("schedule.max_lr=1e30", "training diverged"),
-    ],
-)
-def test_a_mistake_in_the_config_is_explained(quick, tmp_path, capsys, change, message):
-    changes = {"optimizer": {"name": "sgd"}} if "max_lr" in change else {}
-    assert_explained(capsys, cli(["train", str(quick(**changes)), change]), message)
-    assert not (tmp_path / "runs" / "bars" / "summary.json").exists()
-    if "max_lr" not in change:
-        assert not (tmp_path / "runs").exists()  # nothing is left behind
-
-
-@pytest.mark.parametrize("text, message", [("", "must hold `key: value` lines"), ("a: [", "is not valid YAML")])
-def test_a_config_that_is_no_config_is_explained(tmp_path, capsys, text, message):
-    file = tmp_path / "bad.yaml"
-    file.write_text(text)
-    assert_explained(capsys, cli(["train", str(file)]), message)
-
-
-def test_no_config_at_all_is_explained(capsys):
-    assert_explained(capsys, cli(["train"]), "name a config file")
-
-
-def test_a_truncated_image_is_explained(quick, few_bars, tmp_path, capsys):
-    data = shutil.copytree(few_bars, tmp_path / "data")
-    file = data / "train" / "bar3" / "0003.png"
-    file.write_bytes(file.read_bytes()[:300])
-    assert_explained(capsys, cli(["train", str(quick(data__path=str(data)))]), f"{file} is not a usable image")
-
-
-def test_a_truncated_test_image_does_not_lose_the_training(quick, few_bars, tmp_path, capsys):
-    data = shutil.copytree(few_bars, tmp_path / "data")
-    file = data / "test" / "bar3" / "0003.png"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:300])
-    config = quick(data__path=str(data))
-    assert_explained(capsys, cli(["train", str(config)]), f"{file} is not a usable image")
-    file.write_bytes(whole)
-    directory = tmp_path / "runs" / "bars"
-    if directory.exists():
-        assert cli(["train", "--resume", str(directory)]) == 0
-    else:
-        assert cli(["train", str(config)]) == 0
-    assert summary_of(directory)["examples"] == 20
-
-
-def test_a_truncated_data_file_is_explained(quick, tmp_path, capsys):
-    data = tmp_path / "mnist"
-    data.mkdir()
-    header = {"images-idx3": struct.pack(">4I", 0x803, 100, 28, 28), "labels-idx1": struct.pack(">2I", 0x801, 100)}
-    for split in ("train", "t10k"):
-        for name, head in header.items():
-            (data / f"{split}-{name}-ubyte").write_bytes(head + bytes(50))
-    config = quick(data={"dataset": "mnist", "path": str(data)})
-    assert_explained(capsys, cli(["train", str(config)]), "train-images-idx3-ubyte is truncated")
-
-
-def test_an_existing_run_is_not_overwritten(quick, tmp_path, capsys):
-    config = str(quick())
-    assert cli(["train", config]) == 0
-    directory = tmp_path / "runs" / "bars"
-    before = {file.name: file.read_bytes() for file in directory.iterdir()}
-    capsys.readouterr()
-    assert_explained(capsys, cli(["train", config, "seed=1"]), f"continue it with `--resume {directory}`")
-    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
-
-
-def test_an_output_that_is_a_file_is_explained(quick, tmp_path, capsys):
-    config = quick()
-    (tmp_path / "runs").write_text("")
-    assert_explained(capsys, cli(["train", str(config)]), "")
-
-
-@pytest.mark.parametrize(
-    "case", ["no run", "absent", "other config", "overrides", "damaged checkpoint", "empty checkpoint", "damaged config"]
-)
-def test_a_mistake_in_resuming_is_explained(quick, copied_run, tmp_path, capsys, case):
-    (copied_run / "summary.json").unlink()
-    argv, message = {
-        "no run": (["--resume", str(tmp_path)], "is not a run directory"),
-        "absent": (["--resume", str(tmp_path / "absent")], "is not a run directory"),
-        "other config": ([str(quick()), "--resume", str(copied_run), "epsilon=0.03"], "epsilon: 0.05 in one, 0.03 in the"),
-        "overrides": (["--resume", str(copied_run), "seed=1"], "seed=1 cannot change it"),
-        "damaged checkpoint": (["--resume", str(copied_run)], "checkpoint.pt is damaged"),
-        "empty checkpoint": (["--resume", str(copied_run)], "checkpoint.pt is damaged"),
-        "damaged config": (["--resume", str(copied_run)], "config.yaml"),
-    }[case]
-    if "checkpoint" in case:
-        (copied_run / "checkpoint.previous.pt").unlink()
-        (copied_run / "checkpoint.pt").write_bytes(b"PK\3\4 ..." if case.startswith("damaged") else b"")
-    if case == "damaged config":
-        (copied_run / "config.yaml").write_text("epsilon: 0.1\nepsilom: 0.2\n")
-    assert_explained(capsys, cli(["train", *argv]), message)
-
-
-def test_resuming_with_the_same_config_is_fine(quick, tmp_path, capsys):
-    config = str(quick())
-    assert cli(["train", config, "seed=2"]) == 0
-    directory = tmp_path / "runs" / "bars"
-    assert cli(["train", config, "seed=2", "--resume", str(directory)]) == 0
-    assert "is finished" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("case", ["absent", "folder", "no weights", "damaged", "no data", "no gpu", "no device"])
-def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case):
-    argv, message = {
-        "absent": ([str(tmp_path / "absent.safetensors")], "there are no weights at"),
-        "folder": ([str(tmp_path)], "there are no weights at"),
-        "no weights": ([str(copied_run)], f"the run is not finished: `--resume {copied_run}`"),
-        "damaged": ([str(copied_run)], "model.safetensors is damaged"),
-        "no data": ([str(copied_run), "--data", str(tmp_path / "absent")], "image_folder was not found"),
-        "no gpu": ([str(copied_run), "--device", "cuda:99"], "cuda:99 is not there"),
-        "no device": ([str(copied_run), "--device", "gpu"], "gpu"),
-    }[case]
-    if case == "no weights":
-        (copied_run / "model.safetensors").unlink()
-    if case == "damaged":
-        (copied_run / "model.safetensors").write_bytes((copied_run / "model.safetensors").read_bytes()[:-100])
-    assert_explained(capsys, cli(["evaluate", *argv]), message)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--epsilon", "8"], "did you mean 8/255?"),
-        (["--epsilon", "x"], "not a number"),
-        (["--steps", "0"], "'0' is not a whole number of at least 1"),
-        (["--restarts", "ten"], "'ten' is not a whole number"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_explained(capsys, arguments, message):
-    with pytest.raises(SystemExit) as caught:
-        cli(["evaluate", "runs/x", *arguments])
-    assert_explained(capsys, caught.value.code, message)
-
-
-def test_a_mistake_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "fastrobust.train", "absent.yaml"]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert found.returncode == 2
-    assert found.stdout == ""
-    assert found.stderr == "error: config file absent.yaml does not exist\n"
-
-
-def test_a_full_disk_in_the_middle_of_a_run_can_be_resumed_from(quick, tmp_path, capsys, monkeypatch):
-    directory = tmp_path / "runs" / "bars"
-    flush = os.fsync
-
-    def fsync(handle):
-        if (directory / "metrics.jsonl").exists():
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        flush(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        assert_explained(capsys, cli(["train", str(quick())]), "No space left on device")
-    assert cli(["train", "--resume", str(directory)]) == 0
-    assert {file.name for file in directory.iterdir() if not file.name.startswith("events")} == FILES
-    assert_scalars_are_the_metrics(directory)  # the first epoch, done twice, is there once
-
-
 # ---- signals
 
 
@@ -466,22 +231,3 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(quick, tmp_path,
     assert cli(["train", "--resume", str(directory)]) == 0
     assert "starting from the beginning" in capsys.readouterr().out
     assert len(metrics_of(directory)) == 2
-
-
-# ---- import
-
-
-def test_importing_fastrobust_is_quick():
-    code = (
-        "import sys, time; a = time.perf_counter(); import torch; b = time.perf_counter(); import fastrobust; "
-        "c = time.perf_counter(); print(b - a, c - b, *{m.partition('.')[0] for m in sys.modules})"
-    )
-    added = []
-    for _ in range(3):
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-        torch_seconds, seconds, *modules = found.stdout.split()
-        assert float(torch_seconds) > 0
-        added.append(float(seconds))
-        assert "fastrobust" in modules
-        assert not {"torchvision", "tensorboard", "pydantic"} & set(modules)
-    assert statistics.median(added) < 0.5

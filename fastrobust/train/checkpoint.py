@@ -124,7 +124,7 @@ def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
 
 
 def is_position(position: Any, config: Config) -> bool:
-    """Whether this is the `position` of a trainer of such a run."""
+    """Whether this is the `position` of a training of such a config."""
     return (
         isinstance(position, dict)
         and position.keys() == {"phase", "pass", "step", "epoch_seconds", "train_seconds", "stopped"}

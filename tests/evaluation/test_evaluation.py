@@ -1,5 +1,5 @@
-"""What counts as broken, resuming, merging, and AutoAttack. The oracles: attacks that lie, the same work without an
-interruption, and the library's own evaluation."""
+"""Intervals, keeping, resuming and merging results, and the evaluate command. The oracles: the same work without an
+interruption, and sums by hand."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import bar_images
+from attack_runs import EPSILON, few_images, make_cheap, run
 from torch import nn
 
 import fastrobust
 from fastrobust.__main__ import main as cli
 from fastrobust.attack import autoattack
-from fastrobust.attack.base import Setting
-from fastrobust.attack.pgd import Pgd, StaticAttack
-from fastrobust.attack.rounds import run_rounds
-from fastrobust.attack.threat import Threat
-from fastrobust.attack.verdicts import breaks, correct, evaluating
-from fastrobust.data.augment import to_unit
+from fastrobust.attack.pgd import Pgd
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import accuracy, results
-from fastrobust.evaluation.accuracy import attack_names, run_attacks
-from fastrobust.runtime.errors import ConfigError, RunError
-
-EPSILON = 0.1
+from fastrobust.evaluation.accuracy import attack_names
+from fastrobust.runtime.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -37,114 +30,12 @@ def model(finished_run):
 
 @pytest.fixture(scope="module")
 def data():
-    """60 fresh images of bars; every ninth label is wrong."""
-    images, labels = map(torch.from_numpy, bar_images(60, 99))
-    labels[::9] = (labels[::9] + 1) % 10
-    return ImageSet(images.permute(0, 3, 1, 2), labels, tuple("0123456789"), "")
+    return few_images()
 
 
-def run(model, data, names, **changes):
-    settings = {"epsilon": EPSILON, "alpha": EPSILON / 4, "batch_size": 16, "seed": 0}
-    return run_attacks(model, data, names, **(settings | changes))
-
-
-# ---- what counts
-
-
-class Brightness(nn.Module):
-    """Class 1 where the mean is above 0.5, else class 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, x):
-        score = (x.flatten(1).mean(1) - 0.5) * self.weight
-        return torch.stack([-score, score], 1)
-
-
-@pytest.mark.parametrize(
-    "x, point, epsilon, counts",
-    [
-        (0.45, 0.55, 0.1, True),
-        (0.45, 0.55 + 5e-7, 0.1, True),  # rounding
-        (0.45, 0.55 + 3e-6, 0.1, False),  # out of the ball
-        (0.45, 0.49, 0.1, False),  # not misclassified
-        (0.45, math.nan, 0.1, False),
-        (0.45, math.inf, 0.1, False),
-        (0.4 - 5e-7, 0.5 + 2e-7, 0.1, False),  # misclassified only outside of the ball
-    ],
-)
-def test_a_success_counts_in_the_threat_model_alone(x, point, epsilon, counts):
-    images, points = torch.full((3, 1, 4, 4), x), torch.full((3, 1, 4, 4), point)
-    found = breaks(Brightness(), images, torch.zeros(3, dtype=torch.int64), points, Threat(epsilon))
-    assert found.tolist() == [counts] * 3
-
-
-def test_one_pixel_outside_the_box_or_the_ball_is_enough_to_refuse_a_point():
-    x, y = torch.full((5, 1, 4, 4), 0.48), torch.zeros(5, dtype=torch.int64)
-    x[:, 0, 0, :2] = torch.tensor([0.0, 1.0])
-    points = (x + 0.1).clamp(0, 1)
-    points[1, 0, 0, 0] = -2e-6
-    points[2, 0, 0, 1] = 1 + 2e-6
-    points[3, 0, 3, 3] = 0.58 + 1e-4
-    assert breaks(Brightness(), x, y, points, Threat(0.1)).tolist() == [True, False, False, False, True]
-
-
-def test_a_model_that_gives_no_numbers_at_a_point_is_broken_there():
-    class Fragile(nn.Module):
-        def forward(self, x):
-            return torch.stack([x.flatten(1).mean(1) / (x.flatten(1).amax(1) < 0.5), x.flatten(1).mean(1) - 9], 1)
-
-    x, y = torch.full((1, 1, 2, 2), 0.45), torch.zeros(1, dtype=torch.int64)
-    assert breaks(Fragile(), x, y, x + 0.1, Threat(0.11)).tolist() == [True]
-    assert breaks(Fragile(), x, y, x, Threat(0.11)).tolist() == [False]
-
-
-class Liar:
-    """Says that it broke everything. The points for odd images are far off, those for every fourth are the images."""
-
-    rounds = 2
-
-    def __init__(self, model):
-        self.model = model
-
-    def batches(self, number, alive):
-        return ((index, index) for index in alive.nonzero()[:, 0].split(4))
-
-    def run(self, x, y, start):
-        points = x + 0.08
-        points[start % 2 == 1] = 0.9
-        points[start % 4 == 0] = x[start % 4 == 0]
-        return torch.zeros(len(x), dtype=torch.bool), points
-
-
-def test_what_an_attack_claims_is_checked():
-    images = torch.full((12, 1, 4, 4), 115, dtype=torch.uint8)  # 0.451
-    labels, robust = torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.bool)
-    refused = []
-    liar = Liar(Brightness())
-    run_rounds(liar, images, labels, robust, threat=Threat(0.1), after=lambda place, n, refusals: refused.append(refusals))
-    assert (~robust).nonzero().flatten().tolist() == [2, 6, 10]
-    assert sum(refused) == 9 * 2  # in both rounds
-    believed = torch.ones(12, dtype=torch.bool)
-    run_rounds(liar, images, labels, believed)
-    assert not believed.any()
-
-
-@pytest.mark.parametrize("static", [False, True], ids=["shrinking", "static"])
-def test_pgd_hands_over_the_points_that_broke(model, data, static):
-    x, y = to_unit(data.images[:32]), data.labels[:32]
-    start = torch.empty_like(x).uniform_(-EPSILON, EPSILON, generator=torch.Generator().manual_seed(1))
-    pgd = Pgd(Setting(model, data.images, Threat(EPSILON), EPSILON / 4, 32, 0), (9, 1))
-    if static:
-        pgd.graph = StaticAttack(model, x, Threat(EPSILON), EPSILON / 4)
-    with evaluating(model):
-        survived, points = pgd.run(x[:30], y[:30], start[:30])
-        assert 3 < survived.sum() < 27
-        held = breaks(model, x[:30], y[:30], points, Threat(EPSILON))
-    assert torch.equal(held, ~survived)
-    assert (points - x[:30]).abs().amax() <= EPSILON + 1e-6
+@pytest.fixture
+def cheap(monkeypatch):
+    make_cheap(monkeypatch)
 
 
 # ---- intervals
@@ -271,110 +162,6 @@ def test_a_damaged_record_is_an_explained_error(model, data, tmp_path):
         path.write_bytes(content)
         with pytest.raises(RunError, match="is damaged: delete it"):
             results.read(path)
-
-
-# ---- AutoAttack
-
-
-class Thousand(nn.Module):
-    """The model with so many classes."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return nn.functional.pad(self.model(x), (0, 990), value=-9.0)
-
-
-def test_autoattack_has_the_standard_budget(model):
-    """Croce & Hein, 2020: 100 iterations, 1 restart, 9 targets, 5,000 queries."""
-    images = torch.zeros(1, 3, 28, 28, dtype=torch.uint8)
-    setting = Setting(Thousand(model), images, Threat(EPSILON), 0.0, 9, 0)
-    kinds = (autoattack.ApgdCe, autoattack.ApgdT, autoattack.FabT, autoattack.Square)
-    assert tuple(kind.part for kind in kinds) == autoattack.PARTS
-    apgd, targeted, fab, square = (kind(setting).attack for kind in kinds)
-    assert (apgd.loss, apgd.n_iter, apgd.n_restarts, apgd.eot_iter) == ("ce", 100, 1, 1)
-    assert (targeted.loss, targeted.n_iter, targeted.n_restarts, targeted.n_target_classes) == ("dlr-targeted", 100, 1, 9)
-    assert (fab.targeted, fab.n_iter, fab.n_restarts, fab.n_target_classes) == (True, 100, 1, 9)
-    assert (square.n_queries, square.n_restarts, square.loss) == (5000, 1, "margin")
-    assert {attack.eps for attack in (apgd, targeted, fab, square)} == {EPSILON}
-    assert {attack.norm for attack in (apgd, targeted, fab, square)} == {"Linf"}
-
-
-def cheaper(attack):
-    """A smaller budget, the same for both sides of a comparison."""
-    for name, value in {"n_target_classes": 2, "n_queries": 80, "n_restarts": 1}.items():
-        if hasattr(attack, name):
-            setattr(attack, name, value)
-    attack.n_iter = min(20, getattr(attack, "n_iter", 0))
-
-
-@pytest.fixture
-def cheap(monkeypatch):
-    build = accuracy.build
-
-    def cheaply(*arguments):
-        attack = build(*arguments)
-        if isinstance(attack, autoattack.Part):
-            cheaper(attack.attack)
-        return attack
-
-    monkeypatch.setattr(accuracy, "build", cheaply)
-
-
-@pytest.mark.parametrize("part", autoattack.PARTS)
-def test_a_part_of_autoattack_finds_what_the_librarys_own_evaluation_finds(model, data, part, cheap):
-    """In one batch, so that its random numbers are the same."""
-    from pyautoattack import AutoAttack
-
-    x = to_unit(data.images).contiguous()
-    theirs = AutoAttack(model, attacks=[part], version="custom", eps=EPSILON, seed=5)
-    for attack in (theirs.apgd, theirs.apgd_targeted, theirs.fab, theirs.square):
-        cheaper(attack)
-    with evaluating(model):
-        adversarial, _ = theirs.run_standard_evaluation(x, data.labels, batch_size=60)
-        expected = correct(model(adversarial), data.labels)
-    record = run(model, data, [part], batch_size=60, seed=5)[0]
-    assert torch.equal(record.clean & ~record.broken, expected)
-    assert record.facts["refused"] == 0
-    assert 0 < expected.sum() < record.clean.sum()
-
-
-def test_autoattack_leaves_torchs_random_numbers_alone(model, data):
-    state = torch.get_rng_state()
-    run(model, ImageSet(data.images[:3], data.labels[:3], data.classes, ""), ["apgd-ce"])
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("classes, name", [(3, "apgd-t"), (2, "fab-t")])
-def test_targeted_attacks_want_four_classes(classes, name):
-    torch.manual_seed(0)
-    small = nn.Sequential(nn.Flatten(), nn.Linear(12, classes))
-    images = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
-    few = ImageSet(images, torch.zeros(2, dtype=torch.int64), tuple("ab"), "")
-    with pytest.raises(ConfigError, match=f"{name} needs at least 4 classes, the model has {classes}"):
-        run(small, few, [name])
-
-
-def test_four_classes_are_enough_for_autoattack():
-    torch.manual_seed(1)
-    small = nn.Sequential(nn.Flatten(), nn.Linear(48, 4))
-    images = torch.randint(0, 256, (12, 3, 4, 4), dtype=torch.uint8)
-    with torch.no_grad():
-        labels = small(to_unit(images)).argmax(1)
-    records = run(small, ImageSet(images, labels, tuple("abcd"), ""), ["apgd-ce", "apgd-t"], epsilon=0.05)
-    assert 0 < results.worst_case(records).sum() < 12
-
-
-def test_without_the_package_the_extra_is_named(model, data, monkeypatch):
-    def absent(name):
-        raise autoattack.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(autoattack.importlib.metadata, "version", absent)
-    with pytest.raises(ConfigError, match=r"pip install 'fastrobust\[autoattack\]'"):
-        run(model, data, ["apgd-ce"])
-    run(model, data, ["pgd-1-1"])
 
 
 # ---- the command

@@ -27,15 +27,20 @@ SANITY = {"verdict": "masked", "failed": ["single step"], "examples": 300, "epsi
 
 @pytest.fixture(scope="module")
 def judged(finished_run, tmp_path_factory):
-    """A run with all of AutoAttack on 20 images, checks for masked gradients, and exact verdicts at two radii, some of
-    which ran out of time."""
+    """A run with all of AutoAttack on 20 images, checks for masked gradients, and exact verdicts at two radii. At 0.003
+    three images are as if they had run out of time."""
     copy = shutil.copytree(finished_run, tmp_path_factory.mktemp("judged") / "run")
     limited = ["--epsilon", "0.6", "--limit", "20", "--device", "cpu"]
     assert cli(["evaluate", str(copy), "--attack", "autoattack", *limited]) == 0
     write_json(copy / results.FOLDER / "sanity_epsilon-0.03.json", SANITY | {"weights": digest(copy)})
-    for epsilon, timeout in (("0.004", "20"), ("0.05", "1e-9")):
-        asked = ["--epsilon", epsilon, "--limit", "12", "--workers", "1", "--timeout", timeout]
-        assert cli(["verify", str(copy), *asked]) == 0
+    for epsilon in ("0.004", "0.003"):
+        asked = ["verify", str(copy), "--epsilon", epsilon, "--limit", "12", "--workers", "1", "--timeout", "20"]
+        assert cli(asked) == 0
+    file = copy / "verification" / "epsilon-0.003" / "verdicts.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [record | ({"verdict": "timeout", "seconds": 20.0} if i % 4 == 1 else {}) for i, record in enumerate(lines)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    assert cli(asked) == 0  # which decides nothing anew
     return copy
 
 
@@ -72,7 +77,7 @@ def counted(run, epsilon: str) -> dict[str, int]:
 
 def test_exact_verdicts_stand_beside_the_accuracies(judged, told):
     card, lines, page = told(judged)
-    for epsilon in ("0.004", "0.05"):
+    for epsilon in ("0.004", "0.003"):
         counts = counted(judged, epsilon)
         k, undecided, n = counts.get("verified", 0), counts.get("timeout", 0), counts["all"]
         words = f"{k / 12:.2%} verified ({k} of 12; {undecided} undecided)"
@@ -80,7 +85,7 @@ def test_exact_verdicts_stand_beside_the_accuracies(judged, told):
         assert ["exact verification", epsilon, words, f"{low:.2%} to {high:.2%}", "12"] in lines
         row = page[f"exact verification, epsilon {epsilon}"]
         assert row == f"{words} ({low * 100:.1f} to {high * 100:.1f}, n = 12)"
-    assert counted(judged, "0.004")["verified"] > 6 and counted(judged, "0.05")["timeout"] > 0  # both kinds are there
+    assert counted(judged, "0.004")["verified"] > 6 and counted(judged, "0.003")["timeout"] == 3
     assert card.count("Exact verification: a verified image") == 1
 
 
@@ -124,7 +129,7 @@ def test_a_summary_of_version_0_1_counts_if_the_weights_file_is_the_one(copied, 
     _, lines, page = told(copied)
     assert (["exact verification", "0.004"] in [cells[:2] for cells in lines]) == ours
     assert ("exact verification, epsilon 0.004" in page) == ours
-    assert "exact verification, epsilon 0.05" in page
+    assert "exact verification, epsilon 0.003" in page
 
 
 def test_results_on_other_data_say_so(copied, told, tmp_path):
@@ -161,14 +166,15 @@ def test_damaged_weights_are_named_and_the_summary_is_shown(copied, tmp_path, ca
     assert "pgd-7-2, epsilon 0.1" in (tmp_path / "r.html").read_text()
 
 
+EXACT, CHECKS = "verification/epsilon-0.004/summary.json", "evaluations/sanity_epsilon-0.03.json"
+
+
 @pytest.mark.parametrize("name, content", [
-    ("verification/epsilon-0.004/summary.json", "{"), ("verification/epsilon-0.004/summary.json", "[]"),
-    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS"}'),
-    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS", "verified": 9, "examples": 0, "timeout": 0, "epsilon": 0.1}'),
-    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS", "verified": 9, "examples": 9, "timeout": 1, "epsilon": 0.1}'),
-    ("verification/epsilon-0.004/summary.json", '{"weights": "OURS", "verified": "a", "examples": 9, "timeout": 0, "epsilon": 1}'),
-    ("verification/epsilon-0.004/summary.json", "{}"), ("evaluations/sanity_epsilon-0.03.json", "{"),
-    ("evaluations/sanity_epsilon-0.03.json", '{"weights": "OURS"}'), ("evaluations/x.safetensors", "x"),
+    (EXACT, "{"), (EXACT, "[]"), (EXACT, "{}"), (EXACT, '{"weights": "OURS"}'),
+    (EXACT, '{"weights": "OURS", "verified": 9, "examples": 0, "timeout": 0, "epsilon": 0.1}'),
+    (EXACT, '{"weights": "OURS", "verified": 9, "examples": 9, "timeout": 1, "epsilon": 0.1}'),
+    (EXACT, '{"weights": "OURS", "verified": "a", "examples": 9, "timeout": 0, "epsilon": 1}'),
+    (CHECKS, "{"), (CHECKS, '{"weights": "OURS"}'), ("evaluations/x.safetensors", "x"),
 ])  # fmt: skip
 def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
     (copied / "verification" / "epsilon-0.004" / "settings.json").write_text("{")
@@ -186,14 +192,13 @@ def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
 
 def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_images_are_quoted(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
-    trained, (run / results.FOLDER).mkdir
     (run / results.FOLDER).mkdir()
     for epsilon, n, given in ((0.3, 90, None), (0.1, 10, None), (0.1, 60, None), (0.1, 20, None), (0.1, 99, "/elsewhere")):
         clean = torch.arange(n) % 10 > 0
         for attack in known.autoattack.PARTS:
             settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
             facts = {"settings": settings, "finished": True, "data": given}
-            results.Record(facts, clean, clean, clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
+            results.Record(facts, clean, clean.clone(), clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
     found = known.read(run, digest(run))
     assert found.autoattack == Accuracy("autoattack", 0.1, 24, 60)
     assert found.autoattack_clean == 54 / 60
@@ -230,7 +235,7 @@ def test_records_that_are_not_finished_do_not_count(finished_run, tmp_path):
     (run / results.FOLDER).mkdir()
     clean = torch.ones(10, dtype=torch.bool)
     settings = {"attack": "square", "epsilon": 0.1, "examples": 10, "data": "ten images", "weights": digest(run)}
-    results.Record({"settings": settings, "finished": False}, clean, clean, ~clean).save(run / results.FOLDER)
+    results.Record({"settings": settings, "finished": False}, clean, clean.clone(), ~clean).save(run / results.FOLDER)
     assert {row.attack for row in known.read(run, digest(run)).accuracies} == {"none", "pgd-7-2"}
 
 

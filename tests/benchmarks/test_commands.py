@@ -1,0 +1,144 @@
+"""Every benchmark runs, on a small network and few images, and its figures belong together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from benchmarks import epoch, evaluate, gpu_report, loader, measure, paper, profile, step
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(module, *options) -> the line of JSON that the benchmark ends with."""
+    monkeypatch.setattr(step, "MODEL", "preact_resnet18_w16")
+
+    def made(module, *options) -> dict:
+        monkeypatch.setattr("sys.argv", [module.__name__, "--device", "cpu", *map(str, options)])
+        assert not module.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return made
+
+
+def test_a_step(call, tmp_path):
+    result = call(step, "--quick", "--batch-size", 4, "--json", tmp_path / "step.json")
+    assert result == json.loads((tmp_path / "step.json").read_text())
+    assert result["model"] == "preact_resnet18_w16" and {"versions", "hardware", "commit"} <= result.keys()
+    times = result["seconds_per_step"]
+    assert times.keys() == {"standard eager fp32", "fgsm eager fp32", "usual loop fp32"}
+    assert all(0 < t["min"] <= t["median"] <= t["max"] for t in times.values())
+    fgsm, standard, usual = (times[name] for name in ("fgsm eager fp32", "standard eager fp32", "usual loop fp32"))
+    assert fgsm["min"] / standard["max"] <= result["fgsm_over_standard"] <= fgsm["max"] / standard["min"]
+    assert usual["min"] / fgsm["max"] <= result["speedup_over_usual_loop"] <= usual["max"] / fgsm["min"]
+
+
+def test_an_epoch(call):
+    result = call(epoch, "--quick", "--images", 16, "--batch-size", 4)
+    times = {name: t["median"] for name, t in result["seconds_per_pass_of_50000"].items()}
+    assert times.keys() == {"standard", "fgsm", "data", "usual loop"} and result["images_timed"] == 16
+    for name, parts in result["split"].items():
+        assert sum(parts.values()) == pytest.approx(times[name])
+
+
+def test_a_profile(call):
+    result = call(profile, "--batch-size", 4, "--steps", 1, "--method", "pgd-7")
+    shares = [row["share"] for row in result["top"]]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+    calls = {row["name"]: row["calls"] for row in result["top"]}
+    assert calls["aten::convolution_backward"] == 8 * 20  # seven attack passes and the update, of 20 convolutions each
+
+
+def test_the_evaluation_agrees_with_a_plain_attack(call, finished_run):
+    result = call(evaluate, "--quick", "--limit", 20, "--run", finished_run)
+    assert (result["examples"], result["different_verdicts"], result["epsilon"]) == (20, 0, 0.1)
+    assert 0 < result["robust_accuracy"] < 1
+
+
+def test_loaders(call, monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTROBUST_DATA", str(tmp_path / "absent"))
+    result = call(loader, "--limit", 16, "--batch-size", 8, "--repetitions", 1, "--workers", 1)
+    assert (result["images"], result["of"]) == (16, "generated images of 500 x 375")
+    for size, crop in loader.PHASES:
+        assert result["rows"][f"{size} to {crop}, DataLoader"]["over_DataLoader"] == 1
+        assert result["rows"][f"{size} to {crop}, torch shards jpeg"]["median"] > 0
+
+
+def test_a_wrong_option_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["loader", "--limit", "3"])
+    assert loader.main() == 2
+    monkeypatch.setattr("sys.argv", ["evaluate", "--run", str(tmp_path)])
+    assert evaluate.main() == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "--limit" in lines[0] and str(tmp_path) in lines[1]
+
+
+def test_rows_are_timed_in_turn():
+    called = []
+    rows = {name: lambda name=name: called.append(name) for name in "ab"}
+    times = measure.interleaved(rows, step.torch.device("cpu"), repetitions=2, inner=2, lead=1)
+    assert "".join(called) == "ab" + 2 * "aaabbb" and [len(t) for t in times.values()] == [2, 2]
+    assert measure.ratio([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+# ---- the GPU report, with made-up processes
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """gpu(fails) -> (exit status, the commands that were run). A command writes its result file, unless its words hold
+    `fails`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(gpu_report.sets, "locate", lambda name: tmp_path)
+    monkeypatch.setattr("sys.argv", ["gpu_report"])
+
+    def made(fails: str = "nothing") -> tuple[int, list[list[str]]]:
+        files, commands = iter([name for name, _ in gpu_report.parts() if not (gpu_report.RESULTS / name).exists()]), []
+
+        def run(command, stdout, stderr, timeout):
+            assert 0 < timeout <= 25 * 60
+            commands.append(command[2:])
+            file = gpu_report.RESULTS / next(files)
+            stdout.write("a log\n")
+            stdout.flush()
+            failed = fails in command
+            if not failed and file.suffix == ".json":
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text("{}")
+            return subprocess.CompletedProcess(command, int(failed))
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return gpu_report.main(), commands
+
+    return made
+
+
+def test_the_gpu_report_goes_on_with_what_is_open(gpu):
+    status, commands = gpu(fails="benchmarks.epoch")
+    assert status == 1 and len(commands) == len(gpu_report.parts())
+    status, again = gpu()
+    assert status == 0 and again == [words for words in commands if "benchmarks.epoch" in words] and len(again) == 2
+    assert gpu() == (0, [])
+    assert (gpu_report.RESULTS / "tests.txt").read_text() == "a log\n"
+
+
+def test_the_gpu_report_trains_a_row_of_table_3(gpu):
+    from benchmarks import reproduce
+
+    trained = [words for words in gpu()[1] if "benchmarks.reproduce" in words]
+    assert len(trained) == gpu_report.SEEDS
+    row = next(row for row in paper.ROWS["full"]["table3"] if row.name == gpu_report.ROW)
+    assert row.config == "cifar10_fgsm_fast.yaml" and not row.overrides
+    for seed, words in enumerate(trained):
+        options = reproduce.parser().parse_args(words[1:])
+        assert (options.what, options.only, options.seeds) == (["table3"], [row.name], seed + 1)
+        file = reproduce.file_of(row, seed, reproduce.Path(options.results) / options.scale)
+        assert file.exists()  # the report looks for the file that reproduce writes
+
+
+def test_the_gpu_report_needs_a_gpu(gpu, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert gpu_report.main() == 2 and "no CUDA GPU" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""What counts as broken. The oracles: points made by hand, attacks that lie, and PGD's own word."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attack_runs import EPSILON, few_images
+from torch import nn
+
+import fastrobust
+from fastrobust.attack.base import Setting
+from fastrobust.attack.pgd import Pgd, StaticAttack
+from fastrobust.attack.rounds import run_rounds
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import breaks, evaluating
+from fastrobust.data.augment import to_unit
+
+
+@pytest.fixture(scope="module")
+def model(finished_run):
+    return fastrobust.load(finished_run)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return few_images()
+
+
+class Brightness(nn.Module):
+    """Class 1 where the mean is above 0.5, else class 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        score = (x.flatten(1).mean(1) - 0.5) * self.weight
+        return torch.stack([-score, score], 1)
+
+
+@pytest.mark.parametrize(
+    "x, point, epsilon, counts",
+    [
+        (0.45, 0.55, 0.1, True),
+        (0.45, 0.55 + 5e-7, 0.1, True),  # rounding
+        (0.45, 0.55 + 3e-6, 0.1, False),  # out of the ball
+        (0.45, 0.49, 0.1, False),  # not misclassified
+        (0.45, math.nan, 0.1, False),
+        (0.45, math.inf, 0.1, False),
+        (0.4 - 5e-7, 0.5 + 2e-7, 0.1, False),  # misclassified only outside of the ball
+    ],
+)
+def test_a_success_counts_in_the_threat_model_alone(x, point, epsilon, counts):
+    images, points = torch.full((3, 1, 4, 4), x), torch.full((3, 1, 4, 4), point)
+    found = breaks(Brightness(), images, torch.zeros(3, dtype=torch.int64), points, Threat(epsilon))
+    assert found.tolist() == [counts] * 3
+
+
+def test_one_pixel_outside_the_box_or_the_ball_is_enough_to_refuse_a_point():
+    x, y = torch.full((5, 1, 4, 4), 0.48), torch.zeros(5, dtype=torch.int64)
+    x[:, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    points = (x + 0.1).clamp(0, 1)
+    points[1, 0, 0, 0] = -2e-6
+    points[2, 0, 0, 1] = 1 + 2e-6
+    points[3, 0, 3, 3] = 0.58 + 1e-4
+    assert breaks(Brightness(), x, y, points, Threat(0.1)).tolist() == [True, False, False, False, True]
+
+
+def test_a_model_that_gives_no_numbers_at_a_point_is_broken_there():
+    class Fragile(nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1).mean(1) / (x.flatten(1).amax(1) < 0.5), x.flatten(1).mean(1) - 9], 1)
+
+    x, y = torch.full((1, 1, 2, 2), 0.45), torch.zeros(1, dtype=torch.int64)
+    assert breaks(Fragile(), x, y, x + 0.1, Threat(0.11)).tolist() == [True]
+    assert breaks(Fragile(), x, y, x, Threat(0.11)).tolist() == [False]
+
+
+class Liar:
+    """Says that it broke everything. The points for odd images are far off, those for every fourth are the images."""
+
+    rounds = 2
+
+    def __init__(self, model):
+        self.model = model
+
+    def batches(self, number, alive):
+        return ((index, index) for index in alive.nonzero()[:, 0].split(4))
+
+    def run(self, x, y, start):
+        points = x + 0.08
+        points[start % 2 == 1] = 0.9
+        points[start % 4 == 0] = x[start % 4 == 0]
+        return torch.zeros(len(x), dtype=torch.bool), points
+
+
+def test_what_an_attack_claims_is_checked():
+    images = torch.full((12, 1, 4, 4), 115, dtype=torch.uint8)  # 0.451
+    labels, robust = torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.bool)
+    refused = []
+    liar = Liar(Brightness())
+    run_rounds(liar, images, labels, robust, threat=Threat(0.1), after=lambda place, n, refusals: refused.append(refusals))
+    assert (~robust).nonzero().flatten().tolist() == [2, 6, 10]
+    assert sum(refused) == 9 * 2  # in both rounds
+    believed = torch.ones(12, dtype=torch.bool)
+    run_rounds(liar, images, labels, believed)
+    assert not believed.any()
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["shrinking", "static"])
+def test_pgd_hands_over_the_points_that_broke(model, data, static):
+    x, y = to_unit(data.images[:32]), data.labels[:32]
+    start = torch.empty_like(x).uniform_(-EPSILON, EPSILON, generator=torch.Generator().manual_seed(1))
+    pgd = Pgd(Setting(model, data.images, Threat(EPSILON), EPSILON / 4, 32, 0), (9, 1))
+    if static:
+        pgd.graph = StaticAttack(model, x, Threat(EPSILON), EPSILON / 4)
+    with evaluating(model):
+        survived, points = pgd.run(x[:30], y[:30], start[:30])
+        assert 3 < survived.sum() < 27
+        held = breaks(model, x[:30], y[:30], points, Threat(EPSILON))
+    assert torch.equal(held, ~survived)
+    assert (points - x[:30]).abs().amax() <= EPSILON + 1e-6

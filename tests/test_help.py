@@ -1,0 +1,75 @@
+"""`--help` of every command answers at once, and importing fastrobust costs next to nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from run_files import assert_explained
+
+from fastrobust.__main__ import WORK
+from fastrobust.__main__ import main as cli
+
+HEAVY = {"torch", "torchvision", "numpy", "pydantic", "rich", "tensorboard", "yaml", "PIL", "safetensors"}
+
+
+def cpu_seconds_of(*command: str) -> tuple[float, str]:
+    """(user and system time, what it printed) of a process that ends well: a busy machine makes neither longer."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    out = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_utime + used.ru_stime, out
+
+
+@pytest.mark.parametrize("name", ["", *WORK])
+def test_help_answers_at_once(name):
+    seconds, out = cpu_seconds_of(sys.executable, "-m", "fastrobust", *name.split(), "--help")
+    assert out.startswith(f"usage: fastrobust {name}".strip())
+    assert seconds < 0.3
+    if not name:
+        for command, (_, told) in WORK.items():
+            assert re.search(rf"^ +{command} +{told[:40]}", out, re.M)
+
+
+REQUIRED = {"sweep": ["x.yaml"], "train": ["x.yaml"], "lr-range": ["x.yaml"], "prepare": ["ffcv", "mnist"]}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_parsing_a_command_imports_the_standard_library_alone(name):
+    options = [name, *REQUIRED.get(name, ["runs/x"]), *(["--epsilon", "8/255"] if name in ("verify", "evaluate") else [])]
+    code = (
+        f"import sys; from fastrobust.__main__ import parse; parse({options!r}); "
+        "print(*{m.partition('.')[0] for m in sys.modules})"
+    )
+    seconds, out = cpu_seconds_of(sys.executable, "-c", code)
+    assert "fastrobust" in out.split() and not HEAVY & set(out.split())
+    assert seconds < 0.3
+
+
+def test_every_command_is_where_the_table_says():
+    for name, (module, _) in WORK.items():
+        assert callable(importlib.import_module(module).command), name
+
+
+def test_importing_fastrobust_is_quick():
+    code = (
+        "import sys, time; before = time.process_time(); import fastrobust; print(time.process_time() - before, "
+        "*{m.partition('.')[0] for m in sys.modules})"
+    )
+    _, out = cpu_seconds_of(sys.executable, "-c", code)
+    seconds, *modules = out.split()
+    assert "fastrobust" in modules and not HEAVY & set(modules)
+    assert float(seconds) < 0.1
+
+
+def test_an_unknown_command_and_none_are_explained(capsys):
+    for argv, message in ((["evalute", "runs/x"], "invalid choice: 'evalute'"), ([], "required: COMMAND")):
+        with pytest.raises(SystemExit) as caught:
+            cli(argv)
+        assert_explained(capsys, caught.value.code, message)
