@@ -72,7 +72,7 @@ def ascend(model, x, y, delta, alpha):
     outside of what is differentiated: a pixel at the edge of the box has a gradient too."""
     point = (x + delta).detach().requires_grad_()
     logits = model(point)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), point)  # and none for the weights: a fifth less work
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), point)  # of the weights none: a sixth less work
     return logits.detach(), into_box((delta + alpha * gradient.sign()).clamp(-EPSILON, EPSILON), x)
 
 

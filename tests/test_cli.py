@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 import yaml
-from run_files import FILES, assert_scalars_are_the_metrics, metrics_of, scalars_of, summary_of
+from run_files import FILES, assert_scalars_are_the_metrics, metrics_of, summary_of
 
 import fastrobust
 from fastrobust.__main__ import main as cli
@@ -187,7 +187,7 @@ def test_a_signal_stops_a_real_run_which_can_be_resumed(quick, tmp_path, capsys,
         process.kill()
     directory = tmp_path / "runs" / "bars"
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}[signum]
-    assert err == f"stopped by {signum.name}; go on with: python -m fastrobust.train --resume {directory}\n"
+    assert err == f"stopped by {signum.name}; go on with: {to_paste('train', '--resume', directory)}\n"
     assert not (directory / "summary.json").exists()
     done = len(metrics_of(directory))
     assert 2 <= done < epochs

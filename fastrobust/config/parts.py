@@ -74,6 +74,8 @@ def find_class(kind: str, table: dict[str, str], name: str) -> type:
     found, base = find(kind, table, name), BASES[kind]
     if ":" in name and not (isinstance(found, type) and issubclass(found, imported(kind, base))):
         raise ConfigError(f"{kind}: '{name[:200]}' must be a class that derives from {base}: see docs/extending.md")
+    if missing := getattr(found, "__abstractmethods__", None):
+        raise ConfigError(f"{kind}: '{name[:200]}' lacks {', '.join(sorted(missing))}: see docs/extending.md")
     return found
 
 

@@ -125,7 +125,7 @@ def _off(value: Any) -> Any:
 
 class Guard(Section):
     """PGD on 512 training images after each epoch (paper, appendix B: on one minibatch): a fall of robust accuracy by more
-    than `drop` from one epoch to the next is catastrophic overfitting. alpha defaults to epsilon / 4 (2/255 at epsilon 8/255)."""
+    than `drop` from one epoch to the next is catastrophic overfitting. alpha defaults to epsilon / 4: 2/255 at 8/255."""
 
     action: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_off)] = "stop"
     steps: Count = 5

@@ -164,8 +164,7 @@ def write_onnx(path: Path, model, images) -> float | None:
 
 def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
-
-    images = facts["summary"].get("training_images")
+    images = facts.summary.get("training_images")
     used = f"{images:,} training images" if images else "its training images"
     side = config.phases[-1].resolution
     paragraphs = [

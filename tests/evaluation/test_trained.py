@@ -334,8 +334,7 @@ def test_the_evaluation_of_a_training_run_goes_by_name(three, config_file, tmp_p
     shown, run = capsys.readouterr(), tmp_path / "runs" / "bars"
     if odd:
         assert message in shown.err and "was trained on 3 classes (a, b, c)" in shown.err
-        assert not (run / "summary.json").exists()
-        assert open_trained(run).classes == ("a", "b", "c")  # the training is not lost
+        assert not run.exists()  # it is noticed before the training, not after it
         return
     model, _, classes = read_weights(run)
     with torch.no_grad():
