@@ -34,9 +34,10 @@ from fastrobust.data import formats, loaders, sets
 from fastrobust.data.batch import Batch
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.prepared import records, writing
-from fastrobust.runtime import distributed, machine
+from fastrobust.runtime import distributed
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import DataError, FastrobustError, first_line
+from fastrobust.runtime.limits import cores
 from fastrobust.train import engine
 from fastrobust.train.step import Step, build
 
@@ -74,7 +75,7 @@ def write_sample(config: Config, folder: Path, count: int) -> tuple[dict[str, Co
     source, what = pictures(config, count)
     sizes = tuple(dict.fromkeys(loaders.stored(config, phase) for phase in config.phases))
     options = {"dataset": config.data.dataset, "limit": None, "cap": None, "quality": 90, "storage": "jpeg"}
-    options |= {"skip_corrupt": False, "workers": machine.cores()}
+    options |= {"skip_corrupt": False, "workers": cores()}
     for kind in dict.fromkeys(FILES.values()):
         writing.write_split(kind, "train", source, sizes, Namespace(**options, output=folder / kind))
     whole = changed(config, data={"limit": None})

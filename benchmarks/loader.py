@@ -34,7 +34,7 @@ from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime import distributed
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import ConfigError
-from fastrobust.runtime.machine import cores
+from fastrobust.runtime.limits import cores
 
 PHASES = [(160, 128), (352, 224), ("original", 288)]  # stored size, crop
 AUGMENT = Augment(crop="random_resized", flip=True)

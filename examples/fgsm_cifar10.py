@@ -1,7 +1,7 @@
 """Fast adversarial training on CIFAR-10 (Wong, Rice and Kolter, 2020), whole, in plain PyTorch. Read it from top to bottom.
 
     python examples/fgsm_cifar10.py PATH                              # the paper's 15 epochs: a task for a GPU
-    python examples/fgsm_cifar10.py PATH --epochs 3 --limit 100       # minutes on a CPU, to see it work
+    python examples/fgsm_cifar10.py PATH --epochs 3 --limit 100       # two minutes on a CPU: it runs, and learns nothing
 
 PATH is the folder or tar of CIFAR-10's python batches, or of images in train/<class>/ and test/<class>/. `fastrobust` trains
 the same weights from the same random numbers (tests/test_examples.py), and adds half precision, CUDA graphs and checkpoints.

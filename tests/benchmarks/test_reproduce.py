@@ -65,6 +65,14 @@ def test_a_config_opens_with_its_command_and_its_figures():
         assert all(f"{figure:.2f}" in head for figure in figures.values()) and re.search(r"[TPE]FLOP", head), row.name
 
 
+def test_every_config_opens_with_its_command_and_a_figure():
+    for file in [*(reproduce.ROOT / "configs").glob("*.yaml"), *(reproduce.ROOT / "configs/sweeps").glob("*.yaml")]:
+        head = re.match(r"(#.*\n)+", file.read_text()).group()
+        command = rf"# (python -m fastrobust\.train|fastrobust sweep) {file.relative_to(reproduce.ROOT)}\n"
+        assert re.search(command, head) or head.startswith(f"# make {file.stem}\n"), file.name
+        assert re.search(r"\d %|No accuracy was measured yet", head), file.name
+
+
 def test_the_rows_of_imagenet_are_the_papers():
 
     for row in paper.ROWS["full"]["table4"]:
@@ -327,7 +335,7 @@ def test_seconds_say_what_they_hold(tmp_path):
 
 def test_the_miniature_shows_the_order_of_the_methods(tmp_path, monkeypatch, capsys):
     """Tables 1 to 3 and Figures 1 and 2 in miniature, as the command makes them: 12 runs, some minutes. The bounds lie
-    half-way between what seeds 0 to 2 gave (benchmarks/RECORDS.md), or lower."""
+    half-way between what seeds 0 to 2 gave (benchmarks/RECORDS.md), and seed 0 on another processor (docs/lab_notes.md)."""
     try:
         sets.locate("fashion_mnist")
     except DataError:
@@ -341,8 +349,10 @@ def test_the_miniature_shows_the_order_of_the_methods(tmp_path, monkeypatch, cap
     content = {title.split(" in miniature")[0]: made for title, _, made in tables.build(
         ["table1", "table2", "table3", "figure2"], tmp_path / "results/small", "small")}  # fmt: skip
 
-    # Table 1: zero start at most 9.4 % and steps of 2 epsilon at most 27.2 %, the random start at least 41.8, others 57.4 %
-    assert robust["zero"] < 0.25 and robust["alpha2"] < 0.345 < robust["random"]
+    # Table 1: zero start at most 16.6 % and steps of 2 epsilon at most 35.4 %, the random start at least 41.8, others 57.4 %;
+    # the random start is at least 21.2 points above steps of 2 epsilon with the same seed on the same processor
+    assert robust["zero"] < 0.25 and robust["alpha2"] < 0.386 < robust["random"]
+    assert robust["alpha2"] < robust["random"] - 0.1
     assert min(robust[name] for name in ("previous", "free", "pgd")) > 0.5
     assert min(results[name].clean for name in ("zero", "alpha2")) > 0.6  # and nothing else shows it; at least 68.0 %
     told = {row[0]: row[4] for row in content["Table 1"].rows}

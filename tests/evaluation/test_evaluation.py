@@ -232,6 +232,39 @@ def test_a_mistake_in_an_attack_is_explained(copied_run, capsys, arguments, mess
     assert err.startswith("error: ") and message in err and "Traceback" not in err
 
 
+OWN = """
+import torch
+from fastrobust.attack.base import Attack
+
+class Corner(Attack):
+    @classmethod
+    def check(cls, numbers):
+        assert numbers == (3,)
+
+    def run(self, x, y, start):
+        points = x + self.setting.threat.radius * torch.where(x < 0.5, 1, -1)
+        with torch.no_grad():
+            return self.model(points).argmax(1) == y, points
+"""
+
+
+def test_an_attack_of_ones_own_is_named_as_it_was_given(copied_run, capsys, monkeypatch, tmp_path):
+    (tmp_path / "own_corner.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ["own_corner:Corner-3", "pgd-3-1"]
+    found, _ = command(capsys, copied_run, "--attack", "own_corner:Corner-3, PGD-3-1", "--limit", 60, "--epsilon", 0.3)
+    assert found["attack"] == ",".join(names) and [line["attack"] for line in found["attacks"]] == names
+    kept = {r.settings["attack"]: r for r in results.read_all(copied_run / results.FOLDER)}
+    assert list(kept) == names and kept[names[0]].settings["made_by"] == "own_corner"
+    assert 0 < kept[names[0]].broken.sum() < kept[names[0]].clean.sum()
+    assert torch.equal(kept["pgd-3-1"].attacked, kept[names[0]].clean & ~kept[names[0]].broken)
+
+
+def test_an_attack_in_capitals_is_the_same_attack(copied_run, capsys):
+    found = [command(capsys, copied_run, "--attack", name, "--limit", 20)[0] for name in ("PGD-2-2", "pgd-2-2")]
+    assert found[0] == found[1] and "robust_accuracy_after_one_restart" in found[0]
+
+
 def test_names_of_attacks():
     assert attack_names("pgd-50-10, AutoAttack,square") == ["pgd-50-10", *autoattack.PARTS]
     assert attack_names("apgd") == ["apgd-ce", "apgd-t"]
