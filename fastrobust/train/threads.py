@@ -16,11 +16,11 @@ from fastrobust.runtime.distributed import World
 from fastrobust.train.engine import keep_state
 from fastrobust.train.step import Step
 
-SMALL = 0.1  # seconds: longer steps gain from every thread
+SMALL = 1.0  # seconds: longer steps gain from every thread
 STATE = 64 << 20  # bytes that a trial may copy
 TRIES = 3  # steps with each number of threads, after one that is not counted
 GAIN = 0.85  # another number must take less than this share of the time: else noise would decide
-AGAIN = 20.0  # seconds after which to look again
+AGAIN, SHARE = 20.0, 0.02  # seconds after which to look again, and the most of the time that trials may take
 
 
 class Threads:
@@ -37,9 +37,11 @@ class Threads:
         """Choose anew if it is time to. Returns what has changed, in words, or None."""
         if not self.tries or time.monotonic() < self.next:
             return None
-        before, (chosen, seconds) = torch.get_num_threads(), fastest(self.step, batch, self.most)
+        before, began = torch.get_num_threads(), time.monotonic()
+        chosen, seconds = fastest(self.step, batch, self.most)
         torch.set_num_threads(chosen)
-        self.next = time.monotonic() + AGAIN
+        now = time.monotonic()
+        self.next = now + max(AGAIN, (now - began) / SHARE)
         if seconds[self.most] > SMALL and chosen == self.most:
             self.tries = False
         if chosen == before:
@@ -53,12 +55,12 @@ def fastest(step: Step, batch: Batch, most: int) -> tuple[int, dict[int, float]]
     put_back, seconds, count = keep_state(step, batch.images.device), {}, most
     while count >= 1:
         torch.set_num_threads(count)
-        times = []
-        for _ in range(1 + TRIES):
+        times: list[float] = []
+        while len(times) < 1 + TRIES and not (times and times[0] > SMALL):
             began = time.perf_counter()
             step(batch)
             times.append(time.perf_counter() - began)
-        seconds[count] = sorted(times[1:])[TRIES // 2]
+        seconds[count] = sorted(times[1:] or times)[len(times[1:]) // 2]
         if count == most and seconds[count] > SMALL:
             break
         count //= 2

@@ -3,7 +3,7 @@ whatever is installed; --limit and --data mean the same in all three. The oracle
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import re
 import shutil
@@ -20,6 +20,7 @@ from PIL import Image
 from fastrobust.__main__ import main as cli
 from fastrobust.data import loaders, sets
 from fastrobust.data.augment import to_unit
+from fastrobust.data.loaders import ffcv
 from fastrobust.evaluation import results
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.models.weights import read_weights, weights_digest
@@ -141,8 +142,8 @@ def test_evaluate_and_verify_tell_weights_and_images_by_the_same_digests(judge, 
     assert evaluated["images"] == verified["images"]
     (record,) = results.read_all(copied / results.FOLDER)
     assert (record.settings["weights"], record.settings["data"]) == (verified["weights"], verified["images"])
-    every = judge("verify", copied).said
-    assert every["images"] != verified["images"] and every["weights"] == verified["weights"]
+    more = judge("verify", copied, "--limit", "8").said
+    assert more["images"] != verified["images"] and more["weights"] == verified["weights"]
 
 
 def test_the_digest_of_weights_is_that_of_their_values_in_whichever_file(copied, tmp_path):
@@ -262,6 +263,21 @@ def test_auto_takes_prepared_files_where_their_package_is_installed(prepared_run
     assert yaml.safe_load((run / "config.yaml").read_text())["loader"] == "ffcv"
     assert json.loads((run / "summary.json").read_text())["loader"] == "ffcv"
     assert files in open_trained(run).images(3).source
+
+
+def test_without_the_runs_loader_nothing_else_is_judged_in_its_place(prepared_runs, three, monkeypatch, capsys):
+    """Trained with FFCV, evaluated where it is absent: an error, and not other images. The source can be named."""
+    if "ffcv" not in prepared_runs:
+        pytest.skip("needs FFCV")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ffcv" else found(name, *a))
+    ffcv.native.cache_clear()
+    asked = ["evaluate", str(prepared_runs["ffcv"]), "--attack", "pgd-1-1", "--limit", "5", "--device", "cpu"]
+    assert cli(asked) == 2
+    assert "loader: ffcv is not installed" in capsys.readouterr().err
+    assert cli([*asked, "--data", str(three)]) == 0
+    monkeypatch.undo()
+    assert cli(asked) == 0
 
 
 # ---- other classes

@@ -78,7 +78,7 @@ def test_where_nothing_is_tried(small, monkeypatch, why):
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
     if why == "one":
         torch.set_num_threads(1)
-    clock(monkeypatch, {2: 0.5 if why == "slow" else 0.02, 1: 0.01})
+    clock(monkeypatch, {2: 2.5 if why == "slow" else 0.02, 1: 0.01})
     chooser = threads.Threads(made, ALONE, why == "deterministic")
     assert chooser.look(batch) is None and torch.get_num_threads() == (1 if why == "one" else 2)
     assert not chooser.tries
