@@ -25,8 +25,8 @@ from fastrobust.runtime.progress import Progress, duration
 CURVES = [  # (key of metrics.jsonl, title, is an accuracy)
     ("loss", "Training loss", False),
     ("train_accuracy", "Accuracy under the training attack", True),
-    ("guard_clean_accuracy", "Clean accuracy, guard's minibatch", True),
-    ("guard_accuracy", "PGD accuracy, guard's minibatch", True),
+    ("guard_clean_accuracy", "Clean accuracy, guard's images", True),
+    ("guard_accuracy", "PGD accuracy, guard's images", True),
     ("learning_rate", "Learning rate at the epoch's end", False),
     ("images_per_second", "Training images per second", False),
 ]
@@ -181,11 +181,9 @@ def curves(runs: list[Run]) -> str:
             if key == "images_per_second":  # from 0: speed varies a little, and should look so
                 y_range = (0.0, 1.05 * max(y for line in lines for _, y in line.points))
             found.append(chart(title, lines, x="epoch", percent=accuracy, y_range=y_range, keys=False))
-    guards = sorted({(g.steps, one.config.phases[-1].batch_size) for one in runs if (g := one.config.guard).action != "off"})
-    asked = " or ".join(f"PGD-{steps} on one training minibatch ({size} images)" for steps, size in guards)
-    note = (
-        f"The guard attacks after each epoch: {asked}. Its figures are rough; what they show is a collapse." if asked else ""
-    )
+    guards = sorted({(one.config.guard.steps, r.guard_images) for one in runs for r in one.history if r.guard_images})
+    asked = " or ".join(f"PGD-{steps} on the same {images} training images" for steps, images in guards)
+    note = f"The guard attacks after each epoch: {asked}. What its figures show is a collapse." if asked else ""
     told = f'<p class="note">{note}</p>' if note else ""
     return f'<h2>Training</h2>{told}<div class="grid">{"".join(found)}</div>' if found else ""
 

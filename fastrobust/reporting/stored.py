@@ -27,6 +27,7 @@ class Epoch(Stored):
     train_accuracy: float | None = None
     guard_clean_accuracy: float | None = None
     guard_accuracy: float | None = None
+    guard_images: int | None = None
     learning_rate: float | None = None
     images_per_second: float | None = None
     seconds: float = 0.0
