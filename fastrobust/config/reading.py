@@ -24,6 +24,7 @@ from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.schema import Config
 from fastrobust.runtime.errors import ConfigError
 
+FAR_ALIKE = 0.8  # the least likeness of a key and one of another section that it is taken for
 MESSAGES = 20  # as many mistakes are told at once
 LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
 _FREE = re.compile(r"(name|output|device|engine|data\.path|data\.prepared|data\.download|data\.workers|evaluation\.[\w.]+):")
@@ -227,7 +228,7 @@ def _explain(error: dict[str, Any]) -> str:
             return f"unknown key '{key}': it does not belong to this {loc[0]}'s `name`"
         siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
         same_leaf = [k for k in known if k.rpartition(".")[2] == loc[-1]]
-        near = next(iter(same_leaf), None) or nearest(key, siblings) or nearest(key, known)
+        near = next(iter(same_leaf), None) or nearest(key, siblings) or nearest(key, known, FAR_ALIKE)
         allowed = f"; the keys there are: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
         return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else allowed)
     message = error["msg"].removeprefix("Value error, ")

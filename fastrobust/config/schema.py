@@ -161,7 +161,7 @@ class Config(Section):
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph"] = "auto"
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    deterministic: bool = False  # the same bits every time on a GPU too, at some cost; a CPU gives them anyway
+    deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept
     epsilon: Pixels
     epsilon_warmup: NonNegative = 0.0  # epochs over which epsilon and alpha grow linearly from 0
     data: Data

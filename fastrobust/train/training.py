@@ -209,7 +209,8 @@ class Training:
     def _go_back(self, record: dict) -> None:
         """End the run with the weights of the last healthy epoch, if it was trained with the radius of this one."""
         before = [r for r in self.history if r["epoch"] == self.good_epoch and self.good]
-        if before and before[0].get("guard_epsilon") == record["guard_epsilon"]:
+        full = None if self.config.epsilon_warmup else self.config.epsilon  # version 0.1 did not record the radius
+        if before and before[0].get("guard_epsilon", full) == record["guard_epsilon"]:
             kept = f"the weights after epoch {self.good_epoch} are kept"
             model = self.learner.model.state_dict()
             with torch.no_grad():

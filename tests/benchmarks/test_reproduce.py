@@ -349,7 +349,7 @@ def test_the_miniature_shows_the_order_of_the_methods(tmp_path, monkeypatch, cap
     content = {title.split(" in miniature")[0]: made for title, _, made in tables.build(
         ["table1", "table2", "table3", "figure2"], tmp_path / "results/small", "small")}  # fmt: skip
 
-    # Table 1: zero start at most 16.6 % and steps of 2 epsilon at most 35.4 %, the random start at least 41.8, others 57.4 %;
+    # Table 1: zero start at most 16.6 %, steps of 2 epsilon at most 35.4 %, the random start at least 41.8, others 57.4 %;
     # the random start is at least 21.2 points above steps of 2 epsilon with the same seed on the same processor
     assert robust["zero"] < 0.25 and robust["alpha2"] < 0.386 < robust["random"]
     assert robust["alpha2"] < robust["random"] - 0.1
