@@ -10,13 +10,14 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
 .PHONY: quickstart test stress lint clean gpu-report
 
-# Train on Fashion-MNIST, evaluate with PGD, show where the files are. A run that was interrupted goes on.
+# Train on Fashion-MNIST, evaluate with PGD, make a page about it, show where the files are. A run that was interrupted goes on.
 quickstart: $(VENV)/.core data
 	@if [ -f $(RUN)/config.yaml ]; then \
 	   $(BIN)/python -m fastrobust.train --resume $(RUN); \
 	 else \
 	   $(BIN)/python -m fastrobust.train configs/quickstart.yaml output=$(dir $(RUN)) name=$(notdir $(RUN)) data.download=true; \
 	 fi
+	@$(BIN)/python -m fastrobust report $(RUN) -o $(RUN)/report.html --limit 100
 
 # Everything that can be checked on this machine; what needs a GPU skips where there is none.
 test: $(VENV)/.test data compiler loaders browser
