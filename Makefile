@@ -8,7 +8,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: quickstart test stress lint clean gpu-report
+.PHONY: help quickstart test stress lint clean gpu-report
+
+help:
+	@echo "make quickstart   install into $(VENV), train a small robust classifier, attack it, make a page: minutes"
+	@echo "make test         install what the tests need (3 GB with FFCV, DALI, Chromium), run all: 6 to 10 minutes"
+	@echo "make stress       kill runs, fill disks, damage files: 20 minutes"
+	@echo "make gpu-report   on a machine with a GPU: tests and benchmarks, at most 25 minutes"
+	@echo "make lint         format and check the code"
 
 # Train on Fashion-MNIST, evaluate with PGD, make a page about it, show where the files are. A run that was interrupted goes on.
 quickstart: $(VENV)/.core data
