@@ -32,7 +32,7 @@ def look(
     model: torch.nn.Module, images: Tensor, labels: Tensor, threat: Threat, alpha: float, steps: int, seed: int, world: World
 ) -> Verdicts:
     """PGD on the guard's images, which every process has and attacks its share of: the verdicts of all, on the CPU. images:
-    uint8 N x C x H x W, labels int64 N, on the model's device; the shapes are the same after every epoch."""
+    uint8 N x C x H x W, labels int64 N, on the model's device."""
     mine = slice(world.rank, None, world.size)
     found = pgd(model, images[mine], labels[mine], threat=threat, alpha=alpha, steps=steps, restarts=1, seed=seed)
     clean, robust = (torch.zeros(len(labels), dtype=torch.bool) for _ in range(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fastrobust.config.fields import NonNegative, Number, Section
 
 
-class Optimizer(Section):
+class Optimizer(Section, ABC):
     """The base of all optimisers. One of one's own derives from it, is named `package.module:Class` in a config, and gives
     `make` and `kept`."""
 
@@ -19,9 +20,9 @@ class Optimizer(Section):
     weight_decay: NonNegative = 0.0
     decay_batchnorm: bool = True
 
+    @abstractmethod
     def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
         """The optimiser of parameter groups that reads its learning rate from the tensor lr (shape [])."""
-        raise NotImplementedError(f"{type(self).__name__} has no make")
 
     def kept(self) -> tuple[str, ...]:
         """The names of the tensors that it keeps for each parameter: all like the parameter, but `step`, a number."""

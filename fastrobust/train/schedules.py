@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -39,19 +40,19 @@ def multistep(epoch: float, epochs: float, lr: float, milestones: Sequence[float
     return lr * math.prod(factor for m in milestones if epoch >= m * epochs)
 
 
-class Schedule(Section):
+class Schedule(Section, ABC):
     """The base of all schedules: a section of a config that gives the learning rate at every time of the training. One of
     one's own derives from it and is named `package.module:Class` in a config."""
 
     name: str
 
+    @abstractmethod
     def rate(self, epoch: float, epochs: float) -> float:
         """The learning rate at `epoch` (fractional) of `epochs`."""
-        raise NotImplementedError(f"{type(self).__name__} has no rate")
 
+    @abstractmethod
     def highest(self) -> float:
         """The highest rate of all."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its highest rate")
 
     def check(self, epochs: int) -> None:
         """Raise ValueError if the schedule is not one for so many epochs."""

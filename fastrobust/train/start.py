@@ -131,13 +131,19 @@ def stored_config(directory: Path, config: Config, again: bool) -> Config | None
 
 
 def training(config: Config, directory: Path, device: torch.device, world: World) -> Training:
+    """The run, ready to train; says which images and which machine it has. The test images are read too, by the first
+    process for all: what is wrong with them is better known before the training than after it."""
     made = Training(config, directory, device, world)
-    if not world.rank:
+
+    def look_at_test_images() -> dict[str, int]:
         test = loaders.test_set(config, config.evaluation.limit).labelled_as(made.loader.classes, "the run")
-        made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": counted(test.labels, test.classes)}
-        memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
-        told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
-        print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
+        return counted(test.labels, test.classes)
+
+    train = counted(made.loader.labels, made.loader.classes)
+    made.images = {"train": train, "test": world.first(look_at_test_images)}
+    memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
+    told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
+    print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
     return made
 
 

@@ -40,6 +40,8 @@ class Gentle(Method):
     reach: float | None = None
     def resolve(self, epsilon):
         self.reach = self.strength * epsilon
+    def step(self, learner, batch, threat, scale, state):
+        learner.update(batch.x, batch.y)
 
 class Plain(Optimizer):
     def make(self, groups, lr):
@@ -48,6 +50,8 @@ class Plain(Optimizer):
 class Flat(Schedule):
     lr: Positive
     def rate(self, epoch, epochs):
+        return self.lr
+    def highest(self):
         return self.lr
     def check(self, epochs):
         if epochs > 20:
@@ -120,6 +124,17 @@ def test_own_sections(file, own):
     again = reading.parse(found.to_dict(), "again")
     assert again == found and type(again.method) is type(found.method)
     assert found.to_dict()["method"] == {"name": f"{own}:Gentle", "strength": 0.25, "reach": 0.25 * 8 / 255}
+
+
+def test_a_section_that_lacks_a_part_of_its_protocol_is_refused(file, own, tmp_path):
+    kinds = {"method": "train.methods.base:Method", "schedule": "train.schedules:Schedule"}
+    kinds["optimizer"] = "train.optimizers:Optimizer"
+    lines = [f"from fastrobust.{path.replace(':', ' import ')}\nclass Half{base}({base}): pass\n"
+             for path in kinds.values() for base in [path.partition(":")[2]]]  # fmt: skip
+    (tmp_path / "halves.py").write_text("".join(lines))
+    for key, path in kinds.items():
+        said = refusal(file, f"{key}={{name: 'halves:Half{path.partition(':')[2]}'}}")
+        assert re.search(rf"{key}: 'halves:Half\w+' lacks (step|make|rate|highest)", said), said
 
 
 def test_own_sections_are_checked(file, own):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -41,7 +42,7 @@ class Shapes(NamedTuple):
     device: torch.device
 
 
-class Method(Section):
+class Method(Section, ABC):
     """The base of all methods. A method of one's own derives from it, in a module that the config names
     (`method: {name: package.module:Class}`), and its fields are the keys of the config's `method` section.
 
@@ -70,10 +71,10 @@ class Method(Section):
         """The tensors that the method keeps between steps, by name, as they are at the start of a phase."""
         return {}
 
+    @abstractmethod
     def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
         """One training step. `threat` has the config's epsilon; what depends on epsilon is multiplied by `scale`. The state
         is written in place."""
-        raise NotImplementedError(f"{type(self).__name__} has no step")
 
     def describe(self) -> str:
         """The method and its hyperparameters in a few words, for a report."""
