@@ -36,6 +36,13 @@ MODELS = {
     "preact_resnet18": "fastrobust.models.preact_resnet:preact_resnet18",
     "preact_resnet18_w16": "fastrobust.models.preact_resnet:preact_resnet18_w16",
     "preact_resnet18_paper": "fastrobust.models.paper_preact_resnet:preact_resnet18_paper",
+    "preact_resnet18_wong2020": "fastrobust.models.paper_preact_resnet:preact_resnet18_wong2020",
+    "cifar_resnet18": "fastrobust.models.cifar_resnet:cifar_resnet18",
+    "cifar_resnet50": "fastrobust.models.cifar_resnet:cifar_resnet50",
+    "wide_resnet28_10": "fastrobust.models.wide_resnet:wide_resnet28_10",
+    "wide_resnet34_10": "fastrobust.models.wide_resnet:wide_resnet34_10",
+    "wide_resnet28_10_silu": "fastrobust.models.wide_resnet:wide_resnet28_10_silu",
+    "wide_resnet70_16_silu": "fastrobust.models.wide_resnet:wide_resnet70_16_silu",
 }
 LOADERS = {
     "resident": "fastrobust.data.loaders.resident:Resident",

@@ -103,9 +103,11 @@ class Data(Section):
 
 
 class Model(Section):
-    """`mean` and `std` are in units of pixels in [0, 1]; the normalisation they describe is the model's first layer."""
+    """`mean` and `std` are in units of pixels in [0, 1]; the normalisation they describe is the model's first layer.
+    Training starts with the `weights` of a file or run; a last layer for other classes is replaced by a new one."""
 
     name: str
+    weights: Annotated[Place, AfterValidator(os.path.abspath)] | None = None
     mean: Annotated[tuple[Number, ...], AfterValidator(_mean)] | None = None
     std: Annotated[tuple[Number, ...], AfterValidator(_std)] | None = None
 

@@ -27,7 +27,7 @@ def command(arguments) -> int:
 
 
 def evaluate_in(world, device, arguments) -> int:
-    trained = open_trained(arguments.run, arguments.data, device)
+    trained = opened(arguments, device)
     settings = trained.config.evaluation
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
     attack, radii = as_named(attack), arguments.epsilon or [settings.epsilon[0]]
@@ -48,6 +48,20 @@ def evaluate_in(world, device, arguments) -> int:
     if arguments.json:
         print(json.dumps(found[0] if len(found) == 1 else {"evaluations": found}))
     return 0
+
+
+def opened(arguments, device) -> Trained:
+    """The run, or with --model the weights of another program."""
+    if arguments.model is None:
+        if given := next((f"--{name}" for name in ("dataset", "resolution") if getattr(arguments, name)), None):
+            raise ConfigError(f"{given} belongs to weights of another program: give --model NAME too")
+        return open_trained(arguments.run, arguments.data, device)
+    if arguments.dataset is None or arguments.epsilon is None:
+        raise ConfigError("--model needs --dataset NAME (such as cifar10) and --epsilon (such as 8/255)")
+    from fastrobust.evaluation.foreign import open_foreign
+
+    options = {"data": arguments.data, "resolution": arguments.resolution, "device": device}
+    return open_foreign(arguments.run, arguments.model, arguments.dataset, epsilon=arguments.epsilon[0], **options)
 
 
 def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder) -> dict:

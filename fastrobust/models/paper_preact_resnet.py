@@ -26,22 +26,27 @@ class PaperPreActBlock(nn.Module):
 
 
 class PaperPreActResNet18(nn.Module):
-    """Four stages of two blocks, 64 channels in the first: 11.17 M parameters."""
+    """Four stages of two blocks, 64 channels in the first: 11.17 M parameters. The weights that RobustBench lists as
+    Wong2020Fast are of a network without the last BatchNorm and ReLU."""
 
-    def __init__(self, channels: int = 3, classes: int = 10):
+    def __init__(self, channels: int = 3, classes: int = 10, last_batchnorm: bool = True):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
         self.layer1 = nn.Sequential(PaperPreActBlock(64, 64, 1), PaperPreActBlock(64, 64, 1))
         self.layer2 = nn.Sequential(PaperPreActBlock(64, 128, 2), PaperPreActBlock(128, 128, 1))
         self.layer3 = nn.Sequential(PaperPreActBlock(128, 256, 2), PaperPreActBlock(256, 256, 1))
         self.layer4 = nn.Sequential(PaperPreActBlock(256, 512, 2), PaperPreActBlock(512, 512, 1))
-        self.bn = nn.BatchNorm2d(512)
+        self.bn = nn.BatchNorm2d(512) if last_batchnorm else None
         self.linear = nn.Linear(512, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(F.relu(self.bn(out)).mean((2, 3)))
+        return self.linear((out if self.bn is None else F.relu(self.bn(out))).mean((2, 3)))
 
 
 def preact_resnet18_paper(channels: int = 3, classes: int = 10) -> nn.Module:
     return PaperPreActResNet18(channels, classes)
+
+
+def preact_resnet18_wong2020(channels: int = 3, classes: int = 10) -> nn.Module:
+    return PaperPreActResNet18(channels, classes, last_batchnorm=False)

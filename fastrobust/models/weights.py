@@ -83,7 +83,10 @@ def refuse_others(path: Path) -> None:
     if start[:2] in (b"PK", b"\x80\x02"):
         run = path.parent if (path.parent / CONFIG).is_file() else "RUN"
         what = "a zip archive" if path.suffix == ".zip" else "a file of torch.save"
-        raise RunError(f"{path} is {what}, not weights that fastrobust wrote; a run's are opened by its directory: {run}")
+        others = "weights of another program by --model NAME --dataset NAME"
+        raise RunError(
+            f"{path} is {what}, not weights that fastrobust wrote; a run's are opened by its directory, {run}; {others}"
+        )
 
 
 def load(run: str | Path) -> torch.nn.Module:

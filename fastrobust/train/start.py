@@ -19,6 +19,7 @@ from fastrobust.config.numbers import describe
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.evaluation.accuracy import evaluate
+from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights
 from fastrobust.runtime import distributed, interrupt, limits, run_directory
 from fastrobust.runtime.command import to_paste
@@ -105,11 +106,13 @@ def run(config: Config, directory: Path, device: torch.device, world: World, aga
             made = training(config, directory, device, world)
             if checkpoint is None:
                 print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
+                load_weights(made.learner.model, config, world)
             else:
                 made.restore(*checkpoint)
                 print(f"{directory}: going on after {made.learner.updates.item()} updates", flush=True)
             return finish(made)
     made = training(config, directory, device, world)
+    load_weights(made.learner.model, config, world)
     world.first(lambda: run_directory.create(config))
     with held(directory, world), interrupt.resumable(directory):
         return finish(made)
@@ -145,6 +148,14 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
     print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
     return made
+
+
+def load_weights(model, config: Config, world: World = distributed.ALONE) -> None:
+    """Give the model the weights of `model.weights`, if the config names any, and say so. Raises RunError or ConfigError."""
+    if config.model.weights:
+        told = foreign.load_into(model, config.model.weights, replace_head=True)
+        if world.rank == 0:
+            print(f"weights: {told}", flush=True)
 
 
 def counted(labels, classes: tuple[str, ...]) -> dict[str, int]:

@@ -22,7 +22,7 @@ from fastrobust.runtime import distributed
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.files import write_text
 from fastrobust.runtime.progress import Progress
-from fastrobust.train.start import resolve
+from fastrobust.train.start import load_weights, resolve
 from fastrobust.train.step import Step, build
 
 SPAN = 100.0  # the default range: the config's highest rate divided and multiplied by this
@@ -112,7 +112,9 @@ def command(arguments) -> int:
     config = resolve(config, device, distributed.ALONE)
     loader = loaders.Phases(config, device).enter(0)
     rates = geometric(low, high, arguments.steps)
-    losses, found = run_test(losses_of(build(config, loader, device), loader, config, rates), rates)
+    step = build(config, loader, device)
+    load_weights(step.learner.model, config)
+    losses, found = run_test(losses_of(step, loader, config, rates), rates)
     write_text(Path(arguments.output), page_of(config, rates, losses, found))
     end = (
         f"the loss diverged at {found.diverged:.3g}"

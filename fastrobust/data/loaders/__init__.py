@@ -220,7 +220,7 @@ def test_set(config: Config, limit: int | None) -> sets.ImageSet:
     return still(config, "test", limit)
 
 
-def from_source(config: Config, path: str) -> Config:
+def from_source(config: Config, path: str | None) -> Config:
     """The config with its data set read from `path`, whatever prepared files there are: what `--data PATH` means."""
     data = config.data.model_copy(update={"path": path, "prepared": None})
     return config.model_copy(update={"data": data, "loader": "resident"})

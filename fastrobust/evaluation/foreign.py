@@ -1,0 +1,102 @@
+"""Opening weights that another program trained, to be evaluated as a run's are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from fastrobust.attack.verdicts import classified
+from fastrobust.config import datasets, reading
+from fastrobust.config.schema import Config
+from fastrobust.data import loaders, sets
+from fastrobust.evaluation.trained import Trained
+from fastrobust.models import create, foreign
+from fastrobust.models.weights import weights_digest
+
+PHOTOS = 224  # the side of photographs, unless another is asked for
+TRIAL = 500  # test images that choose the normalisation
+HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+MNISTS = ((0.1307,), (0.3081,))
+IMAGENETS = (datasets.DATASETS["imagenet"].mean, datasets.DATASETS["imagenet"].std)
+
+
+def open_foreign(
+    path: str | Path,
+    model: str,
+    dataset: str,
+    *,
+    epsilon: float,
+    data: str | None = None,
+    resolution: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Trained:
+    """Open a file of weights for the model of this name and the test set of this data set. A normalisation that the file
+    holds is taken; of a file without one, that of some usual ones is taken with which the model classifies most of 500 test
+    images correctly, and all are printed. Raises RunError, ConfigError or DataError."""
+    tensors, section = foreign.read(path)
+    config = config_of(path, model, dataset, epsilon, data, resolution)
+    classes = config.facts.classes or sets.list_images(dataset, "test", config.data.path).classes
+    channels = config.facts.channels
+    about = {"channels": channels, "classes": len(classes)}
+    network = create(model, **about, mean=(0.0,) * channels, std=(1.0,) * channels)
+    found = foreign.fit(network, tensors, f"the weights in {path}")
+    foreign.assign(network, found)
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    print(f"weights: {len(found.tensors)} tensors of {path}" + (f", its section {section}" if section else ""), flush=True)
+    if found.mean is not None and found.std is not None:
+        normalize(network, found.mean, found.std)
+        print(f"normalisation: the file's, {in_words(found.mean, found.std)}")
+    else:
+        best_normalisation(network, config)
+    config.model.mean, config.model.std = (tuple(t.flatten().tolist()) for t in (network.mean, network.std))
+    return Trained(network, config, classes, Path(path), weights_digest(network))
+
+
+def config_of(
+    path: str | Path, model: str, dataset: str, epsilon: float, data: str | None, resolution: int | None
+) -> Config:
+    """The config of a run that would have left these weights, as far as an evaluation asks for it."""
+    size = datasets.facts(dataset).size or resolution or PHOTOS
+    config = reading.parse(
+        {
+            "name": re.sub(r"[^A-Za-z0-9._-]|^\W", "_", Path(path).stem)[:100] or "weights",
+            "epsilon": epsilon,
+            "data": {"dataset": dataset},
+            "model": {"name": model, "weights": str(path)},
+            "method": {"name": "standard"},
+            "optimizer": {"name": "sgd"},
+            "schedule": {"name": "cyclic", "max_lr": 1.0},
+            "phases": [{"epochs": 1, "batch_size": 1, "resolution": size}],
+        },
+        str(path),
+    )
+    return loaders.from_source(config, data or (None if config.facts.read else str(sets.locate(dataset))))
+
+
+def normalize(network, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    with torch.no_grad():
+        network.mean.copy_(torch.tensor(mean)[:, None, None])
+        network.std.copy_(torch.tensor(std)[:, None, None])
+
+
+def best_normalisation(network, config: Config) -> None:
+    """Give the model the normalisation with which it is right most often on 500 test images; prints what was tried."""
+    facts, test = config.facts, loaders.test_set(config, TRIAL)
+    none = (0.0,) * facts.channels, (1.0,) * facts.channels
+    usual = {HALVES: "0.5 and 0.5", IMAGENETS: "ImageNet's"} if facts.channels == 3 else {MNISTS: "0.1307 and 0.3081"}
+    tried = {(facts.mean, facts.std): f"{config.data.dataset}'s"} | usual | {none: "none"}
+    device = next(network.parameters()).device
+    right = {}
+    for constants in tried:
+        normalize(network, *constants)
+        right[constants] = classified(network, test.images.to(device), test.labels.to(device), 100).double().mean().item()
+    best = max(right, key=right.get)
+    normalize(network, *best)
+    shown = ", ".join(f"{tried[c]} {share:.1%}" for c, share in sorted(right.items(), key=lambda item: -item[1]))
+    print(f"normalisation: {tried[best]} (clean accuracy on {len(test.labels)} images: {shown})", flush=True)
+
+
+def in_words(mean: tuple[float, ...], std: tuple[float, ...]) -> str:
+    return " and ".join("(" + ", ".join(f"{v:.4g}" for v in values) + ")" for values in (mean, std))

@@ -1,0 +1,95 @@
+"""Weights of other programs, evaluated by the command and taken as a start: the figures are those of the run that left
+them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fastrobust.__main__ import main as cli
+from fastrobust.evaluation.foreign import open_foreign
+from fastrobust.models.weights import load
+from fastrobust.runtime import run_directory
+
+
+@pytest.fixture(scope="module")
+def theirs(finished_run, tmp_path_factory):
+    """The finished run's network with its normalisation outside, as another program would have written it."""
+    file = tmp_path_factory.mktemp("theirs") / "theirs.pth"
+    network = load(finished_run).network
+    torch.save({"epoch": 1, "state_dict": {f"module.{name}": t for name, t in network.state_dict().items()}}, file)
+    return file
+
+
+def evaluate(capsys, *words) -> dict:
+    assert cli(["evaluate", *map(str, words), "--json", "--device", "cpu"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_accuracies_are_those_of_the_run(theirs, finished_run, bars, capsys):
+    """bars are trained with ImageNet's normalisation, which the file does not hold: the right one is found by trying."""
+    common = ("--epsilon", "0.05", "--attack", "pgd-5-1", "--limit", "50")
+    own = evaluate(capsys, finished_run, *common)
+    model = ("--model", "mnist_net", "--dataset", "image_folder", "--data", bars, "--resolution", "28")
+    other = evaluate(capsys, theirs, *model, *common)
+    keys = ("clean_accuracy", "robust_accuracy", "examples", "weights", "images")
+    assert {key: own[key] for key in keys} == {key: other[key] for key in keys}
+
+
+def test_the_normalisation_is_found_and_all_that_was_tried_is_shown(theirs, bars, finished_run, capsys):
+    options = {"epsilon": 0.05, "data": str(bars), "resolution": 28}
+    trained = open_foreign(theirs, "mnist_net", "image_folder", **options)
+    told = capsys.readouterr().out
+    assert "normalisation: image_folder's (clean accuracy on 200 images" in told or "normalisation: ImageNet's" in told
+    assert "none " in told and "0.5 and 0.5 " in told
+    assert torch.equal(trained.model.mean, load(finished_run).mean)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--dataset", "image_folder"], "--dataset belongs to weights of another program: give --model NAME too"),
+        (["--model", "mnist_net"], "--model needs --dataset NAME"),
+        (["--model", "mnist_net", "--dataset", "cifra10", "--epsilon", "0.1"], "did you mean 'cifar10'"),
+        (["--model", "preact_resnet18_w16", "--dataset", "image_folder", "--epsilon", "0.1"], "do not fit the model"),
+        ([], "weights of another program by --model NAME --dataset NAME"),
+    ],
+)
+def test_mistakes(theirs, bars, capsys, words, says):
+    words = [*words, "--data", str(bars)]
+    assert cli(["evaluate", str(theirs), *words]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_training_starts_with_the_weights(theirs, quick, tmp_path, capsys):
+    """After one update at a learning rate of almost nothing the weights are still the file's."""
+    schedule = {"name": "points", "points": [[0, 1e-12], [2, 1e-12]]}
+    made = quick(model={"name": "mnist_net", "weights": str(theirs)}, schedule=schedule, guard={"action": "off"})
+    assert cli(["train", str(made)]) == 0
+    assert "weights: 8 tensors of" in capsys.readouterr().out
+    after, before = load(tmp_path / "runs" / "bars"), torch.load(theirs, weights_only=True)["state_dict"]
+    for name, tensor in after.network.state_dict().items():
+        torch.testing.assert_close(tensor, before[f"module.{name}"], rtol=0, atol=1e-6)
+
+
+def test_a_run_that_started_with_weights_goes_on_without_their_file(theirs, quick, tmp_path):
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(theirs.read_bytes())
+    made = quick(model={"name": "mnist_net", "weights": str(copy)})
+    assert cli(["train", str(made)]) == 0
+    run = tmp_path / "runs" / "bars"
+    before = load(run).state_dict()
+    for name in (run_directory.SUMMARY, run_directory.WEIGHTS):
+        (run / name).unlink()
+    copy.unlink()
+    assert cli(["train", "--resume", str(run)]) == 0
+    assert all(torch.equal(t, before[name]) for name, t in load(run).state_dict().items())
+
+
+def test_weights_that_do_not_fit_leave_no_run_behind(quick, tmp_path, capsys):
+    torch.save({"a.weight": torch.zeros(3)}, tmp_path / "a.pt")
+    assert cli(["train", str(quick(model={"name": "mnist_net", "weights": str(tmp_path / "a.pt")}))]) == 2
+    assert "do not fit the model" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "bars" / "config.yaml").exists()

@@ -1,0 +1,119 @@
+"""Tests of fastrobust.models.foreign: weights that other programs wrote, in all the wrappings that are in use."""
+
+import argparse
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastrobust import models
+from fastrobust.models import foreign
+from fastrobust.runtime.errors import ConfigError, RunError
+
+
+def network(classes: int = 10, seed: int = 0):
+    torch.manual_seed(seed)
+    return models.create("mnist_net", channels=1, classes=classes, mean=(0.2,), std=(0.5,))
+
+
+THEIRS = network(seed=1).network.state_dict()
+CONSTANTS = {"mu": torch.full((1, 1, 1, 1), 0.2), "sigma": torch.full((1, 1, 1, 1), 0.5)}
+WRAPPINGS = {
+    "plain": THEIRS,
+    "state_dict": {"epoch": 3, "optimizer": {"state": {}}, "state_dict": THEIRS},
+    "data parallel": {"state_dict": {f"module.{k}": v for k, v in THEIRS.items()}},
+    "compiled": {"model": {f"_orig_mod.{k}": v for k, v in THEIRS.items()}},
+    "all at once": {"net": {f"module._orig_mod.model.{k}": v for k, v in THEIRS.items()}},
+    "with a normalisation": {f"module.model.{k}": v for k, v in THEIRS.items()}
+    | {f"module.normalize.{k}": v for k, v in CONSTANTS.items()},
+    "a sequence": {f"1.{k}": v for k, v in THEIRS.items()} | {"0.mean": CONSTANTS["mu"], "0.std": CONSTANTS["sigma"]},
+    "options of a command line": {"args": argparse.Namespace(lr=0.1), "state_dict": THEIRS},
+    "averaged weights beside live ones": {"state_dict": network(seed=7).network.state_dict(), "ema": THEIRS},
+    "half precision": {k: v.half() for k, v in THEIRS.items()},
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_are_found_in_every_wrapping(tmp_path, wrapping):
+    file, model = tmp_path / "theirs.pt", network()
+    torch.save(WRAPPINGS[wrapping], file)
+    foreign.load_into(model, file)
+    for name, tensor in model.network.state_dict().items():
+        torch.testing.assert_close(tensor, THEIRS[name], rtol=1e-3, atol=1e-3 if wrapping == "half precision" else 0)
+
+
+def test_a_safetensors_file_and_a_run_are_read(tmp_path):
+    save_file(THEIRS, tmp_path / "model.safetensors")
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        model = network()
+        assert "8 tensors" in foreign.load_into(model, place)
+        assert torch.equal(model.network.state_dict()["0.weight"], THEIRS["0.weight"])
+
+
+def test_the_files_normalisation_must_be_the_models(tmp_path):
+    torch.save(THEIRS | {"mean": torch.tensor([0.1307]), "std": torch.tensor([0.3081])}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"set model.mean to \[0.1307\]"):
+        foreign.load_into(network(), tmp_path / "a.pt")
+
+
+def test_a_head_for_other_classes_is_replaced_only_where_asked(tmp_path):
+    torch.save(THEIRS, tmp_path / "a.pt")
+    model = network(classes=3)
+    before = {name: t.clone() for name, t in model.network.state_dict().items()}
+    assert "a new head, 7.weight, 7.bias" in foreign.load_into(model, tmp_path / "a.pt", replace_head=True)
+    after = model.network.state_dict()
+    assert torch.equal(after["7.weight"], before["7.weight"]) and torch.equal(after["0.weight"], THEIRS["0.weight"])
+    with pytest.raises(ConfigError, match=r"7.weight: the file has 10 x 100, the model 3 x 100"):
+        foreign.load_into(model, tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({k: v for k, v in THEIRS.items() if k != "7.bias"}, "7.bias 10: not in the file"),
+        (THEIRS | {"extra.weight": torch.zeros(3, 3)}, "extra.weight 3 x 3: not in the model"),
+        (
+            {k: v[:1] if k == "2.weight" else v for k, v in THEIRS.items()},
+            "2.weight: the file has 1 x 16 x 4 x 4, the model",
+        ),
+        (THEIRS | {"7.bias": torch.full((10,), float("nan"))}, "7.bias holds infinite numbers or NaN"),
+        (THEIRS | {f"module.{k}": v for k, v in THEIRS.items()}, "module.0.weight .* not in the model"),
+    ],
+)
+def test_what_does_not_fit_is_listed(tmp_path, content, says):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=says):
+        foreign.load_into(network(), tmp_path / "a.pt", replace_head=True)
+
+
+class Whole(torch.nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda f: torch.save(Whole(2, 2), f), r"holds Python objects.*torch.save\(model.state_dict\(\), FILE\)"),
+        (lambda f: f.write_text("<!DOCTYPE html><html>"), "is a web page"),
+        (lambda f: f.write_bytes(b""), "is empty"),
+        (lambda f: torch.save([1, 2], f), "holds no state dict.* but a list"),
+        (lambda f: torch.save({"epoch": 3, "optimizer": {}}, f), "holds no state dict.*it holds epoch, optimizer"),
+        (lambda f: f.write_bytes(b"PK\x03\x04 not a zip"), "is not a file of weights, or damaged"),
+        (lambda f: None, "there is no weights file"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_named(tmp_path, write, says):
+    write(tmp_path / "a.pt")
+    with pytest.raises(RunError, match=says):
+        foreign.read(tmp_path / "a.pt")
+
+
+def test_a_file_cannot_run_code(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harm"), "w"))
+
+    torch.save({"state_dict": Harm()}, tmp_path / "a.pt")
+    with pytest.raises(RunError, match="could run code"):
+        foreign.read(tmp_path / "a.pt")
+    assert not (tmp_path / "harm").exists()
