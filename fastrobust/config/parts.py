@@ -25,10 +25,13 @@ METHODS = {
 OPTIMIZERS = {
     "sgd": "fastrobust.train.optimizers:Sgd",
     "adam": "fastrobust.train.optimizers:Adam",
+    "adamw": "fastrobust.train.optimizers:AdamW",
 }
 SCHEDULES = {
     "cyclic": "fastrobust.train.schedules:Cyclic",
     "multistep": "fastrobust.train.schedules:Multistep",
+    "cosine": "fastrobust.train.schedules:Cosine",
+    "one_cycle": "fastrobust.train.schedules:OneCycle",
     "points": "fastrobust.train.schedules:Points",
 }
 MODELS = {

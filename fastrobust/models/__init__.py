@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from fastrobust.config import parts
 from fastrobust.config.hints import nearest
 from fastrobust.models.torchvision_compat import import_torchvision
-from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.errors import ConfigError, first_line
 
 
 class Normalized(nn.Module):
@@ -38,9 +39,18 @@ def in_sequence(model: nn.Module) -> Iterator[nn.Module]:
 GIVEN = "given/"  # starts the name of a model that a program gave from Python; its class follows
 
 
-def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
-    """A freshly initialised model. Names: ours, torchvision's, `timm/NAME`, or
-    `package.module:function` for a function of (channels, classes) that returns an nn.Module. Raises ConfigError."""
+def create(
+    name: str,
+    *,
+    channels: int,
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A freshly initialised model. Names: ours, torchvision's, `timm/NAME`, or `package.module:function` for a function of
+    (channels, classes) that returns an nn.Module. options: further arguments by name. Raises ConfigError."""
+    options = options or {}
     if name.startswith(GIVEN):
         raise ConfigError(
             f"model.name: the network {name.removeprefix(GIVEN)} was given from Python and is not stored with the run, only "
@@ -50,17 +60,27 @@ def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], s
         make = parts.find("model.name", parts.MODELS, name)
         if not callable(make):
             raise ConfigError(f"model.name: {name} must be a function of (channels, classes), it is a {type(make).__name__}")
-        network = make(channels, classes)
+        network = _made(name, options, make, channels, classes)
         if not isinstance(network, nn.Module):
             raise ConfigError(f"model.name: {name} must return an nn.Module, it returns {type(network).__name__}")
     elif name.startswith("timm/"):
-        network = _timm(name.removeprefix("timm/"), channels, classes)
+        network = _timm(name.removeprefix("timm/"), channels, classes, options)
     else:
-        network = _torchvision(name, channels, classes)
+        network = _torchvision(name, channels, classes, options)
     return Normalized(network, mean, std)
 
 
-def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
+def _made(name: str, options: dict[str, Any], make: Callable, *arguments, **keywords) -> nn.Module:
+    """The network of a function. Raises ConfigError where it does not take the options."""
+    try:
+        return make(*arguments, **keywords, **options)
+    except (TypeError, ValueError) as error:
+        if not options:
+            raise
+        raise ConfigError(f"model.options: {name} does not take {options}: {first_line(error)}") from None
+
+
+def _torchvision(name: str, channels: int, classes: int, options: dict[str, Any]) -> nn.Module:
     models = import_torchvision().models
     known = models.list_models(module=models)
     if name not in known:
@@ -73,11 +93,11 @@ def _torchvision(name: str, channels: int, classes: int) -> nn.Module:
         raise ConfigError(f"model.name: there is no model '{name}'; {hint}")
     if channels != 3:
         raise ConfigError(f"model.name: torchvision's {name} takes 3 channels, the images have {channels}")
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    return models.get_model(name, weights=None, num_classes=classes, **options)
+    fixed = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return _made(name, options, models.get_model, name, weights=None, num_classes=classes, **fixed)
 
 
-def _timm(name: str, channels: int, classes: int) -> nn.Module:
+def _timm(name: str, channels: int, classes: int, options: dict[str, Any]) -> nn.Module:
     try:
         import_torchvision()  # timm imports it
         import timm
@@ -86,4 +106,5 @@ def _timm(name: str, channels: int, classes: int) -> nn.Module:
     if name not in timm.list_models():
         near = nearest(name, timm.list_models())
         raise ConfigError(f"model.name: timm has no model '{name}'" + (f"; did you mean 'timm/{near}'?" if near else ""))
-    return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels)
+    fixed = {"pretrained": False, "num_classes": classes, "in_chans": channels}
+    return _made(f"timm/{name}", options, timm.create_model, name, **fixed)

@@ -29,12 +29,12 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tuple[str, ...]) -> None:
+def save_weights(run: Path, model: torch.nn.Module, config: Config, classes: tuple[str, ...], name: str = WEIGHTS) -> None:
     tensors = {name: t.detach().contiguous().cpu() for name, t in model.state_dict().items()}
     metadata = {"fastrobust": __version__, "config": json.dumps(config.to_dict()), "classes": json.dumps(classes)}
     metadata["sha256"] = weights_checksum(tensors, metadata)
     content = save(tensors, metadata)
-    write_atomically(run / WEIGHTS, lambda file: file.write(content))
+    write_atomically(run / name, lambda file: file.write(content))
 
 
 def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
@@ -105,4 +105,5 @@ def build_model(config: Config, classes: tuple[str, ...], network: nn.Module | N
     if network is not None:
         return Normalized(network, config.model.mean, config.model.std)
     channels = len(config.model.mean)
-    return create(config.model.name, channels=channels, classes=len(classes), mean=config.model.mean, std=config.model.std)
+    about = {"mean": config.model.mean, "std": config.model.std, "options": config.model.options}
+    return create(config.model.name, channels=channels, classes=len(classes), **about)

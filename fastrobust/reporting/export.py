@@ -76,22 +76,24 @@ def snippet(config, classes: tuple[str, ...]) -> str:
     """The source of model.py."""
 
     name, channels, source, imports = config.model.name, len(config.model.mean), "", ""
+    options = "".join(f", {key}={value!r}" for key, value in (config.model.options or {}).items())
     if name in parts.MODELS:  # ours: the classes and the function that makes the network
         function = parts.find("model.name", parts.MODELS, name)
         module = inspect.getmodule(function)
-        blocks = [kind for kind in vars(module).values() if inspect.isclass(kind) and inspect.getmodule(kind) is module]
-        source = "\n\n".join(map(inspect.getsource, [*blocks, function]))
-        make = f"{function.__name__}({channels}, {len(classes)})"
+        makers = {path.rpartition(":")[2] for path in parts.MODELS.values()} - {function.__name__}
+        used = [part for key, part in vars(module).items() if inspect.getmodule(part) is module and key not in makers]
+        source = "\n\n".join(map(inspect.getsource, used))
+        make = f"{function.__name__}({channels}, {len(classes)}{options})"
     elif ":" in name:
         place, _, function = name.partition(":")
-        imports, make = f"from {place} import {function}\n", f"{function}({channels}, {len(classes)})"
+        imports, make = f"from {place} import {function}\n", f"{function}({channels}, {len(classes)}{options})"
     elif name.startswith("timm/"):
         imports = "import timm\n"
-        make = f"timm.create_model({name.removeprefix('timm/')!r}, num_classes={len(classes)}, in_chans={channels})"
+        make = f"timm.create_model({name.removeprefix('timm/')!r}, num_classes={len(classes)}, in_chans={channels}{options})"
     else:
         imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
-        make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra})"
+        make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra}{options})"
     source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
     return f'''"""{config.name}: {name}, trained with fastrobust. `load()` gives it in eval mode, ready to use:
 

@@ -7,6 +7,7 @@
               checkpoint.pt        all state, as plain tensors and JSON
               checkpoint.previous.pt  the one before
               model.safetensors    the weights; its header holds what is needed to build the model
+              model.live.safetensors  with `averaging`: the trained weights themselves, where model.safetensors are the means
               summary.json         what came out
 
 Files are replaced in one piece: written beside their place, flushed to disk, then renamed. A checkpoint ends with its own
@@ -36,13 +37,14 @@ from fastrobust.runtime.errors import RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.machine import environment
 
-CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SUMMARY = FILES = (
+CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, LIVE, SUMMARY = FILES = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "checkpoint.previous.pt",
     "model.safetensors",
+    "model.live.safetensors",
     "summary.json",
 )
 

@@ -34,6 +34,8 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
             tensors[f"learner.sums.{name}"].fill_(total)
         own = _generators(training) | {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
+        if learner.average is not None:
+            own |= {f"learner.averaged.{name}": t.cpu() for name, t in learner.average.buffers().items()}
         own |= {f"state.{name}": t.cpu() for name, t in stored["state"].items()}
         every = world.gather(own)
         for name in stored["state"].keys() & set(training.step.method.by_slot):

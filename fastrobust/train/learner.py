@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from fastrobust.attack.gradient import frozen
 from fastrobust.runtime import cuda_graph
 from fastrobust.train import interval_bounds
+from fastrobust.train.averaging import Average
+from fastrobust.train.optimizers import set_rates
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Learner:
-    """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run.
+    """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run;
+    averaging, the decay of averaged weights; the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -36,6 +39,9 @@ class Learner:
         *,
         precision: str = "fp32",
         batchnorm_in_attack: str = "train",
+        label_smoothing: float = 0.0,
+        clip_gradients: float | None = None,
+        averaging: float | None = None,
     ):
         self.model = model
         self.device = next(model.parameters()).device
@@ -50,6 +56,8 @@ class Learner:
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.optimizer = optimizer.build(model, self.lr)
         self.shared: nn.Module | None = None
+        self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
+        self.average = None if averaging is None else Average(model, averaging)
 
     def share_gradients(self) -> None:
         """From here on weight gradients are averaged over all processes, while the backward pass of an update is still
@@ -64,6 +72,10 @@ class Learner:
         with self.autocast:
             return self.model(x).float()
 
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean loss of a batch, of attack and update."""
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
     def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified
         correctly there (bool, N). Weights get no gradient."""
@@ -73,7 +85,7 @@ class Learner:
             with frozen(self.model):
                 x = x.detach().requires_grad_()
                 logits = self.forward(x)
-                loss = self.scaler.scale(F.cross_entropy(logits, y))
+                loss = self.scaler.scale(self.loss(logits, y))
                 (gradient,) = torch.autograd.grad(loss, x)
         finally:
             self.model.train()
@@ -96,14 +108,20 @@ class Learner:
         return self.forward(x) if self.shared is None else self.shared(x)
 
     def _step(self, logits: Tensor, y: Tensor, bound: Tensor | None = None, ibp_weight: float = 0.0) -> None:
-        loss = F.cross_entropy(logits, y)
+        loss = self.loss(logits, y)
         if bound is not None:
             loss = torch.lerp(loss, bound, ibp_weight)
         self.lr.copy_(self.now(self.lr_table))
+        set_rates(self.optimizer, self.lr)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.clip_gradients is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.updates)
         self.updates.add_(1)
         self.loss_sum.add_(loss.detach() * len(y))
         self.correct.add_((logits.detach().argmax(1) == y).sum())
@@ -126,6 +144,8 @@ class Learner:
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
         for i, p in enumerate(self._parameters()):
             tensors |= {f"optimizer.{i}.{name}": t for name, t in self.optimizer.state[p].items()}
+        if self.average is not None:
+            tensors |= {f"averaged.{name}": t for name, t in self.average.tensors.items()}
         tensors |= {f"sums.{name}": getattr(self, name) for name in ("updates", "loss_sum", "correct", "seen")}
         return tensors
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fastrobust.config.fields import NonNegative, Number, Section
+from fastrobust.runtime.errors import ConfigError
 
 
 class Optimizer(Section, ABC):
@@ -19,6 +20,7 @@ class Optimizer(Section, ABC):
     name: str
     weight_decay: NonNegative = 0.0
     decay_batchnorm: bool = True
+    rates: dict[str, NonNegative] | None = None  # start of parameters' names -> factor of their learning rate
 
     @abstractmethod
     def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
@@ -28,12 +30,37 @@ class Optimizer(Section, ABC):
         """The names of the tensors that it keeps for each parameter: all like the parameter, but `step`, a number."""
         return ()
 
+    def groups(self, model: nn.Module) -> list[dict]:
+        """The parameters that are trained, by weight decay and by the factor of their rate: those of BatchNorm are without
+        weight decay unless `decay_batchnorm`; those under a prefix in `rates` have its factor, and with a factor of 0 are
+        not trained. Of several prefixes the longest counts. Raises ConfigError."""
+        network = getattr(model, "network", model)
+        batchnorm = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        spared = set() if self.decay_batchnorm else {id(p) for m in batchnorm for p in m.parameters()}
+        found: dict[tuple[float, float], list[nn.Parameter]] = {}
+        rates, used = self.rates or {}, set()
+        for name, p in network.named_parameters():
+            prefix = max((prefix for prefix in rates if name.startswith(prefix)), key=len, default=None)
+            used.add(prefix)
+            factor = rates.get(prefix, 1.0)
+            p.requires_grad_(p.requires_grad and factor > 0)
+            if p.requires_grad:
+                found.setdefault((0.0 if id(p) in spared else self.weight_decay, factor), []).append(p)
+        if unknown := [prefix for prefix in rates if prefix not in used]:
+            names = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in network.named_parameters()))
+            raise ConfigError(f"optimizer.rates: no parameter's name starts with '{unknown[0]}'; they start with: {names}")
+        if not found:
+            raise ConfigError("optimizer.rates freezes all parameters: nothing is left to train")
+        order = sorted(found, key=lambda key: (key[1] != 1, key[0] == 0.0 and self.weight_decay > 0, key[1]))
+        return [{"params": found[key], "weight_decay": key[0], "factor": key[1]} for key in order]
+
     def build(self, model: nn.Module, lr: Tensor) -> torch.optim.Optimizer:
         """Its state exists from the start (zero moments: what the first step would have made), so that every step is the
-        same and can be captured."""
-        optimizer = self.make(parameter_groups(model, self.weight_decay, self.decay_batchnorm), lr)
+        same and can be captured. A group whose rate is not lr itself has a tensor of its own for it: `set_rates`. Raises
+        ConfigError."""
+        optimizer = self.make(self.groups(model), lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr if group["factor"] == 1 else lr.clone()
             for p in group["params"]:
                 optimizer.state[p] = {name: torch.zeros_like(p) for name in self.kept() if name != "step"}
                 if "step" in self.kept():
@@ -41,16 +68,11 @@ class Optimizer(Section, ABC):
         return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_batchnorm: bool) -> list[dict]:
-    """All parameters that are trained; those of BatchNorm without weight decay unless `decay_batchnorm`."""
-    batchnorm = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    spared = set() if decay_batchnorm else {id(p) for m in batchnorm for p in m.parameters()}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if id(p) not in spared], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def set_rates(optimizer: torch.optim.Optimizer, lr: Tensor) -> None:
+    """Give each group its share of the learning rate. Does not wait for the device."""
+    for group in optimizer.param_groups:
+        if group["factor"] != 1:
+            group["lr"].copy_(lr * group["factor"])
 
 
 class Sgd(Optimizer):
@@ -65,8 +87,19 @@ class Sgd(Optimizer):
 
 
 class Adam(Optimizer):
+    """Weight decay is part of the gradient."""
+
     def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, lr=lr, fused=True, capturable=lr.device.type == "cuda")
 
     def kept(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", "step")
+
+
+class AdamW(Adam):
+    """Weight decay is decoupled from the gradient (Loshchilov & Hutter, 2019)."""
+
+    weight_decay: NonNegative = 0.01
+
+    def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=lr.device.type == "cuda")

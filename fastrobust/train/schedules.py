@@ -85,6 +85,46 @@ class Multistep(Schedule):
         return self.lr
 
 
+class Cosine(Schedule):
+    """Linear from 0 to max_lr during `warmup` (a fraction of training), then down to 0 along half a cosine (Loshchilov &
+    Hutter, 2017)."""
+
+    max_lr: Positive
+    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+
+    def rate(self, epoch: float, epochs: float) -> float:
+        begin = self.warmup * epochs
+        if epoch < begin:
+            return self.max_lr * epoch / begin
+        return half_cosine(self.max_lr, 0.0, (epoch - begin) / (epochs - begin))
+
+    def highest(self) -> float:
+        return self.max_lr
+
+
+class OneCycle(Schedule):
+    """max_lr / div -> max_lr at `peak` (a fraction of training) -> max_lr / div / final_div, along half cosines (Smith &
+    Topin, 2018). The momentum stays as it is."""
+
+    max_lr: Positive
+    peak: Annotated[Number, Field(gt=0, lt=1)] = 0.3
+    div: Annotated[Number, Field(ge=1)] = 25.0
+    final_div: Annotated[Number, Field(ge=1)] = 1e4
+
+    def rate(self, epoch: float, epochs: float) -> float:
+        first, middle = self.max_lr / self.div, self.peak * epochs
+        if epoch < middle:
+            return half_cosine(first, self.max_lr, epoch / middle)
+        return half_cosine(self.max_lr, first / self.final_div, (epoch - middle) / (epochs - middle))
+
+    def highest(self) -> float:
+        return self.max_lr
+
+
+def half_cosine(begin: float, end: float, share: float) -> float:
+    return end + (begin - end) * (1 + math.cos(math.pi * share)) / 2
+
+
 class Points(Schedule):
     """Linear interpolation between (epoch, learning rate) pairs."""
 

@@ -186,18 +186,29 @@ def finish(training: Training) -> dict[str, Any]:
     """Train from where the run stands to the end; then evaluate and write what came out."""
     config, directory, world = training.config, training.directory, training.world
     training.train()
-    model = training.learner.model.eval()
-    world.first(lambda: save_weights(directory, model, config, training.loader.classes))
+    model, average = training.learner.model.eval(), training.learner.average
     settings = config.evaluation
     with world.one_after_the_other(config.data.download):
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
-    evaluations = [
-        evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
-        for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
-    ]
+
+    def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
+        world.first(lambda: save_weights(directory, model, config, training.loader.classes, file))
+        return [
+            evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
+            for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
+        ]
+
+    live = []
+    if average is not None:
+        live = saved_and_evaluated(run_directory.LIVE)
+        average.swap()
+    evaluations = saved_and_evaluated(run_directory.WEIGHTS)
+    if average is not None:
+        average.swap()
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
+    summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size
     world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))
@@ -223,6 +234,9 @@ def table_of(summary: dict[str, Any]) -> Table:
     table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
     for e in summary["evaluations"]:
         table.add_row(f"{e['attack']}, epsilon {describe(e['epsilon'])}", f"{e['robust_accuracy']:.2%}", str(e["examples"]))
+    for e in summary.get("evaluations_of_live_weights", []):
+        words = f"weights before averaging: {e['attack']}, epsilon {describe(e['epsilon'])}"
+        table.add_row(words, f"{e['robust_accuracy']:.2%}", str(e["examples"]))
     return table
 
 

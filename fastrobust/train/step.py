@@ -106,6 +106,9 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         schedules.lr_table(config, len(loader)),
         precision=config.precision,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
+        label_smoothing=config.label_smoothing,
+        clip_gradients=config.clip_gradients,
+        averaging=None if config.averaging is None else config.averaging.decay,
     )
     if world.joined:
         learner.share_gradients()

@@ -161,7 +161,9 @@ class Training:
         }
         self.history.append(record)
         self.learner.reset_sums()
-        self.world.average_([b for b in self.learner.model.buffers() if b.is_floating_point()])
+        buffers = [b for b in self.learner.model.buffers() if b.is_floating_point()]
+        buffers += [] if self.learner.average is None else self.learner.average.buffers().values()
+        self.world.average_(buffers)
         if self.config.method.attacks and self.config.guard.action != "off":
             self._guard()
         self.curves.draw(record)
@@ -190,12 +192,18 @@ class Training:
         self.robust_before = found.robust
         overfit = verdict is not None and verdict[0] == "overfit"
         if not overfit and settings.action == "stop":
-            self.good = {name: t.detach().clone() for name, t in model.state_dict().items()}
+            self.good = {name: t.detach().clone() for name, t in self.weights().items()}
             self.good_epoch = record["epoch"]
         if verdict is not None:
             record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {verdict[1]}"
         if overfit and settings.action == "stop":
             self._go_back(record)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's weights, and the averaged ones as `averaged.NAME`, without copying."""
+        average = self.learner.average
+        averaged = {} if average is None else {f"averaged.{name}": t for name, t in average.tensors.items()}
+        return self.learner.model.state_dict() | averaged
 
     def _guarded_images(self) -> tuple[Tensor, Tensor]:
         """The training images that the guard attacks, at the phase's resolution, with their labels."""
@@ -213,10 +221,10 @@ class Training:
         full = None if self.config.epsilon_warmup else self.config.epsilon  # version 0.1 did not record the radius
         if before and before[0].get("guard_epsilon", full) == record["guard_epsilon"]:
             kept = f"the weights after epoch {self.good_epoch} are kept"
-            model = self.learner.model.state_dict()
+            weights = self.weights()
             with torch.no_grad():
                 for name, t in self.good.items():
-                    model[name].copy_(t)
+                    weights[name].copy_(t)
         else:
             kept = "no epoch with this epsilon was healthy"
         said = f"stopped after epoch {record['epoch']}: {record['warning']}; {kept}"

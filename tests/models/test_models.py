@@ -297,3 +297,14 @@ def test_an_own_model_that_is_none(own, name, said):
         create(f"{own}:{name}")
     with pytest.raises(ConfigError, match=r"model\.name: 'absent_models:small': there is no module 'absent_models'"):
         create("absent_models:small")
+
+
+def test_options_reach_the_model(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    facts = {"channels": 3, "classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    made = models.create("timm/convnext_atto", **facts, options={"drop_path_rate": 0.5})
+    assert "drop_prob=0.500" in str(made)
+    with pytest.raises(ConfigError, match=r"model.options: timm/convnext_atto does not take .*'dorp'"):
+        models.create("timm/convnext_atto", **facts, options={"dorp": 0.5})
+    with pytest.raises(ConfigError, match=r"model.options: mnist_net does not take"):
+        models.create("mnist_net", **facts, options={"width": 3})

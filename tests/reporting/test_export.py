@@ -93,7 +93,17 @@ def network(channels, classes):
 
 
 @pytest.mark.parametrize(
-    "name", ["mnist_net", "preact_resnet18_w16", "preact_resnet18_paper", "resnet18", "timm/resnet10t", "own_model:network"]
+    "name",
+    [
+        "mnist_net",
+        "preact_resnet18_w16",
+        "preact_resnet18_paper",
+        "cifar_resnet18",
+        "wide_resnet28_10",
+        "resnet18",
+        "timm/resnet10t",
+        "own_model:network",
+    ],
 )
 def test_every_kind_of_model_is_exported(finished_run, tmp_path, name, capsys, monkeypatch):
     if name.startswith("timm"):
