@@ -3,6 +3,7 @@ folder, trained, interrupted, evaluated and evaluated again through the commands
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -273,7 +274,19 @@ def test_all_parts_together_resume_within_an_epoch(outside, evaluate, monkeypatc
     assert cli(["train", "own_parts.yaml", "device=cpu", "name=stopped"]) == 75
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
+    with Path("own_model.py").open("a") as file:
+        file.write("\n# a remark\n")
+    capsys.readouterr()
     assert cli(["train", "--resume", "runs/stopped"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "code" in line]
+    assert told == [
+        f"warning: runs/stopped: own_model:small_net: its code in {tmp_path}/own_model.py is not what the run was begun with"
+    ]
+    code = json.loads((reference / "environment.json").read_text())["code"]
+    named = ("loader:OneByOne", "data:SQUARES", "model:small_net", "method:Remembered", "optimizer:AdamW", "schedule:Cosine")
+    assert code.keys() == {f"own_{name}" for name in named}
+    method = (ROOT / "examples/own_method.py").read_bytes()
+    assert code["own_method:Remembered"]["sha256"] == hashlib.sha256(method).hexdigest()
     assert same(weights(tmp_path / "runs/stopped"), weights(reference))
     for command in (["report", "-o", "page.html", "--limit", "8"], ["export", "-o", "exported"]):
         capsys.readouterr()

@@ -33,6 +33,7 @@ import torch
 
 from fastrobust.config import reading
 from fastrobust.config.schema import Config
+from fastrobust.config.sources import changed, sources
 from fastrobust.runtime.errors import RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.machine import environment
@@ -60,7 +61,8 @@ def create(config: Config) -> Path:
         raise taken(run)
     with explained(f"the run directory {run} cannot be made"):
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / ENVIRONMENT, environment(config.device))
+        code = sources(reading.flatten(config.to_dict()).values())
+        write_json(run / ENVIRONMENT, environment(config.device) | ({"code": code} if code else {}))
         write_text(run / CONFIG, config.to_yaml())  # last: where it is, there is a run to resume
     return run
 
@@ -73,6 +75,14 @@ def open_run(run: str | Path) -> tuple[Path, Config]:
     with explained(f"{run / CONFIG} cannot be read"):
         text = (run / CONFIG).read_text(encoding="utf-8")
     return run, reading.parse(reading.read_yaml(text, str(run / CONFIG)), str(run / CONFIG))
+
+
+def warn_of_changed_code(run: Path, config: Config) -> None:
+    """Say which of the user's own parts have other code now than when the run was begun."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        before = json.loads((run / ENVIRONMENT).read_text()).get("code", {})
+        for line in changed(before, sources(reading.flatten(config.to_dict()).values())):
+            print(f"warning: {run}: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

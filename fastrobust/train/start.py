@@ -97,6 +97,7 @@ def run(
     if begun and world.first((directory / run_directory.SUMMARY).exists):
         return world.first(lambda: read_summary(directory))
     if begun:
+        world.first(lambda: run_directory.warn_of_changed_code(directory, begun))
         config = begun.model_copy(update={"device": config.device, "engine": engine.available(begun.engine, device)})
     else:
         together = f", {world.size} processes" if world.size > 1 else ""
