@@ -33,7 +33,7 @@ def devkit(truth: list[int] = TRUTH) -> bytes:
     savemat(meta, {"synsets": np.array(rows, dtype=kinds)[:, None]})
     files = {"readme.txt": b"", "data/meta.mat": meta.getvalue()}
     files["data/ILSVRC2012_validation_ground_truth.txt"] = "".join(f"{k}\n" for k in truth).encode()
-    return gzip.compress(tar_bytes({f"ILSVRC2012_devkit_t12/{name}": data for name, data in files.items()}))
+    return gzip.compress(tar_bytes({f"ILSVRC2012_devkit_t12/{name}": data for name, data in files.items()}), mtime=0)
 
 
 def images() -> dict[str, bytes]:
