@@ -288,3 +288,18 @@ def test_files_that_are_no_arrays_are_named(tmp_path, write, says):
     write(file)
     with pytest.raises(DataError, match=says):
         sets.load("arrays", "train", file)
+
+
+def test_a_model_of_fit_works_in_art_as_it_is(run):
+    """The Adversarial Robustness Toolbox attacks it, and sees the accuracies that we see."""
+    pytest.importorskip("art", reason="needs the Adversarial Robustness Toolbox")
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    loss, x, y = nn.CrossEntropyLoss(), (TEST[0].float() / 255).numpy(), TEST[1].numpy()
+    classifier = PyTorchClassifier(run.model, loss, (3, 28, 28), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    ours = fastrobust.evaluate(run.model, *TEST, epsilon=0.05, attack="pgd-20-1")
+    assert (classifier.predict(x).argmax(1) == y).mean() == ours.clean_accuracy
+    options = {"eps": 0.05, "eps_step": 0.0125, "max_iter": 20, "num_random_init": 1, "verbose": False}
+    points = ProjectedGradientDescentPyTorch(classifier, **options).generate(x, y)
+    assert abs((classifier.predict(points).argmax(1) == y).mean() - ours.robust_accuracy) <= 0.03
