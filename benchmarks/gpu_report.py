@@ -137,29 +137,29 @@ def marked(mark: str) -> list[int]:
     return [number for number in found if number != os.getpid()]
 
 
-def signal_all(mark: str, what: signal.Signals) -> bool:
-    """Whether there was anyone to get the signal."""
-    numbers = marked(mark)
-    for number in numbers:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(number, what)
-    return bool(numbers)
-
-
-def end_all(mark: str, grace: float) -> None:
-    """SIGINT to all of a part; after `grace` seconds SIGKILL, until none is left."""
-    if not signal_all(mark, signal.SIGINT):
-        return
-    until = time.monotonic() + grace
-    while time.monotonic() < until and marked(mark):
-        time.sleep(0.05)
+def kill_all(mark: str) -> None:
+    """SIGKILL to all of a part, until none is left."""
     for _ in range(100):
-        if not signal_all(mark, signal.SIGKILL):
+        if not (numbers := marked(mark)):
             return
-        time.sleep(0.05)
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.02)
 
 
-def run_limited(command: list[str], folder: Path, limit: float, meanwhile=lambda: None, grace: float = GRACE) -> Ended:
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C for the part's own process, which may end its children and say what it has; SIGKILL for its group if it does
+    not end then."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_limited(command: list[str], folder: Path, limit: float, meanwhile=lambda: None) -> Ended:
     """Run a command in a folder, its output in log.txt there, for at most `limit` seconds. Whatever happens, none of its
     processes is left. `meanwhile` is called every now and then."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,9 +176,8 @@ def run_limited(command: list[str], folder: Path, limit: float, meanwhile=lambda
                     meanwhile()
             return Ended("cut", None, time.monotonic() - began)
         finally:
-            end_all(mark, grace)
-            with contextlib.suppress(ProcessLookupError):  # where /proc does not tell environments
-                os.killpg(process.pid, signal.SIGKILL)
+            interrupt(process)
+            kill_all(mark)
             process.wait()
 
 

@@ -68,16 +68,17 @@ def of_profile(r: dict, folder: Path) -> Figures:
 
 
 def of_epoch(r: dict, folder: Path) -> Figures:
-    about = f"{r['engine']}, {r['precision']}, batch {r['batch_size']}, {r['images_timed']:,} images scaled to 50,000"
+    about = f"{r['precision']}, batch {r['batch_size']}, {r['images_timed']:,} images scaled to 50,000"
     for name, s in r["seconds_per_pass_of_50000"].items():
-        yield f"s a pass: {name} ({about})", spread(s)
+        engine = "" if name in ("data", "usual loop") else f"{r['engine']}, "
+        yield f"s a pass: {name} ({engine}{about})", spread(s)
     yield "FGSM over the usual loop", f"{number(r['speedup_over_usual_loop'])} ×"
 
 
 def of_train(r: dict, folder: Path) -> Figures:
     """`r` is empty where the training was cut: then what its epochs wrote."""
     for file in sorted(folder.glob("*/metrics.jsonl")):
-        history = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{")]
+        history = [json.loads(line) for line in file.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
         if history:
             last = history[-1]
             seconds = sorted(h["seconds"] for h in history if h.get("seconds") is not None)
