@@ -53,11 +53,11 @@ class Part(NamedTuple):
 
 
 def tests(group: int, name: str, estimate: float, limit: float, which: str) -> Part:
-    """The tests for a GPU, by four processes where pytest-xdist is there: one that crashes is then replaced."""
+    """The tests for a GPU, by up to four processes where pytest-xdist is there: one that crashes is then replaced."""
     files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text())
     there = importlib.util.find_spec
-    options = ["-n", "4", "--max-worker-restart", "20"] if there("xdist") else []
-    options += ["--timeout", "90", "--timeout-method", "thread"] if there("pytest_timeout") else []
+    options = ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 4))), "--max-worker-restart", "20"] if there("xdist") else []
+    options += ["--timeout", "120", "--timeout-method", "thread"] if there("pytest_timeout") else []
     options += ["-o", "addopts=", "-o", "faulthandler_timeout=60", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     command = ["-m", "pytest", "-v", "--tb=short", "-c", str(ROOT / "pyproject.toml"), *options, "-m", "gpu", "-k", which]
     return Part(group, name, estimate, limit, [*command, *files])
@@ -86,7 +86,7 @@ def parts(home: Path) -> list[Part]:
     trained = ["--run", "../train_0/seed0"] if (home / "train_0/seed0/model.safetensors").exists() else []
     speed = ["evaluate", "--quick", "--limit", "500", *trained]
     found = [
-        tests(1, "tests", 60, 180, "not compiled"),
+        tests(1, "tests", 80, 180, "not compiled"),
         benchmark(1, "profile", 25, 90, "profile"),
         benchmark(1, "epoch_quick", 50, 150, "epoch", "--quick", "--images", "6400"),
         train(1, 0),
@@ -241,14 +241,12 @@ def pack(out: Path) -> None:
     os.replace(temporary, out / ARCHIVE)
 
 
-def take_earlier(folder: Path) -> None:
-    """Put in place what archives (or unpacked ones) in `folder` hold of parts that are not done here. A part that is done
+def take_earlier(archives: list[Path], folder: Path | None) -> None:
+    """Put in place what archives, or a folder with unpacked ones, hold of parts that are not done here. A part that is done
     goes before one that is not."""
     scratch = RESULTS / ".earlier"
-    for number, archive in enumerate(sorted(folder.rglob("*.tar.gz"))):
-        with tarfile.open(archive) as opened:
-            opened.extractall(scratch / str(number), filter="data")
-    for place in (scratch, folder):
+    gpu_rows.unpack(archives, scratch)
+    for place in filter(None, (scratch, folder)):
         for state in sorted(place.rglob("state.json")):
             target = RESULTS / state.parent.parent.name / state.parent.name
             if not done(target) and (done(state.parent) or not target.exists()):
@@ -303,9 +301,8 @@ def obstacle(part: Part, home: Path, facts: dict[str, Any], left: float) -> str 
 
 def report(groups: list[int], minutes: float, out: Path, earlier: Path | None) -> int:
     end = time.monotonic() + 60 * minutes - RESERVE
-    if earlier:
-        take_earlier(earlier)
-    facts = probed(out, min(180.0, end - time.monotonic()))
+    take_earlier([*out.glob(ARCHIVE), *(sorted(earlier.rglob("*.tar.gz")) if earlier else [])], earlier)
+    facts = probed(out, max(10.0, min(180.0, end - time.monotonic())))
     if facts.get("missing"):
         print(f"error: missing here: {', '.join(facts['missing'])}: see docs/gpu.md", file=sys.stderr)
         return 2
@@ -350,11 +347,19 @@ def main(argv: list[str] | None = None) -> int:
     options = p.parse_args(argv)
     if options.earlier and not options.earlier.is_dir():
         p.error(f"--earlier {options.earlier}: there is no such folder")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # parts are killed and packed on the way out
+    if not options.minutes > 0:
+        p.error(f"--minutes {options.minutes:g}: give a positive number")
+    out = options.out.resolve()
     try:
-        return report(options.parts, options.minutes, options.out.resolve(), options.earlier)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        p.error(f"--out {options.out}: {error.strerror}")
+    for number in (signal.SIGTERM, signal.SIGINT):  # the part at work is ended, and results are packed, on the way out
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    try:
+        return report(options.parts, options.minutes, out, options.earlier)
     finally:
-        pack(options.out.resolve())
+        pack(out)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import re
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,14 +246,22 @@ def rows(place: Path) -> Iterator[str]:
         yield ""
 
 
+def unpack(archives: list[Path], folder: Path) -> None:
+    """Each into a folder of its own. One that cannot be read is named and left out."""
+    for number, archive in enumerate(archives):
+        try:
+            with tarfile.open(archive) as opened:
+                opened.extractall(folder / str(number), filter="data")
+        except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+            print(f"warning: {archive} cannot be read to its end: {error}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("folder", type=Path)
     folder = p.parse_args(argv).folder
     with tempfile.TemporaryDirectory() as scratch:
-        for number_, archive in enumerate(sorted(folder.glob("*.tar.gz"))):
-            with tarfile.open(archive) as opened:
-                opened.extractall(Path(scratch) / str(number_), filter="data")
+        unpack(sorted(folder.glob("*.tar.gz")), Path(scratch))
         place = Path(scratch) if any(Path(scratch).iterdir()) else folder
         found = list(rows(place))
     if not found:
