@@ -83,8 +83,9 @@ def robust(group: int, seed: int) -> Part:
 
 def parts(home: Path) -> list[Part]:
     """In the order of their worth. The estimates are for one H100, and guesses: docs/gpu.md says how they were made."""
-    trained = ["--run", "../train_0/seed0"] if (home / "train_0/seed0/model.safetensors").exists() else []
-    speed = ["evaluate", "--quick", "--limit", "500", *trained]
+    trained = [seed for seed in range(3) if (home / f"train_{seed}/seed{seed}/model.safetensors").exists()]
+    run = ["--run", f"../train_{trained[0]}/seed{trained[0]}"] if trained else []
+    speed = ["evaluate", "--quick", "--limit", "500", *run]
     found = [
         tests(1, "tests", 80, 180, "not compiled"),
         benchmark(1, "profile", 25, 90, "profile"),
@@ -182,11 +183,13 @@ def run_limited(command: list[str], folder: Path, limit: float, meanwhile=lambda
 
 
 def ready(part: Part, folder: Path) -> Part:
-    """The part as it goes on: a training that was cut is resumed, if its files are there."""
+    """The part as it goes on: a training that was cut is resumed; one that failed begins anew."""
     for word in part.command:
         name = word.removeprefix("name=")
         if name != word and (folder / name / "config.yaml").exists():
-            return part._replace(command=["-m", "fastrobust.train", "--resume", name])
+            if gpu_rows.state_of(folder).get("status") != "failed":
+                return part._replace(command=["-m", "fastrobust.train", "--resume", name])
+            shutil.rmtree(folder / name)
     return part
 
 
@@ -218,10 +221,7 @@ def home_of(facts: dict[str, Any]) -> Path:
 
 
 def done(folder: Path) -> bool:
-    try:
-        return json.loads((folder / "state.json").read_text())["status"] == "done"
-    except (OSError, ValueError, KeyError):
-        return False
+    return gpu_rows.state_of(folder).get("status") == "done"
 
 
 def pack(out: Path) -> None:
@@ -284,6 +284,8 @@ def show(folder: Path, status: str) -> None:
     for line in gpu_rows.lines(folder):
         print(f"  {line[:200]}")
     if status != "done":
+        if code := gpu_rows.state_of(folder).get("code"):
+            print(f"  exit status {code}{' (a signal: it crashed)' if code < 0 else ''}")
         log = (folder / "log.txt").read_text(errors="replace").replace("\r", "\n")
         for line in [line for line in log.splitlines() if line.strip()][-8:]:
             print(f"  | {line[:160]}")

@@ -69,7 +69,8 @@ def of_profile(r: dict, folder: Path) -> Figures:
 
 
 def of_epoch(r: dict, folder: Path) -> Figures:
-    about = f"{r['precision']}, batch {r['batch_size']}, {r['images_timed']:,} images scaled to 50,000"
+    about = f"{r['precision']}, batch {r['batch_size']}, {r['images_timed']:,} images"
+    about += "" if r["images_timed"] == 50_000 else " scaled to 50,000"
     for name, s in r["seconds_per_pass_of_50000"].items():
         engine = "" if name in ("data", "usual loop") else f"{r['engine']}, "
         yield f"s a pass: {name} ({engine}{about})", spread(s)
