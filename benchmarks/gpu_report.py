@@ -294,7 +294,8 @@ def show(folder: Path, status: str) -> None:
 
 def obstacle(part: Part, home: Path, facts: dict[str, Any], left: float) -> str | None:
     """Why a part is not run now."""
-    if part.needs and not (home / part.name / part.needs / "model.safetensors").exists():
+    weights = os.path.normpath(home / part.name / part.needs / "model.safetensors")  # the part's own folder may not be there
+    if part.needs and not os.path.exists(weights):
         return f"the weights of {part.needs.split('/')[1]} are not on this machine"
     if part.data and not facts.get("data"):
         return f"CIFAR-10 was not found: {facts.get('data_error', 'the probe did not get there')}"

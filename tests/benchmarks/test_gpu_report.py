@@ -203,6 +203,13 @@ def test_what_cannot_be_done_is_left_out_with_its_reason(call, tmp_path, capfd):
     assert state(tmp_path, "profile_short")["status"] == "done"
 
 
+def test_all_images_are_attacked_once_the_weights_are_there(call, tmp_path):
+    trains = "import os; os.mkdir('seed0'); open('seed0/model.safetensors', 'w')"
+    attacks = "open('../train_0/seed0/model.safetensors')"
+    assert call([part("train_0", trains), part("robust_0", attacks, needs="../train_0/seed0")]) == 0
+    assert state(tmp_path, "robust_0")["status"] == "done"
+
+
 def test_without_cifar_10_its_parts_are_left_out(call, monkeypatch, capfd):
     monkeypatch.setattr(gpu_report, "probed", lambda out, limit: {"device": DEVICE, "data_error": "DataError: not there"})
     assert call([part("train_0", WRITES, data=True)]) == 0
