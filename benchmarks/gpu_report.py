@@ -194,21 +194,19 @@ def ready(part: Part, folder: Path) -> Part:
 
 
 def do(part: Part, home: Path, facts: dict[str, Any], left: float, meanwhile) -> str:
-    """Run a part, write its state.json and return its status."""
+    """Run a part and return its status; its state.json says what is known of it at any time."""
     folder = home / part.name
     part = ready(part, folder)
     with contextlib.suppress(OSError):
         (folder / "result.json").unlink()
-    ended = run_limited(part.command, folder, min(part.limit, left), meanwhile)
-    log = (folder / "log.txt").read_text(errors="replace")
-    if not (folder / "result.json").exists() and (found := gpu_rows.result_in(log, part.name)) is not None:
-        gpu_probe.write(folder / "result.json", found)
     command = " ".join(["python", *part.command]).replace(f"{ROOT}/", "")
-    state = {"part": part.name, "command": command, "date": time.strftime("%Y-%m-%d"), **ended._asdict()}
-    state |= {"limit": min(part.limit, left), "estimate": part.estimate}
+    state = {"part": part.name, "command": command, "date": time.strftime("%Y-%m-%d")}
+    state |= {"limit": min(part.limit, left), "estimate": part.estimate, "status": "cut", "code": None, "seconds": None}
     state |= {key: facts.get(key) for key in ("device", "simulated", "commit", "sources", *(["data"] if part.data else []))}
+    gpu_probe.write(folder / "state.json", state)  # what stands if this report is killed
+    state |= run_limited(part.command, folder, min(part.limit, left), meanwhile)._asdict()
     gpu_probe.write(folder / "state.json", state)
-    return ended.status
+    return state["status"]
 
 
 # ---- results

@@ -147,9 +147,13 @@ def figures(folder: Path) -> list[tuple[str, str]]:
     """Of a part's folder. What cannot be read is said, never raised: results may be partial, or garbage."""
     kind = folder.name.split("_")[0]
     try:
-        found = {} if kind == "train" else json.loads((folder / "result.json").read_text())
-        for file in folder.glob("*/summary.json") if kind == "train" else ():
-            found = json.loads(file.read_text())
+        if kind == "train":
+            summaries = [json.loads(file.read_text()) for file in folder.glob("*/summary.json")]
+            found = summaries[0] if summaries else {}
+        elif (folder / "result.json").exists():
+            found = json.loads((folder / "result.json").read_text())
+        elif (found := result_in((folder / "log.txt").read_text(errors="replace"), folder.name)) is None:
+            return [("no result", "its log has none")]
     except (OSError, ValueError) as error:
         return [("no result", str(error).replace(f"{folder}/", ""))]
     seen = []

@@ -116,7 +116,8 @@ except KeyboardInterrupt:
     print('{{"milliseconds_per_step": 2}}')
 """
     assert call([part("profile_x", code, limit=1)]) == 1
-    assert json.loads((tmp_path / "results/Card_9000/profile_x/result.json").read_text()) == {"milliseconds_per_step": 2}
+    log = (tmp_path / "results/Card_9000/profile_x/log.txt").read_text()
+    assert gpu_rows.result_in(log, "profile_x") == {"milliseconds_per_step": 2}
     assert state(tmp_path, "profile_x")["status"] == "cut"
 
 
@@ -233,7 +234,9 @@ raise SystemExit(g.main(["--out", {str(tmp_path / "out")!r}]))
         time.sleep(0.05)
     report.terminate()
     assert report.wait(20) == 143
-    assert not alive(int(log.read_text().split()[0])) and "profile_a/log.txt" in archived(tmp_path / "out")
+    assert not alive(int(log.read_text().split()[0]))
+    assert {"profile_a/log.txt", "profile_a/state.json"} <= archived(tmp_path / "out")
+    assert state(tmp_path, "profile_a")["status"] == "cut"
 
 
 def test_a_training_that_was_cut_is_resumed_and_one_that_failed_begins_anew(tmp_path):

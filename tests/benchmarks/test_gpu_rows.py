@@ -83,8 +83,8 @@ def test_tests_are_counted_in_a_log_that_was_cut(log, tmp_path):
     name = "tests/test_gpu.py::test_a[torch from source]"
     expected = {"passed": 1, "skipped": 1, "failed": [name], "selected": 4}
     assert gpu_rows.counted(TEST_LOGS[log]) == expected
-    reasoned = gpu_rows.counted(f"{TEST_LOGS[log]}\nFAILED ../../{name} - AssertionError: 3")
-    gpu_probe.write(tmp_path / "tests/result.json", reasoned)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/log.txt").write_text(f"{TEST_LOGS[log]}\nFAILED ../../{name} - AssertionError: 3")
     told = [("tests", "1 passed, 1 skipped, 1 failed, of 4"), ("failed", f"{name}: AssertionError: 3")]
     assert gpu_rows.figures(tmp_path / "tests") == told
 
