@@ -32,7 +32,7 @@ test: $(VENV)/.test data compiler loaders browser
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in benchmarks/results/gpu.
+# On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in runs/gpu_report (docs/gpu.md).
 gpu-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu_report
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 
-from benchmarks import epoch, evaluate, gpu_report, loader, measure, paper, profile, step
+from benchmarks import epoch, evaluate, loader, measure, profile, step
 
 
 @pytest.fixture
@@ -81,64 +80,3 @@ def test_rows_are_timed_in_turn():
     times = measure.interleaved(rows, step.torch.device("cpu"), repetitions=2, inner=2, lead=1)
     assert "".join(called) == "ab" + 2 * "aaabbb" and [len(t) for t in times.values()] == [2, 2]
     assert measure.ratio([2.0, 6.0, 3.0], [1.0, 2.0, 3.0]) == 2.0
-
-
-# ---- the GPU report, with made-up processes
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """gpu(fails) -> (exit status, the commands that were run). A command writes its result file, unless its words hold
-    `fails`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(gpu_report.sets, "locate", lambda name: tmp_path)
-    monkeypatch.setattr("sys.argv", ["gpu_report"])
-
-    def made(fails: str = "nothing") -> tuple[int, list[list[str]]]:
-        files, commands = iter([name for name, _ in gpu_report.parts() if not (gpu_report.RESULTS / name).exists()]), []
-
-        def run(command, stdout, stderr, timeout):
-            assert 0 < timeout <= 25 * 60
-            commands.append(command[2:])
-            file = gpu_report.RESULTS / next(files)
-            stdout.write("a log\n")
-            stdout.flush()
-            failed = fails in command
-            if not failed and file.suffix == ".json":
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text("{}")
-            return subprocess.CompletedProcess(command, int(failed))
-
-        monkeypatch.setattr(subprocess, "run", run)
-        return gpu_report.main(), commands
-
-    return made
-
-
-def test_the_gpu_report_goes_on_with_what_is_open(gpu):
-    status, commands = gpu(fails="benchmarks.epoch")
-    assert status == 1 and len(commands) == len(gpu_report.parts())
-    status, again = gpu()
-    assert status == 0 and again == [words for words in commands if "benchmarks.epoch" in words] and len(again) == 2
-    assert gpu() == (0, [])
-    assert (gpu_report.RESULTS / "tests.txt").read_text() == "a log\n"
-
-
-def test_the_gpu_report_trains_a_row_of_table_3(gpu):
-    from benchmarks import reproduce
-
-    trained = [words for words in gpu()[1] if "benchmarks.reproduce" in words]
-    assert len(trained) == gpu_report.SEEDS
-    row = next(row for row in paper.ROWS["full"]["table3"] if row.name == gpu_report.ROW)
-    assert row.config == "cifar10_fgsm_fast.yaml" and not row.overrides
-    for seed, words in enumerate(trained):
-        options = reproduce.parser().parse_args(words[1:])
-        assert (options.what, options.only, options.seeds) == (["table3"], [row.name], seed + 1)
-        file = reproduce.file_of(row, seed, reproduce.Path(options.results) / options.scale)
-        assert file.exists()  # the report looks for the file that reproduce writes
-
-
-def test_the_gpu_report_needs_a_gpu(gpu, monkeypatch, capsys):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    assert gpu_report.main() == 2 and "no CUDA GPU" in capsys.readouterr().err
