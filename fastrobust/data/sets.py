@@ -21,8 +21,8 @@ from PIL import Image
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
 from fastrobust.data import formats, ilsvrc, layouts
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 
 @dataclass(frozen=True)

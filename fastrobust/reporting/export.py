@@ -24,13 +24,13 @@ import torch
 from fastrobust.config import parts
 from fastrobust.config.numbers import describe
 from fastrobust.models import Normalized
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.progress import duration
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 
 def command(arguments) -> int:

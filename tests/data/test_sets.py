@@ -16,8 +16,8 @@ from data_files import CIFAR, RNG, check_form, cifar_batches, idx_folder, pixels
 
 from fastrobust.data import formats, sets
 from fastrobust.data.sets import ImageSet, load, locate
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import DataError
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning from numpy, torch or Pillow is a defect here
 
