@@ -97,5 +97,6 @@ def load(run: str | Path) -> torch.nn.Module:
 
 
 def build_model(config: Config, classes: tuple[str, ...]) -> torch.nn.Module:
+    config = config if config.facts.channels else config.with_channels(3)  # a run that has not looked at its files
     channels = config.facts.channels
     return create(config.model.name, channels=channels, classes=len(classes), mean=config.model.mean, std=config.model.std)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from fastrobust import __version__
 from fastrobust.data import sets
+from fastrobust.data.held_out import evenly_spaced
 from fastrobust.data.prepared import records
 from fastrobust.data.prepared.beton import BetonWriter
 from fastrobust.data.prepared.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
@@ -193,7 +194,7 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
 
 def estimate(split: str, source: sets.Pictures, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
     """Print what a split would take, judged from an even sample. Nothing is written."""
-    numbers = sets.evenly_spaced(len(source.labels), SAMPLE).tolist()
+    numbers = evenly_spaced(len(source.labels), SAMPLE).tolist()
     began = time.perf_counter()
     pictures = list(
         in_order(lambda k: encode(source.image(numbers[k]), numbers[k], sizes, options), len(numbers), options.workers)
