@@ -190,7 +190,10 @@ def test_cifar_images_must_be_32_pixels(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (image_set(folders=("train",)), "one of test/.*images in train, so there are no test images; data.held_out=N tests on N training images"),
+        (
+            image_set(folders=("train",)),
+            "one of test/.*images in train, so there are no test images; data.held_out=N tests on N training images",
+        ),
         (image_set(folders=("val",)), "images in val, so there are no train images$"),
         ({"train/1.png": noise_png(), "val/a/readme": b""}, "images in no such folder, so there are no train images$"),
         ({"train/cat/notes.txt": b"", "val/cat/notes.txt": b""}, "images in no such folder, so"),
