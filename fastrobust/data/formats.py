@@ -334,6 +334,6 @@ def open_upright(member: Member) -> Image.Image:
 
 def unusable(where: str, error: Exception) -> DataError:
     advice = (
-        "put a good copy in its place (a run that was begun goes on with --resume), or begin with data.skip_corrupt=true"
+        "put a good copy in its place (a run that was begun goes on with --resume), or leave it out: data.skip_corrupt=true"
     )
     return DataError(f"{where} is not a usable image ({error}): {advice}")
