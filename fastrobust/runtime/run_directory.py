@@ -68,10 +68,15 @@ def create(config: Config) -> Path:
     return run
 
 
+def as_lines(names: Sequence[str]) -> list[str]:
+    """Files' names as text of one line each, whatever is in them."""
+    return [name.encode(errors="backslashreplace").decode().replace("\n", "\\n") for name in names]
+
+
 def write_images(run: Path, names: Sequence[str], skipped: dict[str, Sequence[str]]) -> None:
     """The files that a run trains on, and those of each split that it leaves out."""
     if names:
-        content = gzip.compress("\n".join(names).encode(), mtime=0)
+        content = gzip.compress("\n".join(as_lines(names)).encode(), mtime=0)
         write_atomically(run / IMAGES, lambda file: file.write(content))
     if lines := [f"{split}: {line}" for split, found in skipped.items() for line in found]:
         write_text(run / SKIPPED, "\n".join(lines) + "\n")

@@ -130,8 +130,8 @@ def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
 def refuse_other_images(run: Path, loader) -> None:
     """Raise RunError, which names the files, where the training images are not those of the list that the run was begun
     with."""
-    before, names = run_directory.read_images(run), getattr(loader, "names", ())
-    if before is None or not names or before == list(names):
+    before, names = run_directory.read_images(run), run_directory.as_lines(getattr(loader, "names", ()))
+    if before is None or not names or before == names:
         return
     gone, new = sorted(set(before) - set(names)), sorted(set(names) - set(before))
     changes = [

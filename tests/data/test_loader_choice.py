@@ -201,3 +201,19 @@ def test_a_stored_config_is_read_back_resolved(resolved, written):
     found = resolved(("ffcv",), data={"prepared": str(written / "jpeg" / "x-ffcv")})
     assert found.loader == "ffcv" and reading.parse(found.to_dict(), "stored") == found
     assert np.array_equal(loaders.Phases(found, CPU).enter(0).labels, np.repeat([0, 1, 2], [13, 12, 12]))
+
+
+def test_a_note_says_that_prepared_files_are_not_read(resolved, written, tmp_path, capsys):
+    """Whatever chose a loader that reads the source."""
+    place = str(written / "jpeg" / "x-dali")
+    small = {"dataset": "mnist", "path": None, "prepared": place, "augment": {"crop": "none"}}
+    cases = [
+        {"data": small, "model": {"name": "mnist_net"}, "phases": [{"epochs": 1, "batch_size": 8}]},
+        {"loader": "resident", "data": {"prepared": place}},
+    ]
+    for changes in cases:
+        config = resolved(**changes)
+        assert config.loader == "resident" and config.data.prepared is None
+        assert "note: data.prepared is not used: the loader is resident" in capsys.readouterr().out
+    assert resolved(loader="torch", data={"prepared": place}).data.prepared == place
+    assert "not used" not in capsys.readouterr().out

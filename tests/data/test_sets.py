@@ -129,6 +129,19 @@ def test_failed_download(root, monkeypatch):
         load("mnist", "train", download=True)
 
 
+def test_a_download_says_where_it_goes_and_leaves_no_empty_folders(root, monkeypatch, capsys):
+    def fetch(folder, download):
+        (Path(folder) / "MNIST" / "raw").mkdir(parents=True)
+        raise OSError("no route to host")
+
+    fake_torchvision(monkeypatch, "MNIST", fetch)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load("mnist", "train", root / "typo" / "deep", download=True)
+    assert sorted(root.rglob("*")) == before
+    assert f"mnist is downloaded to {root / 'typo' / 'deep'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])
 def test_a_download_with_another_checksum_is_refused(root, monkeypatch, dataset):
     """torchvision's own download, from a server (a folder here) whose files are not the known ones."""

@@ -13,7 +13,7 @@ from fastrobust.__main__ import main as cli
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.runtime.errors import DataError, RunError
-from fastrobust.runtime.run_directory import IMAGES, SKIPPED, read_images
+from fastrobust.runtime.run_directory import IMAGES, SKIPPED, as_lines, read_images, write_images
 from fastrobust.train import start
 from fastrobust.train.training import Training
 
@@ -123,3 +123,11 @@ def test_with_test_images_the_held_out_ones_are_kept_apart(config_of, tmp_path, 
     assert sum(made.images["train"].values()) == 60 and sum(made.images["test"].values()) == 20
     assert made.tested_on == "20 test images"
     assert "10 training images are held out, kept apart from these and the test images" in capsys.readouterr().out
+
+
+def test_names_of_any_kind_are_listed(tmp_path):
+    """Of more than one line, and not in UTF-8."""
+    names = ["train/a/1.png", "train/a/two\nlines.png", "train/a/" + os.fsdecode(b"\xff.png")]
+    write_images(tmp_path, names, {"train": ["x"], "test": []})
+    assert read_images(tmp_path) == as_lines(names) and len(set(as_lines(names))) == 3
+    assert (tmp_path / SKIPPED).read_text() == "train: x\n"
