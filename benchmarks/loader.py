@@ -30,11 +30,11 @@ from fastrobust.data.loaders.dali import Dali
 from fastrobust.data.loaders.ffcv import Ffcv
 from fastrobust.data.loaders.torch_workers import Torch
 from fastrobust.data.prepared import beton, shards, writing
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime import distributed
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.limits import cores
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 PHASES = [(160, 128), (352, 224), ("original", 288)]  # stored size, crop
 AUGMENT = Augment(crop="random_resized", flip=True)

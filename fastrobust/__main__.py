@@ -239,6 +239,11 @@ def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--splits", nargs="+", choices=["train", "test"], default=["train", "test"])
     add_workers(p, "threads")
     p.add_argument("--limit", type=count, metavar="N", help="so many images of each split, evenly spaced (default: all)")
+    p.add_argument(
+        "--labels", metavar="FILE", help="a CSV file with the columns file,label, where folders do not say classes"
+    )
+    told = "replace what is there; until the new files are whole the old ones stay"
+    p.add_argument("--overwrite", action="store_true", help=told)
     p.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and list them")
     p.add_argument("--dry-run", action="store_true", help="judge sizes and time from a sample; write nothing")
 

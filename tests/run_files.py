@@ -14,6 +14,7 @@ FILES = {
     "checkpoint.previous.pt",
     "model.safetensors",
     "summary.json",
+    "images.txt.gz",
 }
 
 

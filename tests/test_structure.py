@@ -15,7 +15,7 @@ FORBIDDEN = {
     "runtime": ("data", "models", "attack", *LATER),
     "config": ("data", "models", "attack", *LATER),
     "models": ("data", "attack", *LATER),
-    "data": ("attack", *LATER),
+    "data": ("models", "attack", *LATER),
     "attack": LATER,
     "train": ("verification", "reporting", "tuning"),
     "evaluation": ("verification", "reporting", "tuning"),

@@ -4,7 +4,7 @@ function that makes one from the config's `data.path`."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastrobust.config import parts
@@ -28,6 +28,14 @@ class Dataset:
     std: tuple[float, ...]
     read: Callable[[str, str | None], tuple[Any, Any]] | None = None
 
+    def of_channels(self, channels: int | None) -> Dataset:
+        """The same for images of so many channels, where the user's files decide that. Grey images are normalised by the
+        means of the colours' values."""
+        if self.channels is not None or channels is None:
+            return self
+        mean, std = ((round(sum(v) / 3, 4),) if channels == 1 else v for v in (self.mean, self.std))
+        return replace(self, channels=channels, mean=mean, std=std)
+
 
 _FASHION = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -42,7 +50,7 @@ DATASETS: dict[str, Dataset] = {
     "cifar10": Dataset(3, 32, _CIFAR, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "imagenet": Dataset(3, None, None, *_PHOTOS),
     "imagenette": Dataset(3, None, None, *_PHOTOS),
-    "image_folder": Dataset(3, None, None, *_PHOTOS),
+    "image_folder": Dataset(None, None, None, *_PHOTOS),
 }
 
 

@@ -27,12 +27,15 @@ from fastrobust.runtime.errors import ConfigError
 FAR_ALIKE = 0.8  # the least likeness of a key and one of another section that it is taken for
 MESSAGES = 20  # as many mistakes are told at once
 LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
-_FREE = re.compile(r"(name|output|device|engine|data\.path|data\.prepared|data\.download|data\.workers|evaluation\.[\w.]+):")
-_ABSOLUTE = ("data.path", "data.prepared")  # a run stores them so
+_FREE = re.compile(
+    r"(name|output|device|engine|data\.path|data\.prepared|data\.labels|data\.download|data\.workers|evaluation\.[\w.]+):"
+)
+_ABSOLUTE = ("data.path", "data.prepared", "data.labels")  # a run stores them so
 _CHOSEN = {
     "loader": "auto",
     "engine": "auto",
     "data.prepared": None,
+    "data.channels": None,
 }  # keys that a run resolves, and what leaves it the choice
 
 
@@ -113,6 +116,9 @@ def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in t
     """Readable lines `key: value in a, not value in b` for every key in which two configs differ. Where one leaves the
     choice to the run, and the other is what the run chose, they do not differ."""
     flat_a, flat_b = flatten(a.to_dict()), flatten(b.to_dict())
+    for key in ("model.mean", "model.std"):  # a list's numbers have keys of their own
+        if None in (flat_a.get(key, 0), flat_b.get(key, 0)):
+            flat_a, flat_b = ({k: v for k, v in flat.items() if not k.startswith(key)} for flat in (flat_a, flat_b))
     return [
         f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
         for key in sorted(flat_a.keys() | flat_b.keys())

@@ -99,6 +99,11 @@ class Data(Section):
     workers: Count | None = None  # threads or processes that decode; default: one for each core
     download: bool = False
     limit: Count | None = None
+    held_out: Annotated[int, Field(ge=0, strict=True)] = 0  # training images that are never trained on
+    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0  # of which those are
+    labels: Place | None = None  # a CSV file with columns file, label, and perhaps split
+    skip_corrupt: bool = False  # leave out images that cannot be decoded
+    channels: Literal[1, 3] | None = None  # default: 1 where the files of an image folder are grey
     augment: Augment = Augment()
 
 
@@ -208,9 +213,15 @@ class Config(Section):
         if len(evaluation.alpha) != len(evaluation.epsilon):
             counts = f"{len(evaluation.alpha)} values for the {len(evaluation.epsilon)} of evaluation.epsilon"
             raise ValueError(f"evaluation.alpha has {counts}: give one value, or one for each radius")
+        fixed = datasets.facts(data.dataset, data.path)
+        if fixed.channels is None and data.channels is None:
+            data.channels = self._asked_channels()
+        if fixed.channels is not None and data.channels not in (None, fixed.channels):
+            raise ValueError(f"data.channels is {data.channels}, but {data.dataset} images have {fixed.channels}")
+        if fixed.size is not None and data.labels:
+            raise ValueError(f"data.labels is for folders of images; {data.dataset} has labels of its own")
+        self._normalise()
         facts = self.facts
-        self.model.mean = facts.mean if self.model.mean is None else self.model.mean
-        self.model.std = facts.std if self.model.std is None else self.model.std
         channels, native = facts.channels, facts.size
         if channels is not None and (len(self.model.mean) != channels or len(self.model.std) != channels):
             raise ValueError(f"model.mean and model.std need {channels} value(s) for {data.dataset}")
@@ -229,6 +240,26 @@ class Config(Section):
         self.schedule.check(self.epochs)
         return self
 
+    def _asked_channels(self) -> int | None:
+        """How many channels the model's section speaks of: torchvision's models take 3."""
+        given = self.model.mean or self.model.std
+        if given is not None:
+            return 1 if len(given) == 1 else 3
+        return None if self.model.name in parts.MODELS or re.match(r"timm/|.*:", self.model.name) else 3
+
+    def _normalise(self) -> None:
+        """The default mean and std, where it is known how many channels the images have."""
+        if self.facts.channels is not None:
+            self.model.mean = self.facts.mean if self.model.mean is None else self.model.mean
+            self.model.std = self.facts.std if self.model.std is None else self.model.std
+
+    def with_channels(self, channels: int) -> Config:
+        """The config for images that turned out to have so many channels."""
+        changed = {"data": self.data.model_copy(update={"channels": channels}), "model": self.model.model_copy()}
+        config = self.model_copy(update=changed)
+        config._normalise()
+        return config
+
     @property
     def epochs(self) -> int:
         """Epochs as the paper counts them: for `free`, replays of a minibatch count as epochs."""
@@ -240,8 +271,8 @@ class Config(Section):
 
     @property
     def facts(self) -> datasets.Dataset:
-        """What is fixed about the data set."""
-        return datasets.facts(self.data.dataset, self.data.path)
+        """What is fixed about the data set; channels is None until a run has looked at its files."""
+        return datasets.facts(self.data.dataset, self.data.path).of_channels(self.data.channels)
 
     def passes(self, phase: Phase) -> int:
         """Passes over the data in a phase: its epochs, divided by the replays of `free` and rounded up."""

@@ -42,6 +42,7 @@ _PICKLE_GLOBALS = {
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
+HEAD, TAIL = 4096, 64  # bytes at the ends of a file that are looked at
 _DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
 
 
@@ -62,6 +63,12 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"{path} is truncated or corrupt ({error}): fetch it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or error}): check the file") from error
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark. Raises DataError."""
+    with opened(path) as file:
+        return file.read().decode("utf-8-sig", "backslashreplace")
 
 
 def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
@@ -97,11 +104,19 @@ def check_labels(labels: np.ndarray, classes: int, where: str | Path) -> None:
 
 
 class Member(NamedTuple):
-    """A file in a folder or archive: its name there, what to call it in a message, and how to read it."""
+    """A file in a folder or archive: its name there, what to call it in a message, and how to read it, or `length` bytes
+    from `start`, which is negative if it counts from the end."""
 
     name: str
     where: str
-    read: Callable[[], bytes]
+    read: Callable[..., bytes]
+
+    def ends(self) -> tuple[bytes, bytes]:
+        """The first bytes and the last: without the rest where that is quicker."""
+        if not isinstance(self.read, partial) or self.read.func is not _read_at:
+            content = self.read()
+            return content[:HEAD], content[-TAIL:]
+        return self.read(0, HEAD), self.read(-TAIL, TAIL)
 
 
 def folder_members(folder: Path) -> list[Member]:
@@ -115,7 +130,8 @@ def folder_members(folder: Path) -> list[Member]:
             folders.clear()  # a link that leads back to a folder around it
             continue
         files += [Path(parent, name) for name in names]
-    return [Member(printable(file.relative_to(folder).as_posix()), printable(str(file)), file.read_bytes) for file in files]
+    names = [(printable(file.relative_to(folder).as_posix()), printable(str(file))) for file in files]
+    return [Member(*name, partial(_read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
 
 
 def printable(name: str) -> str:
@@ -179,12 +195,18 @@ def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None 
     return entries
 
 
-def _read_at(source: io.BytesIO | Path, offset: int, size: int) -> bytes:
+def _read_at(source: io.BytesIO | Path, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes, or all, from `start` of what lies at `offset` and takes `size` bytes, or all that the file has."""
+    if size is None:
+        size = os.stat(source).st_size if start < 0 else None
+    if size is not None:
+        start = max(0, start + size) if start < 0 else start
+        length = size - start if length is None else min(length, size - start)
     if isinstance(source, io.BytesIO):
-        return bytes(source.getbuffer()[offset : offset + size])
+        return bytes(source.getbuffer()[offset + start : offset + start + length])
     with open(source, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+        file.seek(offset + start)
+        return file.read() if length is None else file.read(length)
 
 
 class _BatchUnpickler(pickle.Unpickler):
@@ -224,26 +246,43 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(_IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
-def decode_all(members: list[Member], size: int, resize: bool) -> np.ndarray:
-    """The images as one array N x size x size x 3, decoded in as many threads as there are processors."""
-    shape = (len(members), size, size, 3)
+class Unusable(DataError):
+    """Images that cannot be decoded: all of them, of which the message has the first ten."""
+
+    def __init__(self, errors: list[DataError]):
+        self.errors = [str(error) for error in errors]
+        super().__init__(first_ten(self.errors))
+
+
+def first_ten(lines: list[str]) -> str:
+    return "\n".join(lines[:10]) + (f"\nand {len(lines) - 10} more" if len(lines) > 10 else "")
+
+
+def decode_all(
+    members: list[Member], size: int, resize: bool, channels: int = 3, bad: dict[int, DataError] | None = None
+) -> np.ndarray:
+    """The images as one array N x size x size x channels, decoded in as many threads as there are processors. Images that
+    cannot be decoded are put into `bad` under their numbers, or raised together as Unusable if that is None."""
+    shape = (len(members), size, size, channels)
     check_memory(math.prod(shape), f"a set of {len(members)} images of {size} x {size} pixels")
     images = np.empty(shape, np.uint8)
 
-    def decode(start: int) -> list[DataError]:
-        bad = []
+    def decode(start: int) -> dict[int, DataError]:
+        found = {}
         for i, member in enumerate(members[start : start + 64], start):
             try:
-                images[i] = _decode(member, size, resize)
+                image = _decode(member, size, resize)
+                images[i] = image if channels == 3 else np.asarray(image.convert("L"))[..., None]
             except DataError as error:
-                bad.append(error)
-        return bad
+                found[i] = error
+        return found
 
     with ThreadPoolExecutor(limits.cores()) as pool:
-        bad = [error for part in pool.map(decode, range(0, len(members), 64)) for error in part]
-    if bad:
-        more = f"\nand {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise DataError("\n".join(map(str, bad[:10])) + more)
+        found = {i: error for part in pool.map(decode, range(0, len(members), 64)) for i, error in part.items()}
+    if found and bad is None:
+        raise Unusable(list(found.values()))
+    if bad is not None:
+        bad |= found
     return images
 
 
@@ -294,5 +333,7 @@ def open_upright(member: Member) -> Image.Image:
 
 
 def unusable(where: str, error: Exception) -> DataError:
-    advice = "replace it with a good copy, or remove it before a run begins"
+    advice = (
+        "put a good copy in its place (a run that was begun goes on with --resume), or leave it out: data.skip_corrupt=true"
+    )
     return DataError(f"{where} is not a usable image ({error}): {advice}")

@@ -4,6 +4,7 @@ train/<class>/<image>, and test/... or val/... (valid/, validation/)   torchvisi
 <any folder>/train/...                                                 one folder around it
 val/images/<image>, val/val_annotations.txt                            Tiny-ImageNet as it is downloaded
 val/<image>, LOC_val_solution.csv beside ILSVRC/                       ImageNet as Kaggle gives it out
+any folders, and a CSV file with the columns file, label (and split)   `data.labels`
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class Split(NamedTuple):
     classes: tuple[str, ...]
 
 
-def choose(members: list[Member], split: str, classes: tuple[str, ...] | None, source: str, place: Path) -> Split:
-    """One split of what `place` holds. classes: those that the data set has, if that is fixed. Raises DataError."""
-    members = [member for member in without_top_folder(members) if not is_hidden(member.name)]
-    groups = by_folder(members, place)
-    side = side_of(groups, split, source)
+def choose(
+    members: list[Member], split: str, classes: tuple[str, ...] | None, source: str, place: Path, labels: str | None = None
+) -> Split:
+    """One split of what `place` holds. classes: those that the data set has, if that is fixed. labels: the CSV file that
+    says them, if the folders do not. Raises DataError."""
+    members, groups = grouped(members, place, labels)
+    side = side_of(groups, split, source, labels)
     images = named(groups[side], classes)
     found = {name for name, _, _ in images}
     train = {name for name, _, _ in named(groups.get("train", []), classes)}
@@ -49,16 +52,70 @@ def choose(members: list[Member], split: str, classes: tuple[str, ...] | None, s
         raise DataError(f"{source}: {split} must have the classes of {whose}, but differs in {differ}")
     if absent := sorted(expected - found):
         print(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out", flush=True)
+    if len(expected) < 2 and labels:
+        raise DataError(f"{labels}: all images are of one class, '{min(found)}': at least two are needed")
     if len(expected) < 2:
         raise DataError(
             f"{source}: all images of {side}/ are of one class, '{min(found)}'. Is the path one level too high? "
             f"It must be {LAYOUT}"
         )
     refuse_copies(members, source)
-    tell_what_is_left_out(members, side, source)
+    if not labels:
+        tell_what_is_left_out(members, side, source)
     index = {name: label for label, name in enumerate(sorted(expected))}
     chosen = sorted(images)
     return Split([member for _, _, member in chosen], np.array([index[name] for name, _, _ in chosen]), tuple(index))
+
+
+def grouped(members: list[Member], place: Path, labels: str | None) -> tuple[list[Member], dict[str, list[Image]]]:
+    """The files that are not hidden, by their names below the folder around all; and the images of each split."""
+    members = [member for member in without_top_folder(members) if not is_hidden(member.name)]
+    return members, by_file(members, place, labels) if labels else by_folder(members, place)
+
+
+def find_labels(labels: str, path: str | Path | None) -> Path:
+    """The CSV file of `data.labels`: as it is named, or in the data set's folder. Raises DataError."""
+    places = [Path(labels), *([Path(path) / labels, Path(path).parent / labels] if path is not None else [])]
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(f"data.labels: there is no file {' nor '.join(map(str, places[:2]))}")
+
+
+def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[Image]]:
+    """The images of each split as a CSV file gives them. Files are named from the data set's folder, or from the folder of
+    their split. Without a column `split` a file in train/, test/, … is of that split, and any other of train."""
+    csv_file, images = find_labels(labels, place), {m.name: m for m in members if formats.is_image(m.name)}
+    text = formats.read_text(csv_file)
+    rows = csv.DictReader(io.StringIO(text))
+    columns, sides = rows.fieldnames or [], {name: side for side, names in SPLITS.items() for name in names}
+    if not {"file", "label"} <= set(columns) <= {"file", "label", "split"}:
+        needed = "it needs the columns file, label and may have a column split"
+        raise DataError(f"{csv_file} has the columns {', '.join(map(str, columns)) or '(none)'}: {needed}")
+    groups: dict[str, list[Image]] = {}
+    missing, used = [], {}
+    for number, row in enumerate(rows, 2):
+        name, label, side = ((row.get(key) or "").strip() for key in ("file", "label", "split"))
+        if not name or not label or (side and side not in sides):
+            odd = f"the split '{side}', which is none of {', '.join(sides)}" if name and label else "no file or no label"
+            raise DataError(f"{csv_file}, line {number}, has {odd}")
+        name = Path(name).as_posix()
+        found = [
+            known for known in (name, *(f"{folder}/{name}" for folder in ([side] if side else sides))) if known in images
+        ]
+        if not found:
+            missing.append(name)
+            continue
+        if len(found) > 1 or used.setdefault(found[0], number) != number:
+            twice = f"means {' and '.join(found)}" if len(found) > 1 else f"is in line {used[found[0]]} too"
+            raise DataError(f"{csv_file}, line {number}: {name} {twice}: name every file once, from the data set's folder")
+        folder = side or found[0].partition("/")[0]
+        groups.setdefault(folder if folder in sides else "train", []).append((label, found[0], images[found[0]]))
+    if missing:
+        raise DataError(f"{csv_file} names {len(missing)} files that are not in {place}:\n{formats.first_ten(missing)}")
+    if len(used) < len(images):
+        print(f"note: {place}: {len(images) - len(used)} images are not in {csv_file}, and not used", flush=True)
+    return groups
 
 
 def without_top_folder(members: list[Member]) -> list[Member]:
@@ -124,12 +181,15 @@ def kaggle(members: list[Member], place: Path) -> dict[str, str] | None:
     )
 
 
-def side_of(groups: dict[str, list[Image]], split: str, source: str) -> str:
+def side_of(groups: dict[str, list[Image]], split: str, source: str, labels: str | None = None) -> str:
     """The folder that a split is read from. Raises DataError."""
     there = [name for name in SPLITS[split] if name in groups]
     if not there:
         found = ", ".join(sorted(groups)) or "no such folder"
-        raise DataError(f"{source} must be {LAYOUT}; it has images in {found}, so there are no {split} images")
+        hold = "; data.held_out=N tests on N training images that are never trained on" if "train" in groups else ""
+        if labels:
+            raise DataError(f"{labels} has images of {found}, so there are no {split} images{hold}")
+        raise DataError(f"{source} must be {LAYOUT}; it has images in {found}, so there are no {split} images{hold}")
     if len(there) > 1:
         print(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used", flush=True)
     return there[0]

@@ -6,11 +6,11 @@ disk or executed. Every problem with the data is a `DataError`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,57 +21,10 @@ from PIL import Image
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
 from fastrobust.data import formats, ilsvrc, layouts
-from fastrobust.models.torchvision_compat import import_torchvision
+from fastrobust.data.held_out import ALL, SPLITS, Choice
+from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Labelled images in memory.
-
-    images: uint8, N x C x H x W, stored as N, H, W, C and permuted (channels-last memory).
-    labels: int64, N; each is an index into `classes`.
-    classes: class names in label order.
-    source: the file(s) or folder that the images came from, for records.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    classes: tuple[str, ...]
-    source: str
-
-    def labelled_as(self, classes: tuple[str, ...], whose: str) -> ImageSet:
-        """The same images with labels that are indices into `classes`, matched by name. A note names the classes that this
-        set does not have. Raises DataError if this set has a class that is not in `classes`."""
-        if self.classes == classes:
-            return self
-        unknown = [name for name in self.classes if name not in classes]
-        if unknown:
-            raise DataError(
-                f"{self.source} has images of {listed(unknown)}, but {whose} was trained on {listed(classes)}: "
-                "give images of the same classes, under the same names"
-            )
-        places = torch.tensor([classes.index(name) for name in self.classes])
-        absent = [name for name in classes if name not in self.classes]
-        if absent:
-            print(
-                f"note: {self.source} has no images of {listed(absent)}: accuracies are over the other classes", flush=True
-            )
-        return replace(self, labels=places[self.labels], classes=classes)
-
-    def take(self, numbers: Sequence[int]) -> ImageSet:
-        """The images with these numbers, in this order."""
-        index = torch.as_tensor(numbers, dtype=torch.int64)
-        return replace(self, images=self.images[index], labels=self.labels[index])
-
-    def checksum(self) -> str:
-        """SHA-256 of the pixels as stored, the labels and the names of the classes: what a result says it is about."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
-        digest.update(self.labels.numpy())
-        for image in self.images.permute(0, 2, 3, 1).split(1024):
-            digest.update(np.ascontiguousarray(image.numpy()))
-        return digest.hexdigest()
-
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
 _PLACES = {  # relative to the data root, in the order in which they are tried
@@ -103,56 +56,91 @@ def load(
     resolution: int | None = None,
     download: bool = False,
     limit: int | None = None,
+    choice: Choice = ALL,
 ) -> ImageSet:
     """Read one split of a data set into memory.
 
-    dataset: a name in `DATASETS`. split: "train" or "test". path: the folder or file that holds the data set;
+    dataset: a name in `DATASETS`. split: "train", "test" or "held_out". path: the folder or file that holds the data set;
     None means the usual places. resolution: height and width in pixels to which the images of an image folder
     are resized (short side, bicubic) and centre-cropped. download: fetch the data set if it is not found.
-    limit: read only this many images, evenly spaced over the split. Raises DataError.
+    limit: read only this many images, evenly spaced over the split. choice: which images else. Raises DataError.
     """
     facts = known(dataset, path)
-    if split not in layouts.SPLITS:
+    choice = choice if limit is None else choice._replace(limit=limit)
+    if split not in SPLITS:
         raise DataError(f"there is no split {split!r}: use 'train' or 'test'")
-    if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 image, not {limit}")
+    if choice.limit is not None and choice.limit < 1:
+        raise DataError(f"limit must be at least 1 image, not {choice.limit}")
     size = facts.size or resolution
     if size is None or size < 1:
         raise DataError(f"{dataset} needs a resolution in pixels, for example 224, not {resolution}")
     if resolution not in (None, size):
         raise DataError(f"{dataset} images are {size} x {size} pixels: leave out the resolution {resolution}")
+    side = _side(split)
     if facts.read is not None:
-        return _take(*_read_own(dataset, facts, split, path), facts.classes, dataset, limit)
+        return _take(*_read_own(dataset, facts, side, path), facts.classes, dataset, split, choice)
+    place = _located(dataset, path, download, choice)
+    if dataset in ("mnist", "fashion_mnist"):
+        images, labels, source = _read_idx_split(dataset, side, place)
+        return _take(images, labels, facts.classes, source, split, choice)
+    members, source = _members(place)
+    batches = {member.name.rpartition("/")[2]: member for member in members}
+    if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
+        return _take(*formats.read_batches(batches, side, source), facts.classes, source, split, choice)
+    listing = _chosen(members, split, facts.classes, source, place, choice)
+    bad: dict[int, DataError] | None = {} if choice.skip_corrupt else None
+    images = formats.decode_all(listing.members, size, facts.size is None, choice.channels, bad)
+    names, labels = tuple(member.name for member in listing.members), listing.labels
+    if bad:
+        keep = [i for i in range(len(names)) if i not in bad]
+        if not keep:
+            raise DataError(f"{source}: not one image of {split} is usable, such as:\n{min(bad.items())[1]}")
+        images, labels, names = images[keep], labels[keep], tuple(names[i] for i in keep)
+        tell_skipped([str(bad[i]) for i in sorted(bad)], split)
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    skipped = tuple(str(bad[i]) for i in sorted(bad or ()))
+    return ImageSet(pixels, torch.from_numpy(labels), listing.classes, listing.source, names, skipped)
+
+
+def tell_skipped(skipped: list[str], split: str) -> None:
+    print(f"note: {len(skipped)} {split} images are left out:\n{formats.first_ten(skipped)}", flush=True)
+
+
+def _side(split: str) -> str:
+    """The part of the data set that a split is taken from."""
+    return "test" if split == "test" else "train"
+
+
+def _located(dataset: str, path: str | Path | None, download: bool, choice: Choice) -> Path:
+    """`locate`, after a download where that is asked for."""
     try:
-        place = locate(dataset, path)
+        return locate(dataset, path, choice.labels)
     except DataError:
-        if not download or facts.size is None:
+        if not download or known(dataset).size is None:
             raise
         _download(dataset, data_root(path))
-        place = locate(dataset, path)
-
-    classes = facts.classes
-    if dataset in ("mnist", "fashion_mnist"):
-        images, labels, source = _read_idx_split(dataset, split, place)
-    else:
-        members, source = _members(place)
-        batches = {member.name.rpartition("/")[2]: member for member in members}
-        if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
-            images, labels = formats.read_batches(batches, split, source)
-        else:
-            chosen, labels, classes = layouts.choose(members, split, classes, source, place)
-            keep = evenly_spaced(len(chosen), limit)
-            images, labels = formats.decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
-    return _take(images, labels, classes, source, limit)
+        return locate(dataset, path)
 
 
-def _take(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str, limit: int | None) -> ImageSet:
-    """The images N x H x W x C, or `limit` of them, evenly spaced."""
-    if limit is not None and limit < len(labels):
-        keep = evenly_spaced(len(labels), limit)
+def _take(images: np.ndarray, labels: np.ndarray, classes, source: str, split: str, choice: Choice) -> ImageSet:
+    """Those of the images N x H x W x C that are chosen."""
+    keep = choice.of(labels, split)
+    if len(keep) < len(labels):
         images, labels = images[keep], labels[keep]
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, source)
+    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, _told(source, split, keep))
+
+
+def _told(source: str, split: str, keep: np.ndarray) -> str:
+    """What to call the source of a split's images."""
+    return f"{source}, {len(keep)} held-out training images" if split == "held_out" else source
+
+
+def _chosen(members: list[formats.Member], split: str, classes, source: str, place: Path, choice: Choice) -> Listing:
+    """Those of the files that are chosen."""
+    found, labels, classes = layouts.choose(members, _side(split), classes, source, place, choice.labels)
+    keep = choice.of(labels, split)
+    return Listing([found[i] for i in keep], labels[keep].astype(np.int64), classes, _told(source, split, keep))
 
 
 def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -174,12 +162,6 @@ def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) ->
     return images, labels
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few of some names, and how many there are."""
-    shown = ", ".join(map(str, names[:most]))
-    return f"{len(names)} classes ({shown}{', ...' if len(names) > most else ''})" if len(names) > 1 else f"class {shown}"
-
-
 class Listing(NamedTuple):
     """The image files of a split, in the order in which `load` gives them, unread."""
 
@@ -189,18 +171,25 @@ class Listing(NamedTuple):
     source: str
 
 
-def list_images(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Listing:
+def list_images(dataset: str, split: str, path: str | Path | None = None, choice: Choice = ALL) -> Listing:
     """The image files of one split of an image folder (or tars of one): for what reads them one by one. Raises DataError."""
-    place = locate(dataset, path)
+    place = locate(dataset, path, choice.labels)
     members, source = _members(place)
-    chosen, labels, classes = layouts.choose(members, split, None, source, place)
-    keep = evenly_spaced(len(chosen), limit)
-    return Listing([chosen[i] for i in keep], labels[keep].astype(np.int64), classes, source)
+    return _chosen(members, split, None, source, place, choice)
+
+
+def has_test_images(dataset: str, path: str | Path | None = None, labels: str | None = None) -> bool:
+    """Whether a data set comes with test images. Raises DataError."""
+    if known(dataset).size is not None:
+        return True
+    place = locate(dataset, path, labels)
+    groups = layouts.grouped(_members(place)[0], place, labels)[1]
+    return any(name in groups for name in layouts.SPLITS["test"])
 
 
 class Pictures(NamedTuple):
     """A split image by image: image(i) decodes number i (RGB), or raises DataError; where(i) says which it is, and name(i)
-    is its file's name."""
+    is its file's name. members: the files, where each image has its own."""
 
     image: Callable[[int], Image.Image]
     where: Callable[[int], str]
@@ -208,24 +197,38 @@ class Pictures(NamedTuple):
     labels: np.ndarray
     classes: tuple[str, ...]
     source: str
+    members: list[formats.Member] | None = None
 
     def checksum(self) -> str:
         """SHA-256 of the labels and of the names of classes and files; the images are not read."""
         names = [self.name(i) for i in range(len(self.labels))]
         return hashlib.sha256("\0".join([*self.classes, *names]).encode() + self.labels.tobytes()).hexdigest()
 
+    def without(self, numbers: Collection[int]) -> Pictures:
+        """The same without the images that have these numbers."""
+        keep = [i for i in range(len(self.labels)) if i not in numbers]
+        return pictures_of(Listing([self.members[i] for i in keep], self.labels[keep], self.classes, self.source))
 
-def pictures(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Pictures:
+
+def pictures(
+    dataset: str, split: str, path: str | Path | None = None, limit: int | None = None, choice: Choice = ALL
+) -> Pictures:
     """One split of any data set, to be read one by one. Raises DataError."""
+    choice = choice if limit is None else choice._replace(limit=limit)
     if known(dataset, path).size is None:
-        members, *facts = list_images(dataset, split, path, limit)
-        image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
-        return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *facts)
-    data = load(dataset, split, path, limit=limit)
+        return pictures_of(list_images(dataset, split, path, choice))
+    data = load(dataset, split, path, choice=choice)
     pixels = data.images.permute(0, 2, 3, 1).numpy()
     pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
     image, where = (lambda i: Image.fromarray(pixels[i]).convert("RGB")), (lambda i: f"image {i} of {data.source}")
     return Pictures(image, where, lambda i: str(i), data.labels.numpy(), data.classes, data.source)
+
+
+def pictures_of(listing: Listing) -> Pictures:
+    """The images of these files."""
+    members = listing.members
+    image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
+    return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *listing[1:], members)
 
 
 def _members(place: Path) -> tuple[list[formats.Member], str]:
@@ -237,13 +240,15 @@ def _members(place: Path) -> tuple[list[formats.Member], str]:
     return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place)
 
 
-def locate(dataset: str, path: str | Path | None = None) -> Path:
+def locate(dataset: str, path: str | Path | None = None, labels: str | None = None) -> Path:
     """The folder or file that `load` would read, judged by file names; nothing is opened or fetched.
 
     path: that folder or file itself, or a folder that torchvision downloaded into. None means the usual
     places in $FASTROBUST_DATA, or in ./data if that is not set. Raises DataError that lists where it looked.
     """
     known(dataset)
+    if labels and path is not None and data_root(path).exists():  # any folders
+        return data_root(path)
     names = _PLACES[dataset]
     if path is not None:
         names = [name for name in names if name in _TORCHVISION_PLACES] + ["."]
@@ -334,19 +339,18 @@ def _archives(place: Path) -> list[Path]:
 def _download(dataset: str, root: Path) -> None:
     datasets = import_torchvision().datasets
     kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
+    made = [folder for folder in (root / kind / "raw", root / kind, root, *root.parents) if not folder.exists()]
+    print(f"{dataset} is downloaded to {root.absolute()}", flush=True)
     try:
         getattr(datasets, kind)(str(root), download=True)
     except Exception as error:  # whatever the network, the server or the disk came up with
+        for folder in made:
+            with contextlib.suppress(OSError):  # what is not empty stays
+                folder.rmdir()
         raise DataError(
             f"{dataset} could not be downloaded to {root} ({type(error).__name__}: {error}). "
             "Check the network and the folder, or copy the data set there"
         ) from error
-
-
-def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
-    """Ascending indices of `limit` of `count` things, or of all of them."""
-    taken = count if limit is None else min(limit, count)
-    return np.arange(taken) * count // taken
 
 
 def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray, np.ndarray, str]:

@@ -58,12 +58,13 @@ def config_of(
     path: str | Path, model: str, dataset: str, epsilon: float, data: str | None, resolution: int | None
 ) -> Config:
     """The config of a run that would have left these weights, as far as an evaluation asks for it."""
-    size = datasets.facts(dataset).size or resolution or PHOTOS
+    facts = datasets.facts(dataset, data)
+    size = facts.size or resolution or PHOTOS
     config = reading.parse(
         {
             "name": re.sub(r"[^A-Za-z0-9._-]|^\W", "_", Path(path).stem)[:100] or "weights",
             "epsilon": epsilon,
-            "data": {"dataset": dataset},
+            "data": {"dataset": dataset, "path": data, "channels": facts.channels or 3},
             "model": {"name": model, "weights": str(path)},
             "method": {"name": "standard"},
             "optimizer": {"name": "sgd"},

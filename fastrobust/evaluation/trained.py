@@ -12,6 +12,8 @@ from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.data.sets import ImageSet
 from fastrobust.models.weights import read_weights, weights_digest
+from fastrobust.runtime import run_directory
+from fastrobust.runtime.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,14 @@ class Trained:
     def images(self, limit: int | None = None) -> ImageSet:
         """The test images, or `limit` of them, evenly spaced over the test set; labels count as the model's classes do.
         Raises DataError, also where the images are of classes that the model does not know."""
-        return loaders.test_set(self.config, limit).labelled_as(self.classes, str(self.path))
+        found = loaders.test_set(self.config, limit).labelled_as(self.classes, str(self.path))
+        run = self.path if self.path.is_dir() else self.path.parent
+        if self.config.data.held_out and (trained_on := set(run_directory.read_images(run) or ()) & set(found.names)):
+            raise DataError(
+                f"{len(trained_on)} of the held-out images were trained on, such as {min(trained_on)}: the training images "
+                f"in {found.source} are no longer those that {run} was begun with. Put them back"
+            )
+        return found
 
     def training_images(self, limit: int) -> ImageSet:
         """`limit` of the images that it was trained on, evenly spaced, as `images` gives the test images."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fastrobust.config import parts
 from fastrobust.config.hints import nearest
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError, first_line
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 
 class Normalized(nn.Module):

@@ -104,6 +104,6 @@ def build_model(config: Config, classes: tuple[str, ...], network: nn.Module | N
     """The model that a config names, or the network that a program gave, behind the config's normalisation."""
     if network is not None:
         return Normalized(network, config.model.mean, config.model.std)
-    channels = len(config.model.mean)
+    config = config if config.facts.channels else config.with_channels(3)  # a run that has not looked at its files
     about = {"mean": config.model.mean, "std": config.model.std, "options": config.model.options}
-    return create(config.model.name, channels=channels, classes=len(classes), **about)
+    return create(config.model.name, channels=len(config.model.mean), classes=len(classes), **about)

@@ -24,13 +24,13 @@ import torch
 from fastrobust.config import parts
 from fastrobust.config.numbers import describe
 from fastrobust.models import Normalized
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.progress import duration
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 
 def command(arguments) -> int:
@@ -168,13 +168,15 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
     images = facts.summary.get("training_images")
     used = f"{images:,} training images" if images else "its training images"
+    tested = facts.summary.get("tested_on", "")
+    tested = tested if "held-out" in tested else "its test images"
     side = config.phases[-1].resolution
     paragraphs = [
         f"# {config.name}",
         f"An image classifier ({config.model.name}, {len(classes)} classes) trained with fastrobust to withstand "
         f"adversarial examples of radius {describe(config.epsilon)}.",
         "## Data",
-        f"Trained on {config.data.dataset} ({used}), evaluated on its test images, {side} x {side} pixels.\n"
+        f"Trained on {config.data.dataset} ({used}), evaluated on {tested}, {side} x {side} pixels.\n"
         f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.",
         "## Threat model",
         "Pixels are in [0, 1]. An attacker knows the model and may change every pixel by at most epsilon (L-infinity), and\n"

@@ -9,6 +9,8 @@
               model.safetensors    the weights; its header holds what is needed to build the model
               model.live.safetensors  with `averaging`: the trained weights themselves, where model.safetensors are the means
               summary.json         what came out
+              images.txt.gz        the files that it trains on, in their order, where each image has one
+              skipped_images.txt   those that it leaves out, and why (`data.skip_corrupt`)
 
 Files are replaced in one piece: written beside their place, flushed to disk, then renamed. A checkpoint ends with its own
 checksum; where that does not fit, the one before is used.
@@ -19,13 +21,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gzip
 import hashlib
 import json
 import math
 import os
 import struct
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -48,6 +52,7 @@ CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, LIVE, SUMMARY = FIL
     "model.live.safetensors",
     "summary.json",
 )
+IMAGES, SKIPPED = "images.txt.gz", "skipped_images.txt"
 
 
 def taken(run: Path) -> RunError:
@@ -65,6 +70,32 @@ def create(config: Config) -> Path:
         write_json(run / ENVIRONMENT, environment(config.device) | ({"code": code} if code else {}))
         write_text(run / CONFIG, config.to_yaml())  # last: where it is, there is a run to resume
     return run
+
+
+def as_lines(names: Sequence[str]) -> list[str]:
+    """Files' names as text of one line each, whatever is in them."""
+    return [name.encode(errors="backslashreplace").decode().replace("\n", "\\n") for name in names]
+
+
+def write_images(run: Path, names: Sequence[str], skipped: dict[str, Sequence[str]]) -> None:
+    """The files that a run trains on, and those of each split that it leaves out."""
+    if names:
+        content = gzip.compress("\n".join(as_lines(names)).encode(), mtime=0)
+        write_atomically(run / IMAGES, lambda file: file.write(content))
+    if lines := [f"{split}: {line}" for split, found in skipped.items() for line in found]:
+        write_text(run / SKIPPED, "\n".join(lines) + "\n")
+
+
+def read_images(run: Path) -> list[str] | None:
+    """The files that a run trains on, or None where it has no list. Raises RunError."""
+    if not (run / IMAGES).exists():
+        return None
+    try:
+        return gzip.decompress((run / IMAGES).read_bytes()).decode().split("\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise RunError(
+            f"{run / IMAGES} is damaged ({first_line(error)}): delete it, and the images are not compared"
+        ) from None
 
 
 def open_run(run: str | Path) -> tuple[Path, Config]:

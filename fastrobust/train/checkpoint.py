@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fastrobust.config import reading
 from fastrobust.config.schema import Config
+from fastrobust.runtime import run_directory
+from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.run_directory import CONFIG
 from fastrobust.train.step import seed_of_rank
@@ -111,9 +113,11 @@ def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
             + "\n  ".join(odd[:8])
             + "\nPut it back, or start a new run with `name=NAME`"
         )
+    refuse_other_images(run, loader)
     if facts.get("examples") != len(loader):
         raise RunError(
-            f"the run was begun on {facts.get('examples')} images, but there are {len(loader)} now in {loader.source}"
+            f"the run was begun on {facts.get('examples')} images, but there are {len(loader)} now in {loader.source}: "
+            f"put them back, or start anew: {anew(run)}"
         )
     if facts.get("data") != loader.checksum:
         raise RunError(
@@ -123,6 +127,34 @@ def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
         )
     if not is_position(facts.get("position"), config) or not is_history(facts.get("history")):
         raise RunError(f"the checkpoint in {run} does not fit its config: it stands at {facts.get('position')!r:.200}")
+
+
+def refuse_other_images(run: Path, loader) -> None:
+    """Raise RunError, which names the files, where the training images are not those of the list that the run was begun
+    with."""
+    before, names = run_directory.read_images(run), run_directory.as_lines(getattr(loader, "names", ()))
+    if before is None or not names or before == names:
+        return
+    gone, new = sorted(set(before) - set(names)), sorted(set(names) - set(before))
+    changes = [
+        f"{len(files)} {what} ({first_few(files)})" for files, what in ((gone, "gone or unusable"), (new, "new")) if files
+    ]
+    raise RunError(
+        f"{run} was begun on {len(before)} training images; there are {len(names)} now in {loader.source}: "
+        f"{' and '.join(changes) or 'in another order'}.\n"
+        "Every batch is drawn from the whole list, so with another list this would be another training.\n"
+        "To go on, make the files what they were (put good copies back, take new ones away), and resume.\n"
+        f"To train on what is there now: {anew(run)}"
+    )
+
+
+def first_few(files: list[str]) -> str:
+    return ", ".join(files[:5]) + (f", and {len(files) - 5} more" if len(files) > 5 else "")
+
+
+def anew(run: Path) -> str:
+    """The command that starts a run again from the beginning, beside the old one."""
+    return to_paste("train", run / CONFIG, f"name={run.name}-2")
 
 
 def is_position(position: Any, config: Config) -> bool:

@@ -18,6 +18,7 @@ from fastrobust.config import reading
 from fastrobust.config.numbers import describe
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
+from fastrobust.data.formats import Unusable
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights
@@ -25,7 +26,7 @@ from fastrobust.runtime import distributed, interrupt, limits, run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
-from fastrobust.runtime.files import write_json
+from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import duration
 from fastrobust.train import engine
 from fastrobust.train.plan import show_plan
@@ -117,7 +118,7 @@ def run(
             return finish(made)
     made = training(config, directory, device, world, network)
     load_weights(made.learner.model, config, world)
-    world.first(lambda: run_directory.create(config))
+    world.first(lambda: create(made))
     with held(directory, world), interrupt.resumable(directory):
         return finish(made)
 
@@ -137,19 +138,42 @@ def stored_config(directory: Path, config: Config, again: bool) -> Config | None
     return stored
 
 
+def create(training: Training) -> None:
+    """The run's directory, with the lists of its images."""
+    directory = run_directory.create(training.config)
+    run_directory.write_images(directory, getattr(training.loader, "names", ()), training.skipped)
+
+
 def training(config: Config, directory: Path, device: torch.device, world: World, network=None) -> Training:
     """The run, ready to train; says which images and which machine it has. The test images are read too, by the first
-    process for all: what is wrong with them is better known before the training than after it."""
-    made = Training(config, directory, device, world, network)
+    process for all: what is wrong with them is better known before the training than after it. Raises Unusable with the bad
+    images of both."""
+    made, bad = None, []
+    try:
+        made = Training(config, directory, device, world, network)
+    except Unusable as error:
+        if world.size > 1:  # the others are not in step
+            raise
+        bad += error.errors
 
-    def look_at_test_images() -> dict[str, int]:
-        test = loaders.test_set(config, config.evaluation.limit).labelled_as(made.loader.classes, "the run")
-        return counted(test.labels, test.classes)
+    def look_at_test_images() -> tuple[dict[str, int], tuple[str, ...], str]:
+        try:
+            test = loaders.test_set(config, config.evaluation.limit)
+        except Unusable as error:
+            raise all_unusable([*bad, *error.errors], directory) from None
+        if bad:
+            raise all_unusable(bad, directory)
+        test = test.labelled_as(made.loader.classes, "the run")
+        return counted(test.labels, test.classes), test.skipped, loaders.in_words(config, len(test.labels))
 
-    train = counted(made.loader.labels, made.loader.classes)
-    made.images = {"train": train, "test": world.first(look_at_test_images)}
+    test, skipped, tested_on = world.first(look_at_test_images)
+    made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": test}
+    made.skipped, made.tested_on = {"train": getattr(made.loader, "skipped", ()), "test": skipped}, tested_on
     memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
     told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
+    if config.data.held_out:
+        apart = "which are the test images" if "held-out" in tested_on else "kept apart from these and the test images"
+        told += f"; {config.data.held_out:,} training images are held out, {apart}"
     print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
     return made
 
@@ -160,6 +184,18 @@ def load_weights(model, config: Config, world: World = distributed.ALONE) -> Non
         told = foreign.load_into(model, config.model.weights, replace_head=True)
         if world.rank == 0:
             print(f"weights: {told}", flush=True)
+
+
+def all_unusable(errors: list[str], directory: Path) -> Unusable:
+    """The error about these images; where they are many, all stand in a file of the run's directory."""
+    found = Unusable(errors)
+    if len(errors) > 10:
+        with contextlib.suppress(RunError, OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            file = directory / "unusable_images.txt"
+            write_text(file, "\n".join(errors) + "\n")
+            found.args = (f"{found}: all are listed in {file}",)
+    return found
 
 
 def counted(labels, classes: tuple[str, ...]) -> dict[str, int]:
@@ -210,6 +246,8 @@ def finish(training: Training) -> dict[str, Any]:
         average.swap()
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
+    summary |= {"tested_on": training.tested_on, "held_out_images": config.data.held_out}
+    summary["skipped_images"] = {split: len(found) for split, found in training.skipped.items()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size
     world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))
@@ -244,6 +282,8 @@ def table_of(summary: dict[str, Any]) -> Table:
 def show_summary(summary: dict[str, Any], directory: Path) -> None:
     console = Console(highlight=False)
     console.print(table_of(summary))
+    if "held-out" in summary.get("tested_on", ""):
+        console.print(f"the test images: {summary['tested_on']}", soft_wrap=True)
     if summary["stopped"]:
         console.print(f"warning: {summary['stopped']}", markup=False, soft_wrap=True)
     per_epoch = duration(summary["seconds_per_epoch"])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastrobust.config.schema import Config
-from fastrobust.data import loaders, sets
+from fastrobust.data import loaders
 from fastrobust.data.augment import center_crop
+from fastrobust.data.held_out import evenly_spaced
 from fastrobust.data.order import end_of_pass
 from fastrobust.runtime import memory, run_directory
 from fastrobust.runtime.distributed import ALONE, World
@@ -66,6 +67,8 @@ class Training:
         self.phases.check_files(len(self.loader))
         self.data_checksum = self.loader.checksum
         self.images: dict[str, dict[str, int]] = {}  # how many there are of each split and class
+        self.skipped: dict[str, tuple[str, ...]] = {}  # what was left out of each split, and why
+        self.tested_on = ""  # what the test images are
         self.step = step.build(config, self.loader, device, world, network)
         self.threads = Threads(self.step, world, config.deterministic)
         self.position = Position()
@@ -209,7 +212,7 @@ class Training:
         """The training images that the guard attacks, at the phase's resolution, with their labels."""
         if self.guarded is None:
             resolution = self.config.phases[self.position.phase].resolution
-            numbers = sets.evenly_spaced(len(self.loader), guard.IMAGES)
+            numbers = evenly_spaced(len(self.loader), guard.IMAGES)
             images, labels, _ = self.loader.still(numbers)
             images = center_crop(images, resolution).to(self.device).contiguous(memory_format=torch.channels_last)
             self.guarded = images, labels.to(self.device)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.data import sets
+from fastrobust.data.held_out import evenly_spaced
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -35,7 +36,7 @@ def command(arguments) -> int:
     data = trained.images()
     shape = tuple(data.images.shape[1:])
     workers.check(trained.model, shape)  # says at once what cannot be verified
-    chosen = sets.evenly_spaced(len(data.labels), arguments.limit).tolist()
+    chosen = evenly_spaced(len(data.labels), arguments.limit).tolist()
     place = f"epsilon-{arguments.epsilon:g}"
     folder = Path(arguments.output) if arguments.output else weights.parent / FOLDER / place
     about = {"dataset": trained.config.data.dataset, "epsilon": arguments.epsilon}

@@ -20,7 +20,7 @@ from fastrobust.attack.verdicts import Verdicts, classified
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation.accuracy import evaluate
-from fastrobust.models.torchvision_compat import import_torchvision
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 EPSILON = 0.1
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fastrobust.config import schema
+from fastrobust.data import augment as augmentation
 from fastrobust.data import order
 from fastrobust.data.augment import augment, boxes, center_crop, pad_crop_flip, random_resized_crop, to_unit
 
@@ -313,3 +315,13 @@ def test_center_crop(side, resolution, first):
     for i in range(resolution):
         for j in range(resolution):
             assert torch.equal(out[:, :, i, j], x[:, :, first + i, left + j])
+
+
+def test_a_crop_that_is_shrunk_takes_the_nearest_pixels_and_no_mean():
+    """Stripes one pixel wide, four times smaller: Pillow averages them to grey, as the loaders do; here they alias."""
+    stripes = (torch.arange(64) % 2 * 255).to(torch.uint8).expand(64, 64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(augmentation, "boxes", lambda draws, height, width: torch.tensor([[0, 0, 62, 62]]))
+        found = random_resized_crop(to_unit(stripes.expand(1, 3, 64, 64)), 16, False)
+    averaged = Image.fromarray(stripes.numpy()).resize((16, 16), Image.Resampling.BILINEAR, box=(0, 0, 62, 62))
+    assert np.asarray(averaged).std() < 10 and found.std() * 255 > 30

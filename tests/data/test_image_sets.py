@@ -159,7 +159,7 @@ def test_unusable_image_is_named(tmp_path, bad, message):
     for place in ("folder", "set.tar.gz", "set.tar"):
         with pytest.raises(DataError, match=f"train/dog/1.png.*{message}") as caught:
             load("image_folder", "train", tmp_path / place, resolution=16)
-        assert str(tmp_path / place) in str(caught.value) and ("remove" in str(caught.value) or not bad)
+        assert str(tmp_path / place) in str(caught.value) and ("data.skip_corrupt" in str(caught.value) or not bad)
         assert len(load("image_folder", "test", tmp_path / place, resolution=16).labels) == 6
 
 
@@ -190,7 +190,10 @@ def test_cifar_images_must_be_32_pixels(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (image_set(folders=("train",)), "one of test/.*images in train, so there are no test images$"),
+        (
+            image_set(folders=("train",)),
+            "one of test/.*images in train, so there are no test images; data.held_out=N tests on N training images",
+        ),
         (image_set(folders=("val",)), "images in val, so there are no train images$"),
         ({"train/1.png": noise_png(), "val/a/readme": b""}, "images in no such folder, so there are no train images$"),
         ({"train/cat/notes.txt": b"", "val/cat/notes.txt": b""}, "images in no such folder, so"),

@@ -9,6 +9,7 @@ from loader_batches import CPU, RANDOM, config_for
 
 from fastrobust.config import reading
 from fastrobust.data import loaders, sets
+from fastrobust.data.held_out import evenly_spaced
 from fastrobust.data.loaders.ffcv import native
 from fastrobust.data.prepared import beton
 from fastrobust.data.prepared.records import Records
@@ -137,7 +138,7 @@ def test_limit_takes_an_even_part(resolved, written):
     config = resolved(loader="ffcv", data={"prepared": str(written / "jpeg" / "x-ffcv"), "limit": 10})
     found = loaders.read_records(config, "ffcv", "train", 64, 10)
     whole = beton.read(written / "jpeg" / "x-ffcv", "train", 64)
-    even = sets.evenly_spaced(37, 10)
+    even = evenly_spaced(37, 10)
     assert found.offset.tolist() == whole.offset[even].tolist()
     assert json.dumps(found.manifest) == json.dumps(whole.manifest)
     loaders.Phases(config, CPU).check_files(10)  # `data.limit` counts
@@ -159,10 +160,10 @@ def test_test_images_come_from_what_the_run_trains_from(resolved, made, written,
     found = loaders.test_set(config, None)
     assert torch.equal(found.images, expected.images) and torch.equal(found.labels, expected.labels)
     assert len(found.labels) == 12 and found.source == str(loader.data.files[0]) and found.classes == ("a", "b", "c")
-    part, even = loaders.test_set(config, 5), sets.evenly_spaced(12, 5)
+    part, even = loaders.test_set(config, 5), evenly_spaced(12, 5)
     assert torch.equal(part.images, expected.images[even]) and torch.equal(part.labels, expected.labels[even])
     training = loaders.still(config, "train", 4)
-    assert torch.equal(training.images, made(name, "original", 32, None).in_order().images[sets.evenly_spaced(37, 4)])
+    assert torch.equal(training.images, made(name, "original", 32, None).in_order().images[evenly_spaced(37, 4)])
     source = sets.load("image_folder", "test", photos, resolution=32)
     again = loaders.test_set(loaders.from_source(config, str(photos)), None)
     assert torch.equal(again.images, source.images) and again.source == str(photos)
@@ -175,7 +176,7 @@ def test_without_prepared_files_test_images_are_the_sources(resolved, photos):
         found = loaders.test_set(resolved(loader=name, data={"limit": 3}), None)
         assert torch.equal(found.images, source.images) and found.classes == source.classes
         part = loaders.test_set(resolved(loader=name), 5)
-        assert torch.equal(part.images, source.images[sets.evenly_spaced(12, 5)])
+        assert torch.equal(part.images, source.images[evenly_spaced(12, 5)])
 
 
 def test_prepared_files_without_test_images(resolved, written, tmp_path):
@@ -200,3 +201,19 @@ def test_a_stored_config_is_read_back_resolved(resolved, written):
     found = resolved(("ffcv",), data={"prepared": str(written / "jpeg" / "x-ffcv")})
     assert found.loader == "ffcv" and reading.parse(found.to_dict(), "stored") == found
     assert np.array_equal(loaders.Phases(found, CPU).enter(0).labels, np.repeat([0, 1, 2], [13, 12, 12]))
+
+
+def test_a_note_says_that_prepared_files_are_not_read(resolved, written, tmp_path, capsys):
+    """Whatever chose a loader that reads the source."""
+    place = str(written / "jpeg" / "x-dali")
+    small = {"dataset": "mnist", "path": None, "prepared": place, "augment": {"crop": "none"}}
+    cases = [
+        {"data": small, "model": {"name": "mnist_net"}, "phases": [{"epochs": 1, "batch_size": 8}]},
+        {"loader": "resident", "data": {"prepared": place}},
+    ]
+    for changes in cases:
+        config = resolved(**changes)
+        assert config.loader == "resident" and config.data.prepared is None
+        assert "note: data.prepared is not used: the loader is resident" in capsys.readouterr().out
+    assert resolved(loader="torch", data={"prepared": place}).data.prepared == place
+    assert "not used" not in capsys.readouterr().out

@@ -16,8 +16,8 @@ from data_files import CIFAR, RNG, check_form, cifar_batches, idx_folder, pixels
 
 from fastrobust.data import formats, sets
 from fastrobust.data.sets import ImageSet, load, locate
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import DataError
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning from numpy, torch or Pillow is a defect here
 
@@ -127,6 +127,19 @@ def test_failed_download(root, monkeypatch):
     fake_torchvision(monkeypatch, "MNIST", fetch)
     with pytest.raises(DataError, match=r"mnist could not be downloaded.*no route to host.*copy the data"):
         load("mnist", "train", download=True)
+
+
+def test_a_download_says_where_it_goes_and_leaves_no_empty_folders(root, monkeypatch, capsys):
+    def fetch(folder, download):
+        (Path(folder) / "MNIST" / "raw").mkdir(parents=True)
+        raise OSError("no route to host")
+
+    fake_torchvision(monkeypatch, "MNIST", fetch)
+    before = sorted(root.rglob("*"))
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load("mnist", "train", root / "typo" / "deep", download=True)
+    assert sorted(root.rglob("*")) == before
+    assert f"mnist is downloaded to {root / 'typo' / 'deep'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10"])

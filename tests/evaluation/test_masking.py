@@ -18,10 +18,10 @@ from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import masking
 from fastrobust.evaluation.accuracy import evaluate
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 EPSILON = 0.1
 

@@ -10,8 +10,8 @@ from torch import nn
 from fastrobust import models
 from fastrobust.models.paper_preact_resnet import PaperPreActBlock
 from fastrobust.models.preact_resnet import PreActResNet18
-from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 CIFAR = {"channels": 3, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
 MNIST = {"channels": 1, "mean": (0.0,), "std": (1.0,)}

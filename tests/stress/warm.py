@@ -9,6 +9,7 @@ from fastrobust import __main__  # noqa: F401
 from fastrobust.data.loaders import resident  # noqa: F401
 from fastrobust.data.prepared import writing  # noqa: F401
 from fastrobust.evaluation import command  # noqa: F401
-from fastrobust.models import mnist_net, preact_resnet, torchvision_compat  # noqa: F401
+from fastrobust.models import mnist_net, preact_resnet  # noqa: F401
+from fastrobust.runtime import torchvision_compat  # noqa: F401
 from fastrobust.train import optimizers, plan, schedules, start  # noqa: F401
 from fastrobust.train.methods import fgsm, free, n_fgsm, pgd, standard  # noqa: F401

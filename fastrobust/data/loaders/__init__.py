@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fastrobust.config import parts
 from fastrobust.config.schema import Config
-from fastrobust.data import sets
+from fastrobust.data import checking, layouts, sets
+from fastrobust.data.held_out import Choice
 from fastrobust.data.prepared import beton, records, shards
 from fastrobust.runtime import limits
 from fastrobust.runtime.distributed import ALONE, World
@@ -28,22 +30,54 @@ PREPARED = {"ffcv": ("ffcv", "ffcv"), "dali": ("webdataset", "nvidia.dali")}  # 
 
 def resolve(config: Config, device: torch.device) -> Config:
     """The config with the loader that `auto` stands for (prepared files with ffcv or dali where these are installed, else
-    what fits into memory, else torch) and with the folder of the prepared files that it reads. Paths are absolute. Raises
-    ConfigError."""
+    what fits into memory, else torch), with the folder of the prepared files that it reads, and with the number of channels
+    of the images. Paths are absolute. Raises ConfigError or DataError."""
     data, automatic = config.data, config.loader == "auto"
+    if data.labels:
+        data = data.model_copy(update={"labels": str(layouts.find_labels(data.labels, data.path))})
+        config = config.model_copy(update={"data": data})
     name = _automatic(config, device) if automatic else config.loader
     kind = PREPARED[name][0] if name in PREPARED else None
     if automatic and name == "torch":  # shards where there are some, else the source
         kind = "webdataset" if prepared(config, "webdataset") else None
-        data = data.model_copy(update={"prepared": None})
-    if kind is not None:
-        place = folder(config, kind)
-        if place is None:
-            raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
-        data = data.model_copy(update={"prepared": str(place)})
-    paths = {key: value and os.path.abspath(value) for key in ("path", "prepared") for value in [getattr(data, key)]}
+    if name == "torch" and not automatic and data.prepared:
+        kind = "webdataset"
+    place = None if kind is None else folder(config, kind)
+    if kind is not None and place is None:
+        raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
+    if data.prepared and place is None and ":" not in name:
+        readers = "ffcv or dali" if config.facts.size is None else "ffcv, dali or torch"
+        print(f"note: data.prepared is not used: the loader is {name}, which reads the source; set loader: {readers}")
+    if ":" not in name:
+        data = data.model_copy(update={"prepared": place and str(place)})
+    paths = {
+        key: value and os.path.abspath(value) for key in ("path", "prepared", "labels") for value in [getattr(data, key)]
+    }
     data = data.model_copy(update=paths)
-    return config.model_copy(update={"loader": name, "data": data})
+    config = config.model_copy(update={"loader": name, "data": data})
+    return config if config.facts.channels is not None else config.with_channels(_channels(config))
+
+
+def _channels(config: Config) -> int:
+    """1 where all files of a sample are grey; what is found is said. Prepared files hold colours: 3."""
+    if kind_of_files(config):
+        return 3
+    data, choice = config.data, choice_of(config, None)._replace(held_out=0)
+    splits = ["train", *(["test"] if sets.has_test_images(data.dataset, data.path, data.labels) else [])]
+    found = [checking.grey_files(sets.list_images(data.dataset, split, data.path, choice).members) for split in splits]
+    grey, looked = (sum(numbers) for numbers in zip(*found, strict=True))
+    if grey and grey == looked:
+        print(f"images: grey, 1 channel (all {looked:,} files looked at; data.channels=3 trains with 3)", flush=True)
+        return 1
+    if grey:
+        print(f"images: 3 channels ({grey:,} of {looked:,} files looked at are grey, the others have colours)", flush=True)
+    return 3
+
+
+def choice_of(config: Config, limit: int | None) -> Choice:
+    """Which images of the data set a config speaks of, or `limit` of them, evenly spaced."""
+    data = config.data
+    return Choice(limit, data.held_out, data.seed, data.labels, data.skip_corrupt, config.facts.channels or 3)
 
 
 def _automatic(config: Config, device: torch.device) -> str:
@@ -93,8 +127,10 @@ def why_not(config: Config, kind: str) -> str | None:
         found += [READERS[kind](place, "test", size) for size in sizes_of(place, "test")[:1]]
     except DataError:
         return ""
-    if len(found) == len(config.phases):
+    if len(found) == len(config.phases) and test_split(config, place) == "test":
         return f"{place} holds no test images"
+    if config.data.held_out and (problem := not_whole(found[0].manifest)):
+        return f"data.held_out needs all training images, and those in {place} {problem}"
     problems = [problem for one in found if (problem := _not_all(config, one))]
     return f"those in {place}: {problems[0]}" if problems else None
 
@@ -105,7 +141,8 @@ def _not_all(config: Config, found: records.Records) -> str | None:
     if manifest["limit"] is not None:
         return f"they were written with --limit {manifest['limit']}"
     try:
-        listing = sets.list_images(config.data.dataset, manifest["split"], config.data.path)
+        every = choice_of(config, None)._replace(held_out=0)
+        listing = sets.list_images(config.data.dataset, manifest["split"], config.data.path, every)
     except DataError:
         return None  # the source is no longer there
     count = manifest["count"] + len(manifest["skipped"])
@@ -125,19 +162,31 @@ def fits(config: Config, device: torch.device) -> bool:
     """Whether the largest phase's images take less than half of the memory that they would live in."""
     if any(phase.resize == "original" for phase in config.phases):
         return False
-    count = len(sets.list_images(config.data.dataset, "train", config.data.path, config.data.limit).labels)
-    needed = max(count * phase.resize**2 * 3 for phase in config.phases)
+    choice = choice_of(config, config.data.limit)
+    count = len(sets.list_images(config.data.dataset, "train", config.data.path, choice).labels)
+    needed = max(count * phase.resize**2 * choice.channels for phase in config.phases)
     free = limits.available_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     return needed < free / 2
 
 
 def read_records(config: Config, kind: str, split: str, size: records.Size, limit: int | None) -> records.Records:
-    """A split's prepared images, or `limit` of them, evenly spaced. Raises DataError or ConfigError."""
+    """A split's prepared images, or `limit` of them, evenly spaced. Where some are held out, files of a part of the training
+    images are refused: they would number them otherwise than the source does. Raises DataError or ConfigError."""
     place = folder(config, kind)
-    found = READERS[kind](place, split, size)
+    found = READERS[kind](place, "test" if split == "test" else "train", size)
     if found.manifest["dataset"] != config.data.dataset:
         raise ConfigError(f"{place} holds {found.manifest['dataset']}, not {config.data.dataset}: set data.prepared")
-    return found if limit is None else found.take(sets.evenly_spaced(len(found), limit))
+    if config.data.held_out and split != "test" and (problem := not_whole(found.manifest)):
+        raise DataError(f"data.held_out needs all training images, and those in {place} {problem}: write them anew")
+    keep = choice_of(config, limit).of(found.labels, split)
+    return found if len(keep) == len(found) else found.take(keep)
+
+
+def not_whole(manifest: dict) -> str | None:
+    """Why prepared files are of a part of their split's images only, if they are."""
+    if manifest["limit"] is not None:
+        return f"were written with --limit {manifest['limit']}"
+    return f"lack {len(manifest['skipped'])} that were skipped" if manifest["skipped"] else None
 
 
 def kind_of_files(config: Config) -> str | None:
@@ -159,6 +208,7 @@ class Phases:
         self.config, self.device, self.world = config, device, world
         self.kind = class_of(config)
         self.key, self.loader = None, None
+        self.bad: dict[int, str] | None = None  # images that cannot be decoded, where they are read one by one
         for index, phase in enumerate(config.phases):
             if phase.batch_size % world.size:
                 key = f"phases.{index}.batch_size is {phase.batch_size}"
@@ -174,10 +224,28 @@ class Phases:
             with self.world.one_after_the_other(self.config.data.download):
                 self.loader = self.kind.open(self.config, "train", size, phase.resolution, self.device, self.world)
             self.key = key
+            self.check_images()
         if len(self.loader) < phase.batch_size:
             there = f"there are only {len(self.loader)} images"
             raise ConfigError(f"phases.{index}.batch_size is {phase.batch_size}, but {there}")
         return self.loader
+
+    def check_images(self) -> None:
+        """Look at all images once, if they are read one by one: those that cannot be decoded are left out as
+        `data.skip_corrupt` says, or raised as Unusable. Images in memory have been decoded, prepared ones when written."""
+        data = getattr(self.loader, "data", None)
+        if not isinstance(data, sets.Pictures) or not data.members:
+            return
+        if self.bad is None:
+
+            def look() -> dict[int, str]:
+                return checking.left_out(data.members, self.config.data.skip_corrupt)
+
+            self.bad = self.world.first(look) if self.world.joined else look()
+            if self.bad:
+                sets.tell_skipped(list(self.bad.values()), "train")
+        if self.bad:
+            self.loader.leave_out(self.bad)
 
     def check_files(self, examples: int) -> None:
         """Raise DataError unless the prepared files of all phases hold `examples` images."""
@@ -200,27 +268,63 @@ def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     data, resolution = config.data, config.phases[-1].resolution
     kind = kind_of_files(config)
     if kind is None:
-        size = resolution if config.facts.size is None else None
-        return sets.load(data.dataset, split, data.path, resolution=size, download=data.download, limit=limit)
+        return load(config, split, resolution, limit)
     place = folder(config, kind)
-    sizes = sizes_of(place, split)
+    sizes = sizes_of(place, "test" if split == "test" else "train")
     if not sizes:
         advice = f"write them with --splits {split}, or read the source's with --data PATH"
         raise DataError(f"{place} holds no prepared {split} images: {advice}")
     changed = config.model_copy(update={"data": data.model_copy(update={"limit": limit})})
     loader = class_of(config).open(changed, split, sizes[0], resolution, torch.device("cpu"))
     try:
-        return loader.in_order()
+        found = loader.in_order()
     finally:
         loader.close()
+    told = f"{found.source}, {len(found.labels)} held-out training images" if split == "held_out" else found.source
+    return replace(found, source=told)
+
+
+def load(config: Config, split: str, size: int, limit: int | None) -> sets.ImageSet:
+    """The source's images of a split, or `limit` of them, as squares of this side. Raises DataError."""
+    data, side = config.data, size if config.facts.size is None else None
+    choice = choice_of(config, limit)
+    return sets.load(data.dataset, split, data.path, resolution=side, download=data.download, choice=choice)
+
+
+def test_split(config: Config, place: Path | None = None) -> str:
+    """Which images a run is tested on: "test", or "held_out" where the data set comes without test images. place: the
+    folder of the prepared files. Raises DataError."""
+    data, kind = config.data, kind_of_files(config)
+    place = place or (folder(config, kind) if kind else None)
+    if not data.held_out or (place is not None and sizes_of(place, "test")):
+        return "test"
+    try:
+        return "test" if sets.has_test_images(data.dataset, data.path, data.labels) else "held_out"
+    except DataError:  # a download is still to come, or the source is no longer where its prepared files are
+        return "test" if place is None else "held_out"
 
 
 def test_set(config: Config, limit: int | None) -> sets.ImageSet:
-    """The test images of a resolved config: see `still`."""
-    return still(config, "test", limit)
+    """The test images of a resolved config, see `still`; a note says so where they are held-out training images."""
+    split = test_split(config)
+    found = still(config, split, limit)
+    if split == "held_out":
+        print(f"note: test images: {in_words(config, len(found.labels))}", flush=True)
+    return found
+
+
+def in_words(config: Config, count: int) -> str:
+    """What so many test images of a config are."""
+    return f"{count} held-out training images" if test_split(config) == "held_out" else f"{count} test images"
 
 
 def from_source(config: Config, path: str | None) -> Config:
-    """The config with its data set read from `path`, whatever prepared files there are: what `--data PATH` means."""
-    data = config.data.model_copy(update={"path": path, "prepared": None})
+    """The config with its data set read from `path`, whatever prepared files there are: what `--data PATH` means. Raises
+    DataError."""
+    labels = config.data.labels
+    if labels and path and (Path(path) / Path(labels).name).is_file():
+        labels = str(Path(path) / Path(labels).name)
+    if config.data.held_out and kind_of_files(config) and not sets.has_test_images(config.data.dataset, path, labels):
+        raise DataError(f"{path} holds no test images, and the run's are held out of its prepared files: leave out --data")
+    data = config.data.model_copy(update={"path": path, "prepared": None, "labels": labels})
     return config.model_copy(update={"data": data, "loader": "resident"})

@@ -86,6 +86,9 @@ class Loader(ABC):
         self.rank, self.world = rank, world
         self.source, self.checksum = data.source, data.checksum()
         self.files = data.open() if isinstance(data, Records) else []  # descriptors
+        members = data.members if isinstance(data, Pictures) else None
+        self.names = tuple(member.name for member in members or ())
+        self.skipped: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -95,7 +98,7 @@ class Loader(ABC):
         workers = config.data.workers or max(1, limits.cores() // distributed.on_this_machine(world.size))
         augment = config.data.augment if split == "train" else None
         data = cls.find(config, split, size, resolution)
-        return cls(data, size, config.facts.channels, resolution, augment, device, workers, world.rank, world.size)
+        return cls(data, size, config.facts.channels or 3, resolution, augment, device, workers, world.rank, world.size)
 
     @classmethod
     def find(cls, config: Config, split: str, size: Size, resolution: int) -> Records | Pictures:
@@ -105,12 +108,18 @@ class Loader(ABC):
             return loaders.read_records(config, kind, split, size, data.limit)
         if data.download:
             sets.load(data.dataset, split, data.path, download=True, limit=1, resolution=resolution)
-        return sets.pictures(data.dataset, split, data.path, data.limit)
+        return sets.pictures(data.dataset, split, data.path, choice=loaders.choice_of(config, data.limit))
 
     @staticmethod
     def key(phase: Phase) -> tuple:
         """Phases of one key share a loader."""
         return phase.resize, phase.resolution
+
+    def leave_out(self, bad: dict[int, str]) -> None:
+        """Go on without the images that have these numbers, for these reasons. The others are numbered anew."""
+        self.data = self.data.without(bad)
+        self.labels, self.checksum, self.skipped = self.data.labels, self.data.checksum(), tuple(bad.values())
+        self.names = tuple(member.name for member in self.data.members)
 
     def close(self) -> None:
         for file in self.files:
@@ -147,5 +156,12 @@ class Loader(ABC):
         """The batch from decoded images, B x H x W x 3; labels and index are on the CPU."""
         images = images.permute(0, 3, 1, 2)
         if self.channels == 1:
-            images = images[:, :1].contiguous(memory_format=torch.channels_last)
+            images = luma(images).contiguous(memory_format=torch.channels_last)
         return Batch(images, torch.from_numpy(self.labels[job.index]), torch.from_numpy(job.index))
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey images of colours, as Pillow makes them (ITU-R 601-2); grey stays as it is. uint8, N x 3 x H x W; gives N x 1 x
+    H x W."""
+    red, green, blue = (images[:, i : i + 1].int() for i in range(3))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)

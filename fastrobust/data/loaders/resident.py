@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastrobust.config.schema import Config, Phase
-from fastrobust.data import sets
+from fastrobust.data import loaders
 from fastrobust.data.batch import Batch
 from fastrobust.data.order import Order, share
 from fastrobust.data.prepared.records import Size
@@ -28,6 +28,7 @@ class Resident:
         self.classes, self.channels = data.classes, data.images.shape[1]
         self.rank, self.world = rank, world
         self.source, self.checksum = data.source, data.checksum()
+        self.names, self.skipped = data.names, data.skipped
 
     @classmethod
     def open(
@@ -37,9 +38,7 @@ class Resident:
             raise ConfigError(
                 "loader: resident holds squares of one size: set phases.N.resize to a number, or another loader"
             )
-        data, side = config.data, None if config.facts.size is not None else size
-        found = sets.load(data.dataset, split, data.path, resolution=side, download=data.download, limit=data.limit)
-        return cls(found, device, world.rank, world.size)
+        return cls(loaders.load(config, split, size, config.data.limit), device, world.rank, world.size)
 
     @staticmethod
     def key(phase: Phase) -> tuple:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import time
 import zlib
@@ -22,7 +23,8 @@ import PIL
 from PIL import Image
 
 from fastrobust import __version__
-from fastrobust.data import sets
+from fastrobust.data import layouts, sets
+from fastrobust.data.held_out import Choice, evenly_spaced
 from fastrobust.data.prepared import records
 from fastrobust.data.prepared.beton import BetonWriter
 from fastrobust.data.prepared.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
@@ -89,16 +91,22 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
     facts = {"format": MANIFEST_FORMAT, "kind": kind, "dataset": options.dataset, "split": split}
     facts |= {"storage": options.storage, "quality": options.quality, "cap": options.cap, "limit": options.limit}
     facts |= {"source": source.source, "classes": list(source.classes)}
-    missing = tuple(size for size in sizes if not already_there(folder, split, size, facts))
+    there = {} if options.overwrite else facts | {"images": len(source.labels)}
+    missing = tuple(size for size in sizes if options.overwrite or not already_there(folder, split, size, there))
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    old: list[Path] = []  # files that are replaced; until the manifest is, they are whole
+    stems = []
     for size in missing:
         for left in leftovers(folder, split, size):
             print(f"{left} was left by an interrupted write: starting over", flush=True)
             left.unlink()
+        in_use = files_of(folder, split, size)
+        old += [folder / name for name in in_use]
+        free = not any(name.startswith(f"{split}_{size}{end}") for name in in_use for end in (".beton", ".index", "-"))
+        stems.append(folder / f"{split}_{size}{'' if free else '.new'}")
     writers, skipped, total = [], [], len(source.labels)
-    stems = [folder / f"{split}_{size}" for size in missing]
     indices = [np.zeros(total, records.ROW) for _ in missing]
     try:
         for stem in stems:
@@ -142,6 +150,8 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
             write_json(manifest_path(folder, split, size), records.seal(manifest))
             length = sum(file["bytes"] for file in files)
             print(f"{manifest_path(folder, split, size)}: {count} images, {length / 1e6:,.1f} MB", flush=True)
+        for file in old:
+            file.unlink(missing_ok=True)
     except BaseException as error:
         for writer in writers:
             with contextlib.suppress(OSError):  # a full disk is still full
@@ -154,13 +164,21 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
         raise
 
 
+def files_of(folder: Path, split: str, size: Size) -> set[str]:
+    """The names of the files that a manifest speaks of; none if there is no manifest, or a damaged one."""
+    try:
+        manifest = json.loads(manifest_path(folder, split, size).read_text(encoding="utf-8"))
+        return {file["name"] for file in manifest["files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
 def leftovers(folder: Path, split: str, size: Size) -> list[Path]:
-    """What is there of a split in a size that has no manifest: a killed process left it."""
-    if manifest_path(folder, split, size).exists():
-        return []
-    name = f"{split}_{size}"
-    patterns = [f"{name}[-.]*.partial", f"{name}.beton", f"{name}-*.tar", f"{name}.index.npy", f".{name}.json.*"]
-    return sorted(file for pattern in patterns for file in folder.glob(pattern))
+    """What is there of a split in a size that no manifest speaks of: a killed process left it."""
+    name, used = f"{split}_{size}", files_of(folder, split, size)
+    patterns = [f"{name}[-.]*.partial", f".{name}.json.*"]
+    patterns += [f"{name}{new}{end}" for new in ("", ".new") for end in (".beton", "-*.tar", ".index.npy")]
+    return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.name not in used)
 
 
 def finish(path: Path) -> dict[str, Any]:
@@ -184,16 +202,18 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
         print(f"{error}: starting over", flush=True)
         path.unlink()
         return False
+    manifest["images"] = manifest["count"] + len(manifest["skipped"])
     odd = [f"{key} {manifest.get(key)!r} instead of {facts[key]!r}" for key in facts if manifest.get(key) != facts[key]]
     if odd:
-        raise ConfigError(f"{path} was written with {'; '.join(odd)[:500]}: remove it, or choose another --output")
-    print(f"{path} is there already, with the same settings: left as it is", flush=True)
+        told = f"{path} was written with {'; '.join(odd)[:500]}"
+        raise ConfigError(f"{told}: replace it with --overwrite, or choose another --output")
+    print(f"{path} is there already, with the same settings: left as it is (--overwrite replaces it)", flush=True)
     return True
 
 
 def estimate(split: str, source: sets.Pictures, sizes: tuple[Size, ...], options: argparse.Namespace) -> None:
     """Print what a split would take, judged from an even sample. Nothing is written."""
-    numbers = sets.evenly_spaced(len(source.labels), SAMPLE).tolist()
+    numbers = evenly_spaced(len(source.labels), SAMPLE).tolist()
     began = time.perf_counter()
     pictures = list(
         in_order(lambda k: encode(source.image(numbers[k]), numbers[k], sizes, options), len(numbers), options.workers)
@@ -218,8 +238,11 @@ def command(options) -> int:
         raise ConfigError(f"--quality must lie between 1 and 95, not {options.quality}")
     options.storage = options.storage or ("raw" if small else "jpeg")
     options.output = options.output or records.prepared_folder(options.dataset, kind)
-    for split in options.splits:
-        source = sets.pictures(options.dataset, split, options.data, options.limit)
+    choice = Choice(options.limit)
+    if options.labels:
+        choice = choice._replace(labels=str(layouts.find_labels(options.labels, options.data)))
+    sources = {split: sets.pictures(options.dataset, split, options.data, choice=choice) for split in options.splits}
+    for split, source in sources.items():
         # the test images are wanted once, in the largest size: evaluation resizes them
         wanted = sizes if split == "train" else sizes[-1:]
         if options.dry_run:
