@@ -27,19 +27,21 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json
 from fastrobust.runtime.progress import duration
-from fastrobust.train import engine
+from fastrobust.train import changes, engine
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
 
 def command(arguments) -> int:
     """The train command."""
+    changed: list[str] = []
     if arguments.resume and arguments.config and "=" in arguments.config:
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
     if arguments.resume:
         directory, config = run_directory.open_run(arguments.resume)
-        check_same(arguments, directory, config)
+        if arguments.config or arguments.overrides:
+            config, changed = changes.asked_for(directory, config, arguments.config, arguments.overrides)
     elif arguments.config:
         config = reading.load(arguments.config, arguments.overrides)
         directory = Path(config.output) / config.name
@@ -54,24 +56,12 @@ def command(arguments) -> int:
         if arguments.dry_run:
             show_plan(resolve(config, device, world), device, world)
             return 0
+        if changed:
+            config = world.first(lambda: loaders.resolve(config, device))
+            world.first(lambda: run_directory.change(directory, config, changed))
         again = bool(arguments.resume) or distributed.restarted()
         show_summary(run(config, directory, device, world, again=again), directory)
     return 0
-
-
-def check_same(arguments, directory: Path, config: Config) -> None:
-    """Raise RunError where a config that is named beside --resume is not the run's."""
-    if arguments.overrides and not arguments.config:
-        words = " ".join(arguments.overrides)
-        raise RunError(f"--resume goes on with the config in {directory}: {words} cannot change it")
-    if arguments.config:
-        odd = reading.differences(config, reading.load(arguments.config, arguments.overrides))
-        if odd:
-            raise RunError(
-                f"{directory} was begun with another config than {arguments.config}:\n  "
-                + "\n  ".join(odd[:8])
-                + f"\nResume without naming a config (`--resume {directory}`), or start a new run with `name=NAME`"
-            )
 
 
 def warn_of_precision(config: Config, device: torch.device, world: World) -> None:

@@ -39,7 +39,7 @@ def test_an_unknown_key_names_the_nearest(file, wrong, key, near):
 
 def test_an_unknown_key_like_no_other_lists_the_keys_there(file):
     text = refusal(file, "model.zzzzzz=1")
-    assert "unknown key 'model.zzzzzz'" in text and "name, mean, std" in text
+    assert "unknown key 'model.zzzzzz'" in text and "name, weights, mean, std" in text
 
 
 @pytest.mark.parametrize(
