@@ -136,7 +136,9 @@ def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
-def add_limit(p: argparse.ArgumentParser, told: str = "so many test images, evenly spaced over all (default: all)") -> None:
+def add_limit(
+    p: argparse.ArgumentParser, told: str = "so many test images, each class in proportion (default: all)"
+) -> None:
     p.add_argument("--limit", type=count, metavar="N", help=told)
 
 
@@ -165,7 +167,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--alpha", type=pixels, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
-    add_limit(p, "so many test images, evenly spaced over all (default: the run's)")
+    add_limit(p, "the run's")
     p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     add_device(p)
@@ -238,7 +240,7 @@ def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quality", type=count, default=90, metavar="N", help="of JPEG, 1 to 95 (default 90)")
     p.add_argument("--splits", nargs="+", choices=["train", "test"], default=["train", "test"])
     add_workers(p, "threads")
-    p.add_argument("--limit", type=count, metavar="N", help="so many images of each split, evenly spaced (default: all)")
+    p.add_argument("--limit", type=count, metavar="N", help="so many images of each split (default: all)")
     p.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and list them")
     p.add_argument("--dry-run", action="store_true", help="judge sizes and time from a sample; write nothing")
 

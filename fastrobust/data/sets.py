@@ -24,6 +24,8 @@ from fastrobust.data import formats, ilsvrc, layouts
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
 
+SPREAD = "each class in proportion, evenly spaced"  # the rule of `spread`, as results name it
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -33,12 +35,14 @@ class ImageSet:
     labels: int64, N; each is an index into `classes`.
     classes: class names in label order.
     source: the file(s) or folder that the images came from, for records.
+    numbers: int64, N, of each image in the whole split; None where these are all of it.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: tuple[str, ...]
     source: str
+    numbers: torch.Tensor | None = None
 
     def labelled_as(self, classes: tuple[str, ...], whose: str) -> ImageSet:
         """The same images with labels that are indices into `classes`, matched by name. A note names the classes that this
@@ -62,7 +66,14 @@ class ImageSet:
     def take(self, numbers: Sequence[int]) -> ImageSet:
         """The images with these numbers, in this order."""
         index = torch.as_tensor(numbers, dtype=torch.int64)
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        among = index if self.numbers is None else self.numbers[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], numbers=among)
+
+    @property
+    def chosen(self) -> str:
+        """By which rule these images were chosen of their split, for records. Older records do not have it: of a limited
+        number of test images they hold those that `evenly_spaced` gives, whatever their class."""
+        return "all" if self.numbers is None else SPREAD
 
     def checksum(self) -> str:
         """SHA-256 of the pixels as stored, the labels and the names of the classes: what a result says it is about."""
@@ -109,7 +120,7 @@ def load(
     dataset: a name in `DATASETS`. split: "train" or "test". path: the folder or file that holds the data set;
     None means the usual places. resolution: height and width in pixels to which the images of an image folder
     are resized (short side, bicubic) and centre-cropped. download: fetch the data set if it is not found.
-    limit: read only this many images, evenly spaced over the split. Raises DataError.
+    limit: read only this many images: see `chosen`. Raises DataError.
     """
     facts = known(dataset)
     if split not in layouts.SPLITS:
@@ -122,7 +133,7 @@ def load(
     if resolution not in (None, size):
         raise DataError(f"{dataset} images are {size} x {size} pixels: leave out the resolution {resolution}")
     if facts.read is not None:
-        return _take(*_read_own(dataset, facts, split, path), facts.classes, dataset, limit)
+        return _take(*_read_own(dataset, facts, split, path), facts.classes, dataset, split, limit)
     try:
         place = locate(dataset, path)
     except DataError:
@@ -140,19 +151,24 @@ def load(
         if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
             images, labels = formats.read_batches(batches, split, source)
         else:
-            chosen, labels, classes = layouts.choose(members, split, classes, source, place)
-            keep = evenly_spaced(len(chosen), limit)
-            images, labels = formats.decode_all([chosen[i] for i in keep], size, facts.size is None), labels[keep]
-    return _take(images, labels, classes, source, limit)
+            found, labels, classes = layouts.choose(members, split, classes, source, place)
+            keep = chosen(labels, classes, split, limit)
+            images = formats.decode_all([found[i] for i in keep], size, facts.size is None)
+            numbers = None if len(keep) == len(labels) else torch.from_numpy(keep)
+            return replace(_take(images, labels[keep], classes, source, split, None), numbers=numbers)
+    return _take(images, labels, classes, source, split, limit)
 
 
-def _take(images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str, limit: int | None) -> ImageSet:
-    """The images N x H x W x C, or `limit` of them, evenly spaced."""
+def _take(
+    images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], source: str, split: str, limit: int | None
+) -> ImageSet:
+    """The images N x H x W x C, or `limit` of them."""
+    numbers = None
     if limit is not None and limit < len(labels):
-        keep = evenly_spaced(len(labels), limit)
-        images, labels = images[keep], labels[keep]
+        keep = chosen(labels, classes, split, limit)
+        images, labels, numbers = images[keep], labels[keep], torch.from_numpy(keep)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, source)
+    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, source, numbers)
 
 
 def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -191,9 +207,9 @@ def list_images(dataset: str, split: str, path: str | Path | None = None, limit:
     """The image files of one split of an image folder (or tars of one): for what reads them one by one. Raises DataError."""
     place = locate(dataset, path)
     members, source = _members(place)
-    chosen, labels, classes = layouts.choose(members, split, None, source, place)
-    keep = evenly_spaced(len(chosen), limit)
-    return Listing([chosen[i] for i in keep], labels[keep].astype(np.int64), classes, source)
+    found, labels, classes = layouts.choose(members, split, None, source, place)
+    keep = chosen(labels, classes, split, limit)
+    return Listing([found[i] for i in keep], labels[keep].astype(np.int64), classes, source)
 
 
 class Pictures(NamedTuple):
@@ -345,6 +361,20 @@ def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
     """Ascending indices of `limit` of `count` things, or of all of them."""
     taken = count if limit is None else min(limit, count)
     return np.arange(taken) * count // taken
+
+
+def chosen(labels: np.ndarray, classes: Sequence[str], split: str, limit: int | None) -> np.ndarray:
+    """Ascending numbers of the images of a split that a limit leaves: the one rule of all commands. Training images are
+    `evenly_spaced`, whatever their class: weights of runs depend on it. Test images are `spread`."""
+    return evenly_spaced(len(labels), limit) if split == "train" else spread(labels, classes, limit)
+
+
+def spread(labels: np.ndarray, classes: Sequence[str], limit: int | None) -> np.ndarray:
+    """Ascending numbers of `limit` images: every class has its share of them, rounded up or down, evenly spaced over the
+    images of the class. labels are indices into the names `classes`; the order of the names does not matter. A set that is
+    sorted by class gives what `evenly_spaced` gives."""
+    rank = np.argsort(np.argsort(np.asarray(classes)))
+    return np.sort(np.argsort(rank[np.asarray(labels)], kind="stable")[evenly_spaced(len(labels), limit)])
 
 
 def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray, np.ndarray, str]:

@@ -81,10 +81,10 @@ def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: 
         seed=seed,
         folder=folder,
         fresh=arguments.fresh,
-        notes={"data": arguments.data},
+        notes={"data": arguments.data, "chosen": data.chosen},
         world=world,
     )
-    result = report(attack, records) | {"weights": trained.digest, "images": data.checksum()}
+    result = report(attack, records) | {"weights": trained.digest, "images": data.checksum(), "chosen": data.chosen}
     result["attacks"] = [
         {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum()), **facts(r)}
         for r in records

@@ -26,12 +26,12 @@ class Trained:
     digest: str
 
     def images(self, limit: int | None = None) -> ImageSet:
-        """The test images, or `limit` of them, evenly spaced over the test set; labels count as the model's classes do.
-        Raises DataError, also where the images are of classes that the model does not know."""
+        """The test images, or `limit` of them (`data.sets.spread`); labels count as the model's classes do. Raises
+        DataError, also where the images are of classes that the model does not know."""
         return loaders.test_set(self.config, limit).labelled_as(self.classes, str(self.path))
 
     def training_images(self, limit: int) -> ImageSet:
-        """`limit` of the images that it was trained on, evenly spaced, as `images` gives the test images."""
+        """`limit` of the images that it was trained on (of those that `data.limit` leaves), evenly spaced."""
         return loaders.still(self.config, "train", limit).labelled_as(self.classes, str(self.path))
 
 

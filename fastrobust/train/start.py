@@ -184,7 +184,11 @@ def finish(training: Training) -> dict[str, Any]:
         evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
         for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
     ]
-    summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
+    summary = summarize(training, evaluations) | {
+        "images": training.images,
+        "test_images": test.checksum(),
+        "chosen": test.chosen,
+    }
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size
     world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))

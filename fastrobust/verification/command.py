@@ -35,7 +35,8 @@ def command(arguments) -> int:
     data = trained.images()
     shape = tuple(data.images.shape[1:])
     workers.check(trained.model, shape)  # says at once what cannot be verified
-    chosen = sets.evenly_spaced(len(data.labels), arguments.limit).tolist()
+    chosen = sets.spread(data.labels.numpy(), data.classes, arguments.limit).tolist()
+    part = data.take(chosen) if len(chosen) < len(data.labels) else data
     place = f"epsilon-{arguments.epsilon:g}"
     folder = Path(arguments.output) if arguments.output else weights.parent / FOLDER / place
     about = {"dataset": trained.config.data.dataset, "epsilon": arguments.epsilon}
@@ -52,7 +53,7 @@ def command(arguments) -> int:
         return 130
     records = [verdicts.found[i] for i in chosen]
     summary = settings | summarize(records, arguments, time.monotonic() - began, len(todo))
-    summary |= {"images": data.take(chosen).checksum(), "data": arguments.data}
+    summary |= {"images": part.checksum(), "chosen": part.chosen, "data": arguments.data}
     write_json(folder / "summary.json", summary | machine.environment("cpu"))
     show(summary, folder)
     if arguments.json:

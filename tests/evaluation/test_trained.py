@@ -134,6 +134,7 @@ def test_limit_takes_evenly_spaced_images_and_the_result_says_which(judge, copie
     else:
         assert judged.said["examples"] == 7
         assert judged.said["images"] == judged.images.checksum()
+        assert judged.said["chosen"] == sets.SPREAD
 
 
 def test_evaluate_and_verify_tell_weights_and_images_by_the_same_digests(judge, copied):

@@ -40,7 +40,8 @@ def test_the_command_decides_every_image_and_says_how(verified):
     assert summary["examples"] == 12
     assert sum(summary[name] for name in VERDICTS) == 12 == sum(summary["by"].values())
     lines = [json.loads(line) for line in (output / "verdicts.jsonl").read_text().splitlines()]
-    assert sorted(line["index"] for line in lines) == sets.evenly_spaced(200, 12).tolist()
+    assert sorted(line["index"] for line in lines) == sets.spread(np.repeat(range(10), 20), range(10), 12).tolist()
+    assert summary["chosen"] == sets.SPREAD
     falsified = {line["index"] for line in lines if line["verdict"] == "falsified"}
     assert {int(file.stem) for file in (output / "witnesses").iterdir()} == falsified
     for index in falsified:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,12 +133,12 @@ def fits(config: Config, device: torch.device) -> bool:
 
 
 def read_records(config: Config, kind: str, split: str, size: records.Size, limit: int | None) -> records.Records:
-    """A split's prepared images, or `limit` of them, evenly spaced. Raises DataError or ConfigError."""
+    """A split's prepared images, or `limit` of them: see `sets.chosen`. Raises DataError or ConfigError."""
     place = folder(config, kind)
     found = READERS[kind](place, split, size)
     if found.manifest["dataset"] != config.data.dataset:
         raise ConfigError(f"{place} holds {found.manifest['dataset']}, not {config.data.dataset}: set data.prepared")
-    return found if limit is None else found.take(sets.evenly_spaced(len(found), limit))
+    return found if limit is None else found.take(sets.chosen(found.labels, found.classes, split, limit))
 
 
 def kind_of_files(config: Config) -> str | None:
@@ -194,10 +195,14 @@ class Phases:
 
 
 def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
-    """The images of a split of a resolved config, or `limit` of them, evenly spaced, at the resolution of the last
-    phase: the square in the middle of each. If the run trains from prepared files, these are read from prepared files
-    too. Raises DataError."""
+    """The images of a split of a resolved config, or `limit` of them (see `sets.chosen`), at the resolution of the last
+    phase: the square in the middle of each. Training images are those that `data.limit` leaves. If the run trains from
+    prepared files, these are read from prepared files too. Raises DataError."""
     data, resolution = config.data, config.phases[-1].resolution
+    if split == "train" and data.limit is not None and limit is not None:
+        trained = still(config, split, None)
+        return trained.take(sets.evenly_spaced(len(trained.labels), limit))
+    limit = limit or (data.limit if split == "train" else None)
     kind = kind_of_files(config)
     if kind is None:
         size = resolution if config.facts.size is None else None
@@ -210,9 +215,12 @@ def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     changed = config.model_copy(update={"data": data.model_copy(update={"limit": limit})})
     loader = class_of(config).open(changed, split, sizes[0], resolution, torch.device("cpu"))
     try:
-        return loader.in_order()
+        found = loader.in_order()
     finally:
         loader.close()
+    whole = read_records(config, kind, split, sizes[0], None)
+    keep = sets.chosen(whole.labels, whole.classes, split, limit)
+    return found if len(keep) == len(whole) else replace(found, numbers=torch.from_numpy(keep))
 
 
 def test_set(config: Config, limit: int | None) -> sets.ImageSet:
