@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -108,6 +109,11 @@ def count_or_zero(text: str) -> int:
     return 0 if text == "0" else count(text)
 
 
+def place(text: str) -> str:
+    """A path, absolute: results that name it stay true in another folder."""
+    return os.path.abspath(os.path.expanduser(text))
+
+
 def seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {2**31 - 1}")
@@ -127,9 +133,9 @@ def add_config(p: argparse.ArgumentParser, **options) -> None:
     p.add_argument("overrides", nargs="*", metavar="key=value", help=change)
 
 
-def add_data(p: argparse.ArgumentParser) -> None:
+def add_data(p: argparse.ArgumentParser, **options) -> None:
     told = "read the data set from this folder or file (default: as the run's config says; prepared files are left out then)"
-    p.add_argument("--data", metavar="PATH", help=told)
+    p.add_argument("--data", metavar="PATH", type=place, help=told + options.pop("more", ""), **options)
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
@@ -171,7 +177,9 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     add_device(p)
-    add_data(p)
+    add_data(p, action="append", more="; several test sets: --data A --data B")
+    told = "write clean and adversarial images, .npz or .safetensors; attacks anew, at one radius"
+    p.add_argument("--save-images", type=place, metavar="FILE", help=told)
     told = (
         "of weights that another program trained: RUN is their file, .pth, .pt or .safetensors; needs --dataset, --epsilon"
     )

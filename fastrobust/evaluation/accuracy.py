@@ -97,6 +97,7 @@ def run_attacks(
     folder: Path | None = None,
     fresh: bool = False,
     notes: dict[str, Any] | None = None,
+    found: Tensor | None = None,
     world: World = ALONE,
 ) -> list[results.Record]:
     """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
@@ -104,7 +105,8 @@ def run_attacks(
     records are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
     was, with the same verdicts as without the interruption; `fresh` starts anew. New records keep `notes`, on which verdicts
     do not depend, among their facts. In a world of several processes each attacks its share, with the starts that it would
-    have in one, and all get the records of the whole."""
+    have in one, and all get the records of the whole. `found` takes the adversarial images (see `run_rounds`) of the
+    attacks that are run now."""
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
@@ -140,7 +142,7 @@ def run_attacks(
             if not part.facts["finished"]:
                 attack = build(model, images, settings)
                 with evaluating(model):
-                    _run(attack, part, images, labels, folder)
+                    _run(attack, part, images, labels, folder, found)
             if world.size > 1:
                 record = _put_together(record, world.gather(part))
                 world.first(lambda whole=record: None if folder is None else whole.save(folder))
@@ -181,7 +183,7 @@ def build(model: nn.Module, images: Tensor, settings: dict[str, Any]) -> base.At
     return kind(base.Setting(model, images, threat, alpha, settings["batch_size"], settings["seed"]), numbers)
 
 
-def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder: Path | None) -> None:
+def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder: Path | None, found: Tensor | None) -> None:
     """Run the attack to the end, from where the record stands, which is updated and saved on the way."""
     name, epsilon = record.settings["attack"], record.settings["epsilon"]
     robust = (record.attacked & ~record.broken).to(images.device)
@@ -231,7 +233,7 @@ def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder:
         try:
             batch = images[: attack.batch_size], labels[: attack.batch_size]
             with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
-                run_rounds(attack, images, labels, robust, threat=Threat(epsilon), place=place, after=after)
+                run_rounds(attack, images, labels, robust, threat=Threat(epsilon), place=place, found=found, after=after)
             record.facts["finished"] = True
             record.facts["seconds"] = earlier + time.monotonic() - began
             record.place = None
