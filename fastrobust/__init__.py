@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
 from fastrobust.runtime import spin
@@ -9,15 +10,26 @@ from fastrobust.runtime import spin
 spin.bound()  # before torch is imported
 
 __version__ = "0.1.0"
-__all__ = ["load"]
+_PLACES = {  # imported when they are first used, so that `import fastrobust` costs nothing
+    "fit": "fastrobust.train.from_python",
+    "evaluate": "fastrobust.evaluation.from_python",
+    "verify": "fastrobust.verification.from_python",
+    "load": "fastrobust.models.weights",
+}
+__all__ = ["evaluate", "fit", "load", "verify"]
 
 if TYPE_CHECKING:
+    from fastrobust.evaluation.from_python import evaluate
     from fastrobust.models.weights import load
+    from fastrobust.train.from_python import fit
+    from fastrobust.verification.from_python import verify
 
 
 def __getattr__(name: str):
-    if name == "load":
-        from fastrobust.models.weights import load
-
-        return load
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'fastrobust' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +165,13 @@ def test_the_example_stands_alone():
     """It imports nothing of fastrobust."""
     text = (ROOT / "examples/fgsm_cifar10.py").read_text()
     assert "import fastrobust" not in text and "from fastrobust" not in text
+
+
+def test_from_python_runs_and_is_loaded_again(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples/from_python.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    run, evaluation, same = done.stdout.splitlines()[-3:]
+    assert run.startswith("Run(runs/squares: 100.0% clean") and same == "the loaded model is the same: True"
+    assert "robust_accuracy=1.0" in evaluation

@@ -17,7 +17,7 @@ import yaml
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import parts, reading
-from fastrobust.config.datasets import DATASETS
+from fastrobust.config.datasets import DATASETS, FROM_FILES
 from fastrobust.evaluation import results
 from fastrobust.runtime import run_directory
 from fastrobust.train.step import Step
@@ -299,7 +299,7 @@ def test_the_page_names_every_part():
     assert rows["method.name"] == parts.METHODS.keys()
     assert rows["optimizer.name"] == parts.OPTIMIZERS.keys()
     assert rows["schedule.name"] == parts.SCHEDULES.keys()
-    assert rows["data.dataset"] == DATASETS.keys()
+    assert rows["data.dataset"] == {*DATASETS, *FROM_FILES}
     assert rows["loader"] == {"auto", *parts.LOADERS}
     assert rows["--attack"] >= parts.ATTACKS.keys()
     assert rows["model.name"] >= parts.MODELS.keys()

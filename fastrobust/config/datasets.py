@@ -1,4 +1,5 @@
-"""What is fixed about each data set: one table. A data set of one's own is a `Dataset` too, `package.module:name`."""
+"""What is fixed about each data set: one table. A data set of one's own, `package.module:name`, is a `Dataset` too, or a
+function that makes one from the config's `data.path`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastrobust.config import parts
-from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Dataset:
     `data.path`; it returns images, uint8 N x H x W x C, and labels, int64 N.
     """
 
-    channels: int
+    channels: int | None
     size: int | None
     classes: tuple[str, ...] | None
     mean: tuple[float, ...]
@@ -45,13 +46,37 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def facts(name: str) -> Dataset:
-    """The data set of this name. Raises ConfigError."""
+FROM_FILES = {"arrays": "fastrobust.data.arrays:dataset"}  # functions of data.path
+
+
+def find(name: str) -> Dataset | Callable[[str | None], Dataset]:
+    """The data set of this name, or what makes it from a path. Raises ConfigError."""
     if name in DATASETS:
         return DATASETS[name]
-    found = parts.find("data.dataset", dict.fromkeys(DATASETS, ""), name)
+    found = parts.find("data.dataset", FROM_FILES if ":" in name else dict.fromkeys(DATASETS, "") | FROM_FILES, name)
+    if not isinstance(found, Dataset) and not callable(found):
+        raise not_one(name)
+    return found
+
+
+def facts(name: str, path: str | None = None) -> Dataset:
+    """What is fixed about the data set of this name, of the files at `path` if it depends on them. Raises ConfigError."""
+    found = find(name)
+    if not isinstance(found, Dataset):
+        try:
+            found = found(path)
+        except FastrobustError:
+            raise
+        except Exception as error:  # the user's function can raise anything
+            raise ConfigError(f"data.dataset: '{name}' raised {type(error).__name__}: {first_line(error)}") from error
+    if name in DATASETS or name in FROM_FILES:
+        return found
     if not isinstance(found, Dataset) or found.read is None or found.size is None or found.classes is None:
-        raise ConfigError(f"data.dataset: '{name}' must be a fastrobust.config.datasets.Dataset with size, classes and read")
+        raise not_one(name)
     if found.channels not in (1, 3):
         raise ConfigError(f"data.dataset: '{name}' has {found.channels} channels: it must have 1 or 3")
     return found
+
+
+def not_one(name: str) -> ConfigError:
+    return ConfigError(f"data.dataset: '{name}' must be a fastrobust.config.datasets.Dataset with size, classes and read")

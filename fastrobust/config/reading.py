@@ -180,7 +180,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"'{override}' is not of the form key=value")
-    value = _parse_yaml(text, f"'{override[:80]}'")
+    put(data, key, _parse_yaml(text, f"'{override[:80]}'"), override)
+
+
+def put(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """Set the dotted key of a config that is not yet checked. `override`: what an error says of it. Raises ConfigError."""
     node: Any = data
     *parents, last = key.split(".")
     for part in parents:

@@ -54,9 +54,9 @@ def _word(known: tuple[str, ...], value: str) -> str:
 
 
 def _dataset(value: str) -> str:
-    _word(tuple(datasets.DATASETS), value)
+    _word((*datasets.DATASETS, *datasets.FROM_FILES), value)
     try:
-        datasets.facts(value)
+        datasets.find(value)
     except ConfigError as error:
         raise ValueError(str(error).removeprefix("data.dataset: ")) from None
     return value
@@ -195,10 +195,11 @@ class Config(Section):
         if len(evaluation.alpha) != len(evaluation.epsilon):
             counts = f"{len(evaluation.alpha)} values for the {len(evaluation.epsilon)} of evaluation.epsilon"
             raise ValueError(f"evaluation.alpha has {counts}: give one value, or one for each radius")
-        self.model.mean = self.facts.mean if self.model.mean is None else self.model.mean
-        self.model.std = self.facts.std if self.model.std is None else self.model.std
-        channels, native = self.facts.channels, self.facts.size
-        if len(self.model.mean) != channels or len(self.model.std) != channels:
+        facts = self.facts
+        self.model.mean = facts.mean if self.model.mean is None else self.model.mean
+        self.model.std = facts.std if self.model.std is None else self.model.std
+        channels, native = facts.channels, facts.size
+        if channels is not None and (len(self.model.mean) != channels or len(self.model.std) != channels):
             raise ValueError(f"model.mean and model.std need {channels} value(s) for {data.dataset}")
         for i, phase in enumerate(self.phases):
             if native is None and phase.resolution is None:
@@ -227,7 +228,7 @@ class Config(Section):
     @property
     def facts(self) -> datasets.Dataset:
         """What is fixed about the data set."""
-        return datasets.facts(self.data.dataset)
+        return datasets.facts(self.data.dataset, self.data.path)
 
     def passes(self, phase: Phase) -> int:
         """Passes over the data in a phase: its epochs, divided by the replays of `free` and rounded up."""

@@ -122,7 +122,7 @@ def load(
     are resized (short side, bicubic) and centre-cropped. download: fetch the data set if it is not found.
     limit: read only this many images: see `chosen`. Raises DataError.
     """
-    facts = known(dataset)
+    facts = known(dataset, path)
     if split not in layouts.SPLITS:
         raise DataError(f"there is no split {split!r}: use 'train' or 'test'")
     if limit is not None and limit < 1:
@@ -176,6 +176,8 @@ def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) ->
     try:
         images, labels = facts.read(split, None if path is None else str(path))
         images, labels = np.ascontiguousarray(images), np.asarray(labels)
+    except DataError:
+        raise
     except Exception as error:  # the user's code can raise anything
         raise DataError(f"{name} could not read its {split} images: {type(error).__name__}: {first_line(error)}") from error
     form = (facts.size, facts.size, facts.channels)
@@ -231,7 +233,7 @@ class Pictures(NamedTuple):
 
 def pictures(dataset: str, split: str, path: str | Path | None = None, limit: int | None = None) -> Pictures:
     """One split of any data set, to be read one by one. Raises DataError."""
-    if known(dataset).size is None:
+    if known(dataset, path).size is None:
         members, *facts = list_images(dataset, split, path, limit)
         image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
         return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *facts)
@@ -294,9 +296,9 @@ def read_idx_pair(images_path: Path, labels_path: Path, classes: int) -> tuple[n
     return images, labels
 
 
-def known(dataset: str) -> Dataset:
+def known(dataset: str, path: str | Path | None = None) -> Dataset:
     try:
-        return datasets.facts(dataset)
+        return datasets.facts(dataset, None if path is None else str(path))
     except ConfigError as error:
         raise DataError(str(error)) from None
 

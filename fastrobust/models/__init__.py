@@ -35,9 +35,17 @@ def in_sequence(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
+GIVEN = "given/"  # starts the name of a model that a program gave from Python; its class follows
+
+
 def create(name: str, *, channels: int, classes: int, mean: tuple[float, ...], std: tuple[float, ...]) -> nn.Module:
     """A freshly initialised model. Names: ours, torchvision's, `timm/NAME`, or
     `package.module:function` for a function of (channels, classes) that returns an nn.Module. Raises ConfigError."""
+    if name.startswith(GIVEN):
+        raise ConfigError(
+            f"model.name: the network {name.removeprefix(GIVEN)} was given from Python and is not stored with the run, only "
+            "its weights are: fastrobust.load(RUN, model=NETWORK)"
+        )
     if name in parts.MODELS or ":" in name:
         make = parts.find("model.name", parts.MODELS, name)
         if not callable(make):

@@ -14,7 +14,7 @@ from torch import nn
 from fastrobust import __version__
 from fastrobust.config import reading
 from fastrobust.config.schema import Config
-from fastrobust.models import create
+from fastrobust.models import Normalized, create
 from fastrobust.runtime.errors import FastrobustError, RunError
 from fastrobust.runtime.files import explained, mistaken, write_atomically
 from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
@@ -46,8 +46,9 @@ def weights_checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str])
     return digest.hexdigest()
 
 
-def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, ...]]:
-    """(model in eval mode on the CPU, config, class names) from a run directory or a .safetensors file. Raises RunError."""
+def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn.Module, Config, tuple[str, ...]]:
+    """(model in eval mode on the CPU, config, class names) from a run directory or a .safetensors file. `network` takes the
+    weights in place of the one that the config names. Raises RunError or ConfigError."""
     path = Path(path)
     weights = path / WEIGHTS if path.is_dir() else path
     if not weights.is_file():
@@ -66,7 +67,7 @@ def read_weights(path: str | Path) -> tuple[torch.nn.Module, Config, tuple[str, 
         raise RunError(f"{weights} is damaged: {error}") from None
     except KeyError as error:
         raise RunError(f"{weights} was not written by fastrobust: its header has no {error}") from None
-    model = build_model(config, classes)
+    model = build_model(config, classes, network)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -89,16 +90,19 @@ def refuse_others(path: Path) -> None:
         )
 
 
-def load(run: str | Path) -> torch.nn.Module:
+def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The trained model of a run directory or .safetensors file, ready to use: in eval mode, on the CPU, normalisation
-    inside. Takes images in [0, 1], float N x C x H x W, and
-    gives logits N x classes. Raises RunError."""
+    inside. Takes images in [0, 1], float N x C x H x W, and gives logits N x classes. `model`: for a run of `fit` that was
+    given a network, one of the same class, which takes the weights. Raises RunError."""
     try:
-        return read_weights(run)[0]
+        return read_weights(run, model)[0]
     except FastrobustError as error:
         raise RunError(str(error)) from None
 
 
-def build_model(config: Config, classes: tuple[str, ...]) -> torch.nn.Module:
-    channels = config.facts.channels
+def build_model(config: Config, classes: tuple[str, ...], network: nn.Module | None = None) -> nn.Module:
+    """The model that a config names, or the network that a program gave, behind the config's normalisation."""
+    if network is not None:
+        return Normalized(network, config.model.mean, config.model.std)
+    channels = len(config.model.mean)
     return create(config.model.name, channels=channels, classes=len(classes), mean=config.model.mean, std=config.model.std)

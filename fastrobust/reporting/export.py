@@ -69,13 +69,13 @@ def examples(config):
     """16 random images as the model takes them, float 16 x C x H x W in [0, 1]."""
 
     side = config.phases[-1].resolution
-    return torch.rand(16, config.facts.channels, side, side, generator=torch.Generator().manual_seed(0))
+    return torch.rand(16, len(config.model.mean), side, side, generator=torch.Generator().manual_seed(0))
 
 
 def snippet(config, classes: tuple[str, ...]) -> str:
     """The source of model.py."""
 
-    name, channels, source, imports = config.model.name, config.facts.channels, "", ""
+    name, channels, source, imports = config.model.name, len(config.model.mean), "", ""
     if name in parts.MODELS:  # ours: the classes and the function that makes the network
         function = parts.find("model.name", parts.MODELS, name)
         module = inspect.getmodule(function)

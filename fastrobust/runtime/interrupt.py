@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from fastrobust.runtime.command import to_paste
@@ -32,10 +33,23 @@ class Stop(BaseException):
         self.signum, self.status = signum, RESUME_ME
 
 
+_theirs: ContextVar[bool] = ContextVar("signals belong to the caller", default=False)
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Inside, no handlers are installed: Ctrl-C is a KeyboardInterrupt, as a notebook expects it."""
+    token = _theirs.set(True)
+    try:
+        yield
+    finally:
+        _theirs.reset(token)
+
+
 @contextlib.contextmanager
 def handled(handler: Callable) -> Iterator[None]:
     """Inside, the handler gets the signals that ask to stop, but for those that are ignored (`nohup` ignores SIGHUP)."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+    if _theirs.get() or threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     asked = [s for s in STOPPING if signal.getsignal(s) is not signal.SIG_IGN]

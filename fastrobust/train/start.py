@@ -76,10 +76,13 @@ def resolve(config: Config, device: torch.device, world: World) -> Config:
     return config.model_copy(update={"engine": engine.choose(config.engine, device)})
 
 
-def run(config: Config, directory: Path, device: torch.device, world: World, again: bool = False) -> dict[str, Any]:
+def run(
+    config: Config, directory: Path, device: torch.device, world: World, again: bool = False, network=None
+) -> dict[str, Any]:
     """Train the run of a config in its directory to the end, evaluate it, and return what `summary.json` holds. With
     `again` a run that is there already goes on from its last checkpoint, or is left as it is where it is finished; without,
-    it is refused. The processes of a world call this together; the first writes. Raises FastrobustError."""
+    it is refused. `network`: see `Training`. The processes of a world call this together; the first writes. Raises
+    FastrobustError."""
     begun = world.first(lambda: stored_config(directory, config, again))
     if begun and world.first((directory / run_directory.SUMMARY).exists):
         return world.first(lambda: read_summary(directory))
@@ -93,7 +96,7 @@ def run(config: Config, directory: Path, device: torch.device, world: World, aga
     if begun:
         with held(directory, world), interrupt.resumable(directory):
             checkpoint = world.first(lambda: run_directory.load_checkpoint(directory))
-            made = training(config, directory, device, world)
+            made = training(config, directory, device, world, network)
             if checkpoint is None:
                 print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
                 load_weights(made.learner.model, config, world)
@@ -101,7 +104,7 @@ def run(config: Config, directory: Path, device: torch.device, world: World, aga
                 made.restore(*checkpoint)
                 print(f"{directory}: going on after {made.learner.updates.item()} updates", flush=True)
             return finish(made)
-    made = training(config, directory, device, world)
+    made = training(config, directory, device, world, network)
     load_weights(made.learner.model, config, world)
     world.first(lambda: run_directory.create(config))
     with held(directory, world), interrupt.resumable(directory):
@@ -123,10 +126,10 @@ def stored_config(directory: Path, config: Config, again: bool) -> Config | None
     return stored
 
 
-def training(config: Config, directory: Path, device: torch.device, world: World) -> Training:
+def training(config: Config, directory: Path, device: torch.device, world: World, network=None) -> Training:
     """The run, ready to train; says which images and which machine it has. The test images are read too, by the first
     process for all: what is wrong with them is better known before the training than after it."""
-    made = Training(config, directory, device, world)
+    made = Training(config, directory, device, world, network)
 
     def look_at_test_images() -> dict[str, int]:
         test = loaders.test_set(config, config.evaluation.limit).labelled_as(made.loader.classes, "the run")

@@ -92,13 +92,14 @@ class Step:
             mine.copy_(given)
 
 
-def build(config: Config, loader, device: torch.device, world: World = ALONE) -> Step:
-    """The step of a config's run at the start of its first phase, on the images of `loader`. Seeds the random generators:
-    the first process's go on from the making of the model, every other has random numbers of its own."""
+def build(config: Config, loader, device: torch.device, world: World = ALONE, network: nn.Module | None = None) -> Step:
+    """The step of a config's run at the start of its first phase, on the images of `loader`. `network`: what is trained, in
+    place of the one that the config names. Seeds the random generators: the first process's go on from the making of the
+    model, every other has random numbers of its own."""
     engine.set_deterministic(config.deterministic)
     torch.manual_seed(config.seed)
-    model = build_model(config, loader.classes).to(device, memory_format=torch.channels_last)
-    check_model(model, config, loader.channels)
+    model = build_model(config, loader.classes, network).to(device, memory_format=torch.channels_last)
+    check_model(model, config, loader.channels, len(loader.classes))
     learner = Learner(
         model.train(),
         config.optimizer,
@@ -130,14 +131,21 @@ def seed_of_rank(config: Config, world: World, updates: int) -> None:
         torch.manual_seed(((config.seed * 1_000_003 + world.rank) * 1_000_003 + updates) % 2**63)
 
 
-def check_model(model: nn.Module, config: Config, channels: int) -> None:
-    """Raise ConfigError if the model cannot take the images of some phase, or the method not the model."""
+def check_model(model: nn.Module, config: Config, channels: int, classes: int) -> None:
+    """Raise ConfigError if the model cannot take the images of some phase or gives no logits, or the method cannot train
+    it."""
     device = next(model.parameters()).device
     for resolution in {phase.resolution for phase in config.phases}:
         x = torch.zeros(1, channels, resolution, resolution, device=device)
         try:
             with evaluating(model), torch.no_grad():
-                model(x)
+                logits = model(x)
+                if not isinstance(logits, Tensor) or logits.shape != (1, classes):
+                    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                    raise ConfigError(
+                        f"model.name: {config.model.name} must give logits, N x {classes} for {classes} classes; for one "
+                        f"image it gives {found}"
+                    )
                 config.method.check(model, x)
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(

@@ -56,16 +56,17 @@ class Training:
     random generators it is all that a checkpoint needs.
 
     In a `world` of several processes each has its share of every batch, and all have the same weights after every update.
-    BatchNorm sees each process's share; its running averages become their mean over the processes at the end of a pass."""
+    BatchNorm sees each process's share; its running averages become their mean over the processes at the end of a pass.
+    `network` is trained in place of the one that the config names."""
 
-    def __init__(self, config: Config, directory: Path, device: torch.device, world: World = ALONE):
+    def __init__(self, config: Config, directory: Path, device: torch.device, world: World = ALONE, network=None):
         self.config, self.directory, self.device, self.world = config, directory, device, world
         self.phases = loaders.Phases(config, device, world)
         self.loader = self.phases.enter(0)
         self.phases.check_files(len(self.loader))
         self.data_checksum = self.loader.checksum
         self.images: dict[str, dict[str, int]] = {}  # how many there are of each split and class
-        self.step = step.build(config, self.loader, device, world)
+        self.step = step.build(config, self.loader, device, world, network)
         self.threads = Threads(self.step, world, config.deterministic)
         self.position = Position()
         self.history: list[dict] = []

@@ -43,11 +43,12 @@ def command(arguments) -> int:
     settings = about | {"weights": trained.digest, "images": data.checksum()}
     verdicts = Verdicts(folder, settings, about | digests_of_version_0_1(weights, data))
     began = time.monotonic()
-    todo = [i for i in chosen if not settled(verdicts.found.get(i), arguments.timeout)]
+    todo = [i for i in chosen if not workers.settled(verdicts.found.get(i), arguments.timeout)]
     if len(todo) < len(chosen):
         print(f"{len(chosen) - len(todo)} of {len(chosen)} images have been decided before")
     try:
-        workers.decide_all(arguments, verdicts, weights, data, todo, chosen)
+        about_time = (arguments.epsilon, arguments.timeout, arguments.workers)
+        workers.decide_all(trained.model, data, verdicts, todo, chosen, *about_time)
     except KeyboardInterrupt:
         print(f"stopped; the verdicts so far are in {folder}: run the same command to go on", file=sys.stderr)
         return 130
@@ -67,11 +68,6 @@ def digests_of_version_0_1(weights: Path, data: sets.ImageSet) -> dict[str, str]
         "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         "images_sha256": hashlib.sha256(data.images.permute(0, 2, 3, 1).numpy().tobytes()).hexdigest(),
     }
-
-
-def settled(record: dict[str, Any] | None, timeout: float) -> bool:
-    """A timeout is tried again when there is more time for it now."""
-    return record is not None and (record["verdict"] != "timeout" or record["seconds"] >= 0.95 * timeout)
 
 
 def summarize(records: list[dict[str, Any]], arguments, seconds: float, decided_now: int) -> dict[str, Any]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
+import pickle
 import signal
+import sys
+import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 
 import highspy  # noqa: F401 (so that its absence is noticed before the work begins)
 import torch
@@ -17,7 +21,7 @@ from torch import nn
 
 from fastrobust.data.loaders.torch_workers import DieWith
 from fastrobust.data.sets import ImageSet
-from fastrobust.models.weights import load
+from fastrobust.models import Normalized, in_sequence
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.progress import Progress
 from fastrobust.verification.decide import Decider
@@ -35,35 +39,68 @@ def check(model: nn.Module, shape: tuple[int, ...]) -> None:
 _decider = None  # of a worker
 
 
-def start_worker(weights: str, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable[[int], None]) -> None:
-
+def start_worker(network: bytes, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable[[int], None]) -> None:
     global _decider
     die_with_parent(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and far below what bounds are widened by
-    _decider = Decider(load(weights), shape, epsilon)
+    _decider = Decider(pickle.loads(network), shape, epsilon)
 
 
 def work(indices: list[int], images, labels, timeout: float) -> list:
     return _decider.decide(indices, images, labels, timeout)
 
 
-def decide_all(arguments, kept: Verdicts, weights: Path, data: ImageSet, todo: list[int], chosen: list[int]) -> None:
+def plain(model: nn.Module) -> Normalized:
+    """The model made of torch's own modules alone, in eval mode on the CPU, so that any process can read it."""
+    mean, std, network = (0.0,), (1.0,), model
+    if isinstance(model, Normalized):
+        mean, std, network = model.mean.flatten().tolist(), model.std.flatten().tolist(), model.network
+    network = copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format)
+    return Normalized(nn.Sequential(*in_sequence(network)), mean, std).eval()
 
-    size = max(1, min(CHUNK, len(todo) // (4 * arguments.workers)))
+
+def settled(record: dict | None, timeout: float) -> bool:
+    """A timeout is tried again when there is more time for it now."""
+    return record is not None and (record["verdict"] != "timeout" or record["seconds"] >= 0.95 * timeout)
+
+
+@contextlib.contextmanager
+def main_left_alone() -> Iterator[None]:
+    """Processes that are started inside do not run the program's main file again, as Python's would: a script without
+    `if __name__ == "__main__"` would start itself in each."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def decide_all(
+    model: nn.Module,
+    data: ImageSet,
+    kept: Verdicts,
+    todo: list[int],
+    chosen: list[int],
+    epsilon: float,
+    timeout: float,
+    workers: int,
+) -> None:
+    """Decide the images with the numbers `todo`, of all that are `chosen`, and keep each verdict as it is found. timeout:
+    seconds for one image. Raises FastrobustError."""
+    size = max(1, min(CHUNK, len(todo) // (4 * workers)))
     chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
     total = len(chosen)
     tally = Counter(kept.found[i]["verdict"] for i in chosen if i in kept.found)
     if not chunks:
         return
-    about = (str(weights), tuple(data.images.shape[1:]), arguments.epsilon, DieWith(os.getpid()))
-    pool = ProcessPoolExecutor(min(arguments.workers, len(chunks)), get_context("spawn"), start_worker, about)
+    about = (pickle.dumps(plain(model)), tuple(data.images.shape[1:]), epsilon, DieWith(os.getpid()))
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("spawn"), start_worker, about)
     try:
         with Progress("verify", total, total - len(todo)) as bar:
-            futures = [
-                pool.submit(work, chunk, data.images[chunk], data.labels[chunk], arguments.timeout) for chunk in chunks
-            ]
+            with main_left_alone():
+                futures = [pool.submit(work, chunk, data.images[chunk], data.labels[chunk], timeout) for chunk in chunks]
             for future in as_completed(futures):
                 verdicts = future.result()
                 for v in verdicts:

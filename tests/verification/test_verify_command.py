@@ -17,7 +17,7 @@ from fastrobust.config import reading
 from fastrobust.data import sets
 from fastrobust.models.weights import build_model, save_weights
 from fastrobust.runtime.errors import RunError
-from fastrobust.verification import command
+from fastrobust.verification import workers
 from fastrobust.verification.store import VERDICTS, Verdicts
 
 pytest.importorskip("highspy")
@@ -99,8 +99,8 @@ def test_damaged_verdicts_are_an_error(verified, finished_run, tmp_path, capsys)
 
 def test_a_timeout_is_tried_again_only_with_more_time():
     record = {"verdict": "timeout", "seconds": 10.2}
-    assert command.settled(record, 10) and not command.settled(record, 30) and not command.settled(None, 1)
-    assert command.settled({"verdict": "verified", "seconds": 0.1}, 30)
+    assert workers.settled(record, 10) and not workers.settled(record, 30) and not workers.settled(None, 1)
+    assert workers.settled({"verdict": "verified", "seconds": 0.1}, 30)
 
 
 def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsys):

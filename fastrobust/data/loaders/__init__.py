@@ -48,7 +48,7 @@ def resolve(config: Config, device: torch.device) -> Config:
 
 
 def _automatic(config: Config, device: torch.device) -> str:
-    if config.facts.size is not None:
+    if config.facts.size is not None or config.facts.read is not None:
         return "resident"
     for name, (kind, package) in PREPARED.items():
         reason = why_not(config, kind)

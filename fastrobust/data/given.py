@@ -1,0 +1,106 @@
+"""Images that a program gives from Python: tensors, arrays, a torch Dataset or a torchvision one -> uint8 arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastrobust.runtime.errors import DataError, first_line
+from fastrobust.runtime.progress import Progress
+
+EXACT = 1e-3  # pixels of [0, 255]: floats this near to whole numbers are taken for images that were divided by 255
+
+
+class Given(NamedTuple):
+    """images: uint8 N x H x W x C. labels: int64 N. classes: names in label order."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+def read(data: Any, classes: Sequence[str] | None = None) -> Given:
+    """(images, labels) or a Dataset of (image, label). Images are uint8 or floats in [0, 1]: tensors N x C x H x W, arrays N
+    x H x W x C, or PIL images; labels are whole numbers from 0. Raises DataError."""
+    if isinstance(data, tuple | list) and len(data) == 2 and not isinstance(data[0], tuple):
+        images, labels = data
+    elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+        classes = getattr(data, "classes", None) if classes is None else classes
+        images, labels = _items(data)
+    else:
+        raise DataError(
+            f"data must be (images, labels), a Dataset with a length, a folder or the name of a data set, not a "
+            f"{type(data).__name__}"
+        )
+    labels = whole_numbers(labels)
+    pixels = to_uint8(images)
+    if len(pixels) != len(labels):
+        raise DataError(f"there are {len(pixels)} images and {len(labels)} labels")
+    names = tuple(map(str, range(int(labels.max()) + 1) if classes is None else classes))
+    if labels.max() >= len(names):
+        raise DataError(f"label {labels.max()} is none of the {len(names)} classes, 0 to {len(names) - 1}")
+    if len(np.unique(labels)) < 2:
+        raise DataError(f"all {len(labels)} images are of one class: there is nothing to tell apart")
+    return Given(pixels, labels, names)
+
+
+def _items(data: Any) -> tuple[list, list]:
+    images, labels = [], []
+    with Progress("read images", len(data)) as bar:
+        for i in range(len(data)):
+            try:
+                image, label = data[i][:2]
+            except Exception as error:  # the user's code can raise anything
+                raise DataError(
+                    f"item {i} of the data set cannot be read: {type(error).__name__}: {first_line(error)}"
+                ) from error
+            images.append(image if isinstance(image, Tensor) else np.asarray(image))
+            labels.append(label)
+            bar.advance(1, "" if bar.due() else None)
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) != 1:
+        found = "; ".join(map(str, sorted(shapes)[:3])) or "no images"
+        raise DataError(f"the images must be of one shape, found {found}: resize them first")
+    return (torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)), labels
+
+
+def whole_numbers(labels: Any) -> np.ndarray:
+    """Labels as int64 N. Raises DataError."""
+    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
+        raise DataError(f"labels must be whole numbers, one for each image; they are {found.dtype} {found.shape}")
+    if found.min() < 0:
+        raise DataError(f"label {found.min()} is negative: classes are numbered from 0")
+    return found.astype(np.int64)
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """uint8 N x H x W x C. Floats are rounded to steps of 1/255, which is said where it changes them. Raises DataError."""
+    tensor = isinstance(images, Tensor)
+    found = images.detach().cpu().numpy() if tensor else np.asarray(images)
+    if found.ndim == 3:
+        found = found[..., None]
+    elif found.ndim == 4 and (tensor or found.shape[3] not in (1, 3)):
+        found = found.transpose(0, 2, 3, 1)
+    if found.ndim != 4 or found.shape[3] not in (1, 3) or found.shape[1] != found.shape[2] or not len(found):
+        shape = tuple(images.shape) if hasattr(images, "shape") else found.shape
+        raise DataError(f"images must be N x C x H x W with C 1 or 3, and square; they are {shape}")
+    if found.dtype == np.uint8:
+        return np.ascontiguousarray(found)
+    if found.dtype.kind != "f":
+        raise DataError(f"images must be uint8, or floats in [0, 1]; they are {found.dtype}")
+    low, high = float(found.min()), float(found.max())
+    if not (low >= 0 and high <= 1):
+        hint = (
+            "divide by 255" if low >= 0 and high <= 255 else "leave their normalisation out, the model's first layer does it"
+        )
+        raise DataError(f"images must lie in [0, 1]; they reach from {low:g} to {high:g}: {hint}")
+    scaled = found * np.float32(255)
+    rounded = np.rint(scaled)
+    if np.abs(scaled - rounded).max() > EXACT:
+        print("note: the images are not steps of 1/255, and were rounded to them", flush=True)
+    return np.ascontiguousarray(rounded.astype(np.uint8))

@@ -1,0 +1,153 @@
+"""`fastrobust.fit`: a run without a config file, for a program's own network and images."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastrobust.config import parts, reading
+from fastrobust.config.datasets import DATASETS
+from fastrobust.data import arrays, given
+from fastrobust.models import GIVEN
+from fastrobust.models.weights import read_weights
+from fastrobust.runtime import distributed, interrupt, run_directory
+from fastrobust.runtime.errors import DataError, RunError
+from fastrobust.train import start
+
+IMAGES = "images.npz"  # in the run directory: the images that the program gave
+TESTED = 1000  # test images that the evaluation at the end attacks, unless the config says otherwise
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. directory: its files. model: trained, in eval mode, normalisation inside: images in [0, 1] -> logits.
+    classes: names in the order of the logits. summary: what `summary.json` holds. history: a dict for each epoch."""
+
+    directory: Path
+    model: nn.Module
+    classes: tuple[str, ...]
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+
+    def __repr__(self) -> str:
+        s = self.summary
+        clean, robust = f"{s['clean_accuracy']:.1%} clean", f"{s['robust_accuracy']:.1%} under {s['attack']}"
+        return f"Run({self.directory}: {clean}, {robust} at epsilon {s['epsilon']:.4g}, {s['examples']} test images)"
+
+
+def fit(
+    model: nn.Module | str,
+    data: Any,
+    *,
+    epsilon: float,
+    test: Any = None,
+    method: str | dict[str, Any] = "fgsm",
+    epochs: int = 15,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    classes: Sequence[str] | None = None,
+    resolution: int | None = None,
+    name: str | None = None,
+    output: str | Path = "runs",
+    resume: bool = False,
+    config: dict[str, Any] | None = None,
+) -> Run:
+    """Train a robust classifier, evaluate it, and return it with what its run directory holds.
+
+    model: a network that takes N x C x H x W and gives logits, which is trained in place; or a name as in a config.
+    data: (images, labels), a Dataset with a length, a folder of images, a `.npz` file, or a data set's name such as
+    "cifar10". Images are uint8, or floats in [0, 1]. test: the same for the test images, where `data` holds none.
+    epsilon: radius in pixels of [0, 1]. method: a name, or a dict of the config's section. lr: the highest learning rate of
+    SGD with the cyclic schedule. mean, std: normalisation by a first layer before the network; default: none for a network,
+    the data set's for a name. resolution: side in pixels, for folders. name, output: the run goes to OUTPUT/NAME.
+    resume: go on with the run that is there. config: other keys, such as {"precision": "bf16", "phases.0.epochs": 5}; see
+    docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated by itself.
+
+    Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""
+    network = None if isinstance(model, str) else model
+    title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
+    kind = method if isinstance(method, str) else str(method.get("name"))
+    directory = Path(output) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
+    if (directory / run_directory.CONFIG).exists() and not resume:
+        raise RunError(f"{directory} holds a run already: give another name=, or resume=True to go on with it")
+    settings: dict[str, Any] = {
+        "name": directory.name,
+        "output": str(output),
+        "epsilon": float(epsilon),
+        "model": {
+            "name": model if isinstance(model, str) else GIVEN + f"{type(model).__module__}.{type(model).__qualname__}"
+        },
+        "method": {"name": method} if isinstance(method, str) else dict(method),
+        "optimizer": {"name": "sgd"},
+        "schedule": {"name": "cyclic", "max_lr": lr},
+        "phases": [{"epochs": epochs, "batch_size": batch_size}],
+        "evaluation": {"limit": TESTED},
+    }
+    if resolution is not None:
+        settings["phases"][0]["resolution"] = resolution
+    with _placed(data, test, classes, directory) as (dataset, path):
+        settings["data"] = {"dataset": dataset} | ({"path": path} if path else {})
+        if network is not None:
+            channels = 3 if (found := DATASETS.get(dataset)) is None else found.channels
+            channels = arrays.dataset(path).channels if dataset == "arrays" else channels
+            mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
+        settings["model"] |= {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
+        for key, value in (config or {}).items():
+            reading.put(settings, key, value, f"config[{key!r}]")
+        parsed = reading.parse(settings, "fit")
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with interrupt.left_alone(), torch.random.fork_rng(devices), distributed.joined(parsed.device) as (world, device):
+            summary = start.run(parsed, directory, device, world, again=resume, network=network)
+    trained, _, names = read_weights(directory, network)
+    trained = trained.to(memory_format=torch.contiguous_format)
+    history = [json.loads(line) for line in (directory / run_directory.METRICS).read_text().splitlines()]
+    return Run(directory, trained, names, summary, history)
+
+
+@contextlib.contextmanager
+def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path):
+    """Gives (data set, path) as a config says them. Images that a program gave are written into the run directory, or, where
+    they are there already, compared with those; if no run comes of it they are removed again. Raises DataError."""
+    if isinstance(data, str | os.PathLike):
+        if test is not None:
+            raise DataError("test= belongs to images given from Python: a folder or data set has its own test images")
+        name, path = str(data), Path(data)
+        if name in DATASETS or (":" in name and not path.exists()):
+            yield name, None
+        elif not path.exists():
+            raise DataError(f"data: there is no folder or file {path}, and no data set: {parts.unknown(name, DATASETS)}")
+        else:
+            yield ("arrays" if path.suffix == ".npz" else "image_folder"), str(path.absolute())
+        return
+    if test is None:
+        raise DataError("give test=(images, labels) too: robustness is measured on images that were not trained on")
+    train = given.read(data, classes)
+    held = given.read(test, train.classes)
+    file = directory / IMAGES
+    if file.exists():
+        for split, mine in (("train", train), ("test", held)):
+            stored = arrays.read(split, str(file))
+            if not all(np.array_equal(a, b) for a, b in zip(stored, (mine.images, mine.labels), strict=True)):
+                raise DataError(f"{directory} was begun with other {split} images: give another name=")
+    else:
+        directory.mkdir(parents=True, exist_ok=True)
+        splits = {"train": (train.images, train.labels), "test": (held.images, held.labels)}
+        arrays.write(file, splits, train.classes)
+    try:
+        yield "arrays", str(file.absolute())
+    finally:
+        if not (directory / run_directory.CONFIG).exists():
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.rmdir()
