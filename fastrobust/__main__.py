@@ -12,8 +12,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from textwrap import fill
 from typing import NoReturn
 
+from fastrobust.config import packaged
 from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.numbers import parse_number
 from fastrobust.runtime.limits import cores
@@ -27,39 +29,84 @@ WORK = {  # command: (where its work is, what it does)
     "sweep": ("fastrobust.tuning.sweep", "train a grid of runs"),
     "lr-range": ("fastrobust.tuning.lr_range", "find a learning rate: raise it until the loss diverges"),
     "prepare": ("fastrobust.data.prepared.writing", "write a data set as files that load fast"),
+    "configs": ("fastrobust.config.packaged", "list the configs that come with fastrobust, or show one"),
 }
 ATTACKS = (
     "pgd-50-10 (steps, restarts), apgd-ce, apgd-t, fab-t, square, autoattack (these four in turn), your own "
     "package.module:Class, or several with commas between them: each attacks what the ones before left robust"
 )
+EXAMPLES = {
+    "train": """\
+  fastrobust train quickstart
+  fastrobust train mnist_fgsm epsilon=0.2 phases.0.epochs=5 seed=1 name=mine
+  fastrobust train --resume runs/mine""",
+    "evaluate": """\
+  fastrobust evaluate runs/mine
+  fastrobust evaluate runs/mine --epsilon 8/255 --attack pgd-50-10,autoattack""",
+    "verify": "  fastrobust verify runs/mine --epsilon 0.1 --limit 500",
+    "export": "  fastrobust export runs/mine -o mine",
+    "report": "  fastrobust report runs/mine runs/other -o report.html",
+    "sweep": "  fastrobust sweep configs/sweeps/figure2.yaml --dry-run",
+    "lr-range": """\
+  fastrobust lr-range quickstart
+  fastrobust lr-range cifar10_fgsm data.limit=10000""",
+    "prepare": "  fastrobust prepare ffcv imagenet --data /data/imagenet --sizes 160 352",
+    "configs": """\
+  fastrobust configs
+  fastrobust configs mnist_fgsm""",
+}
+KEYS = """
+keys of a config that are changed most:
+  epsilon  method.name  method.alpha  model.name  model.weights  data.path
+  data.limit  phases.0.epochs  phases.0.batch_size  schedule.max_lr
+  evaluation.epsilon  evaluation.limit  seed  name  output  device
+All of them, with their values: `fastrobust train CONFIG --dry-run` shows them
+resolved, docs/configuration.md explains them.
+
+configs that come with fastrobust (`fastrobust configs` says what they give):
+"""
 SWEEP = """A sweep file is YAML:
 
-    name: figure2                          # the runs go to OUTPUT/figure2/
-    config: configs/cifar10_fgsm.yaml      # what they have in common
-    set: {data.limit: 10000}               # and what is changed for all of them (optional)
-    grid:                                  # every combination is trained
-      method:                              # an axis of named bundles of keys ...
+    name: figure2                     # the runs go to OUTPUT/figure2/
+    config: configs/cifar10_fgsm.yaml # what they have in common
+    set: {data.limit: 10000}          # what is changed for all (optional)
+    grid:                             # every combination is trained
+      method:                         # an axis of named bundles of keys ...
         fgsm: {schedule.max_lr: 0.21}
         free: {schedule.max_lr: 0.04, method: {name: free, replays: 8}}
-      phases.0.epochs: [5, 10, 15]         # ... or the values of one key
-    seeds: 3                               # or a list
+      phases.0.epochs: [5, 10, 15]    # ... or the values of one key
+    seeds: 3                          # or a list
 
-Where the values of one axis depend on another's, `grids` is a list of grids with the same axes: see
-configs/sweeps/figure2.yaml.
-Every point is an ordinary run directory. The same command goes on with what is not finished."""
+Where the values of one axis depend on another's, `grids` is a list of grids
+with the same axes: see configs/sweeps/figure2.yaml. Every point is an ordinary
+run directory. The same command goes on with what is not finished."""
+
+
+MEANT = {  # options of other programs: the keys of a config that do the same
+    "epochs": "phases.0.epochs", "batch-size": "phases.0.batch_size", "lr": "schedule.max_lr", "eps": "epsilon",
+    "alpha": "method.alpha", "method": "method.name", "model": "model.name", "data": "data.path", "limit": "data.limit",
+    "dataset": "data.dataset", "data-dir": "data.path", "weights": "model.weights", "attack": "method.name",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
     """Answers a mistake with what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        configured = any(action.dest == "overrides" for action in self._actions)
         if found := re.search(r"unrecognized arguments: --([\w.-]+)(?:[= ]([^-\s]\S*))?", message):
             word, value = found[1], found[2] or "VALUE"
-            options = [option for action in self._actions for option in action.option_strings]
-            if any(action.dest == "overrides" for action in self._actions) and nearest(f"--{word}", options) is None:
-                message += f"; a key of the config is written without dashes: {word}={value}"
+            if configured and word == "config":
+                message += f"\nA config is named without an option: {self.prog} CONFIG"
+            elif configured and nearest(f"--{word}", options) is None:
+                key = MEANT.get(word.replace("_", "-"), word.replace("-", "_"))
+                message += f"\nA key of the config is written without dashes: {key}={value}"
             else:
                 message += did_you_mean(f"--{word}", options)
+        elif found := re.search(r"unrecognized arguments: ([\w-]+)=(\S+)", message):
+            option = f"--{found[1].replace('_', '-')}"
+            message += f"\nAn option is written with dashes: {option} {found[2]}" if option in options else ""
         super().error(message)
 
 
@@ -128,7 +175,7 @@ def add_run(p: argparse.ArgumentParser) -> None:
 
 
 def add_config(p: argparse.ArgumentParser, **options) -> None:
-    p.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mnist_fgsm.yaml", **options)
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a config that comes with it", **options)
     change = "change a key of the config: epsilon=4/255 phases.0.epochs=5 seed=1"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=change)
 
@@ -224,7 +271,7 @@ def sweep(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cluster", choices=["slurm", "local"], help="hand the runs to a scheduler through submitit")
     told = "submitit's parameters, such as timeout_min=120 gpus_per_node=1 slurm_partition=gpu"
     p.add_argument("--with", dest="options", nargs="+", default=[], metavar="key=value", help=told)
-    p.epilog, p.formatter_class = SWEEP, argparse.RawDescriptionHelpFormatter
+    p.epilog = f"\n\n{SWEEP}"
 
 
 def lr_range(p: argparse.ArgumentParser) -> None:
@@ -253,6 +300,10 @@ def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dry-run", action="store_true", help="judge sizes and time from a sample; write nothing")
 
 
+def configs(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", metavar="NAME", nargs="?", help="show this one, with its comments")
+
+
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": train,
     "evaluate": evaluate,
@@ -262,7 +313,16 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "sweep": sweep,
     "lr-range": lr_range,
     "prepare": prepare,
+    "configs": configs,
 }
+
+
+def add_command(p: argparse.ArgumentParser, name: str) -> None:
+    OPTIONS[name](p)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = f"examples:\n{EXAMPLES[name]}{p.epilog or ''}"
+    if name in ("train", "lr-range"):
+        p.epilog += f"\n{KEYS}" + fill(", ".join(packaged.names()), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -270,9 +330,8 @@ def parser() -> argparse.ArgumentParser:
         prog="fastrobust", description="Train robust image classifiers, and say how robust they are."
     )
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, add_options in OPTIONS.items():
-        told = WORK[name][1]
-        add_options(commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}."))
+    for name, (_, told) in WORK.items():
+        add_command(commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}."), name)
     return p
 
 
@@ -290,7 +349,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return parser().parse_args(argv)
     name, told = argv[0], WORK[argv[0]][1]
     alone = Parser(prog=f"fastrobust {name}", description=f"{told[0].upper()}{told[1:]}.")
-    OPTIONS[name](alone)
+    add_command(alone, name)
     return alone.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
 
 

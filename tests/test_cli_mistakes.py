@@ -174,7 +174,9 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert found.returncode == 2
     assert found.stdout == ""
-    assert found.stderr == "error: config file absent.yaml does not exist\n"
+    assert found.stderr == (
+        "error: config file absent.yaml does not exist\n`fastrobust configs` lists those that come with fastrobust\n"
+    )
 
 
 def test_a_full_disk_in_the_middle_of_a_run_can_be_resumed_from(quick, tmp_path, capsys, monkeypatch):

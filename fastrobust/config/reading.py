@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fastrobust.config import parts
+from fastrobust.config import packaged, parts
 from fastrobust.config.fields import Section
 from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.schema import Config
@@ -86,7 +86,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides, check and resolve it. Raises ConfigError."""
-    path = Path(path)
+    path = packaged.find(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -170,10 +170,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _nearest_file(path: Path) -> str:
-    there = {p.name: str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml")}
-    if near := nearest(path.name, there):
-        return f"; did you mean {there[near]}?"
-    return f"; there are: {', '.join(sorted(there.values()))}" if there else ""
+    beside = {p.name: str(p) for p in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    known = beside | ({} if path.suffix else {name: name for name in packaged.names()})
+    if near := nearest(path.name, known):
+        return f"; did you mean {known[near]}?"
+    there = f"; there are: {', '.join(sorted(beside.values()))}" if beside else ""
+    return f"{there}\n`fastrobust configs` lists those that come with fastrobust"
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
