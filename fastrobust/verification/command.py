@@ -97,6 +97,7 @@ def show(summary: dict[str, Any], folder: Path) -> None:
         table.add_row(name, str(summary[name]), f"{summary[name] / n:.2%}")
     Console().print(table)
     bound = "" if not summary["timeout"] else f" (at most {summary['upper_bound']:.2%}: {summary['timeout']} undecided)"
-    print(f"verified accuracy  {summary['verified_accuracy']:.2%}{bound}  epsilon {summary['epsilon']:g}, {n} test images")
+    print(f"verified accuracy  {summary['verified_accuracy']:.2%}{bound}")
+    print(f"epsilon            {summary['epsilon']:g}, {n} test images")
     print(f"seconds            {summary['seconds']:.1f} for {summary['decided_now']} images")
     print(f"verdicts           {folder}")

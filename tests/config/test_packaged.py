@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -64,6 +65,7 @@ def test_configs_lists_all_with_what_they_give_and_shows_one(capsys):
 
 def test_a_wheel_holds_the_configs(tmp_path):
     """Built without the network, unpacked beside nothing else, and asked for a config by name."""
+    pytest.importorskip("setuptools", "77")
     source = tmp_path / "source"
     for name in ("fastrobust", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -76,9 +78,8 @@ def test_a_wheel_holds_the_configs(tmp_path):
         assert {name.removeprefix("fastrobust/") for name in content.namelist()} >= FILES
         content.extractall(tmp_path / "installed")
     (sdist,) = source.glob("*.tar.gz")
-    shutil.unpack_archive(sdist, tmp_path / "sdist", filter="data")
-    (unpacked,) = (tmp_path / "sdist").iterdir()
-    assert {file.relative_to(unpacked).as_posix() for file in unpacked.rglob("*.yaml")} >= FILES
+    with tarfile.open(sdist) as content:
+        assert {name.partition("/")[2] for name in content.getnames()} >= FILES
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
     command = [sys.executable, "-m", "fastrobust", "configs", "mnist_fgsm"]
     shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
