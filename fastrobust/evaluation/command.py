@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastrobust.attack import base
 from fastrobust.attack.threat import Threat
 from fastrobust.config.numbers import describe
 from fastrobust.data import loaders
@@ -23,7 +24,7 @@ from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
 from fastrobust.runtime.files import explained, write_json
-from fastrobust.runtime.progress import Progress
+from fastrobust.runtime.progress import Overall, Progress
 
 SANITY_IMAGES = 300
 INDENT = 17 * " "  # of what a line says of its first word
@@ -57,12 +58,14 @@ def evaluate_in(world, device, arguments) -> int:
     if file:
         images_file.check(file, judged[0][1].images)
     folder = world.first(lambda: keeping(trained.path))
+    works = {name: kind.work(numbers) for name in names for kind, numbers in [base.parse(name)]}
+    overall = Overall([len(data.labels) * works[name] for _, data in judged for _ in radii for name in names])
     found = []
     for place, (one, data) in zip(places, judged, strict=True):
         if folder:
             world.first(lambda data=data: results.take_over(folder, trained.digest, data))
         for epsilon in radii:
-            found.append(at_radius(world, arguments, one, data, epsilon, attack, names, folder, place))
+            found.append(at_radius(world, arguments, one, data, epsilon, attack, names, folder, place, overall))
     if len(found) > 1:
         show_all(found)
     if arguments.json:
@@ -85,7 +88,7 @@ def opened(arguments, place: str | None, device) -> Trained:
 
 
 def at_radius(
-    world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder, place
+    world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder, place, overall
 ) -> dict:
     """Evaluate on one test set at one radius: what is printed, and what --json gives."""
     config, settings = trained.config, trained.config.evaluation
@@ -106,6 +109,7 @@ def at_radius(
         fresh=arguments.fresh or adversarial is not None,
         notes={"data": place, "chosen": data.chosen},
         found=adversarial,
+        overall=overall,
         world=world,
     )
     result = report(attack, records) | {"weights": trained.digest, "images": data.checksum(), "chosen": data.chosen}

@@ -26,7 +26,7 @@ from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json
-from fastrobust.runtime.progress import duration
+from fastrobust.runtime.progress import Overall, duration
 from fastrobust.train import changes, engine
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
@@ -138,8 +138,8 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     train = counted(made.loader.labels, made.loader.classes)
     made.images = {"train": train, "test": world.first(look_at_test_images)}
     memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
-    told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
-    print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
+    told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
+    print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {memory}", flush=True)
     return made
 
 
@@ -183,6 +183,7 @@ def finish(training: Training) -> dict[str, Any]:
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
+    common |= {"overall": Overall([1.0] * len(settings.epsilon))}
     evaluations = [
         evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
         for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)

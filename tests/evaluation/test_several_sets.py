@@ -68,6 +68,17 @@ def test_checks_of_two_sets_are_kept_apart(run, bars, few_bars, capsys, monkeypa
     assert len(list((run / results.FOLDER).glob("sanity_*.json"))) == 2
 
 
+def test_one_estimate_is_for_all_attacks_radii_and_sets(run, bars, few_bars, capsys, monkeypatch):
+    monkeypatch.setattr("fastrobust.runtime.progress.PLAIN_FIRST", 0.0)
+    monkeypatch.setattr("fastrobust.runtime.progress.PLAIN_INTERVAL", 0.0)
+    words = ["--data", str(bars), "--data", str(few_bars), "--epsilon", "0.02,0.1", "--attack", "pgd-9-2,pgd-2-1"]
+    assert cli(["evaluate", str(run), *words]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "; all: " in line]
+    parts = [int(line.split()[0]) for line in lines]
+    assert set(parts) == set(range(1, 9)) and parts == sorted(parts) and all(" of 8; all: " in line for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
 # ---- --save-images
 
 
