@@ -28,9 +28,11 @@ quickstart: $(VENV)/.core data
 
 # Everything that can be checked on this machine; what needs a GPU skips where there is none.
 test: $(VENV)/.test data compiler loaders browser
+	@echo "tests: 6 to 10 minutes on two idle cores; what was skipped, and why, is said at the end"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	@echo "on the disk: $$(du -sh $(VENV) | cut -f1) in $(VENV); 'make clean' removes it"
 
 # On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in runs/gpu_report (docs/gpu.md).
 gpu-report: $(VENV)/.test
@@ -59,6 +61,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
+	@echo "installing pytest, ruff, timm, AutoAttack, ONNX, HiGHS for the tests (once; about 0.6 GB on the disk)"
 	@$(PIP) -e '.[test,timm,autoattack,export,verify]'
 	@touch $@
 

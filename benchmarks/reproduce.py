@@ -32,6 +32,7 @@ from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import ConfigError, DataError, FastrobustError
 from fastrobust.runtime.files import explained, write_json
 from fastrobust.runtime.interrupt import Interrupted
+from fastrobust.runtime.progress import duration
 from fastrobust.train import start as training
 
 VERIFIED = "epsilon-0.1"  # of a run's `verification/`: the radius of Table 2
@@ -126,10 +127,13 @@ def train_all(rows: list[paper.Row], folder: Path, arguments: argparse.Namespace
     seeds, minutes = range(arguments.seeds), arguments.minutes
     todo = [(row, s) for s in seeds for row in rows if row.config and not file_of(row, s, folder).exists()]
     open_rows: list[str] = []
+    begun = time.monotonic()
     with Deadline(minutes) as deadline:
         for i, (row, seed) in enumerate(todo):
             if deadline.over:
                 return open_rows + [f"{r.name} seed {s}: no time left" for r, s in todo[i:]]
+            if i:
+                print(of_all(begun, i, len(todo)))
             print(f"[{i + 1}/{len(todo)}] {row.name}, seed {seed}", flush=True)
             try:
                 train(row, seed, folder, arguments.scale, arguments.device, arguments.data)
@@ -142,6 +146,12 @@ def train_all(rows: list[paper.Row], folder: Path, arguments: argparse.Namespace
                 if isinstance(error, DataError):
                     print(f"skipped: {error}", file=sys.stderr, flush=True)
     return open_rows
+
+
+def of_all(begun: float, done: int, count: int) -> str:
+    """How long all runs have taken, and will: the next ones as long as the ones before, on the average."""
+    elapsed = time.monotonic() - begun
+    return f"all runs: {duration(elapsed)} so far, about {duration(elapsed / done * (count - done))} left"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
+from textwrap import fill
 from typing import NoReturn
 
+from fastrobust.config import packaged
 from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.numbers import parse_number
 from fastrobust.runtime.limits import cores
@@ -26,39 +29,84 @@ WORK = {  # command: (where its work is, what it does)
     "sweep": ("fastrobust.tuning.sweep", "train a grid of runs"),
     "lr-range": ("fastrobust.tuning.lr_range", "find a learning rate: raise it until the loss diverges"),
     "prepare": ("fastrobust.data.prepared.writing", "write a data set as files that load fast"),
+    "configs": ("fastrobust.config.packaged", "list the configs that come with fastrobust, or show one"),
 }
 ATTACKS = (
     "pgd-50-10 (steps, restarts), apgd-ce, apgd-t, fab-t, square, autoattack (these four in turn), your own "
     "package.module:Class, or several with commas between them: each attacks what the ones before left robust"
 )
+EXAMPLES = {
+    "train": """\
+  fastrobust train quickstart
+  fastrobust train mnist_fgsm epsilon=0.2 phases.0.epochs=5 seed=1 name=mine
+  fastrobust train --resume runs/mine""",
+    "evaluate": """\
+  fastrobust evaluate runs/mine
+  fastrobust evaluate runs/mine --epsilon 8/255 --attack pgd-50-10,autoattack""",
+    "verify": "  fastrobust verify runs/mine --epsilon 0.1 --limit 500",
+    "export": "  fastrobust export runs/mine -o mine",
+    "report": "  fastrobust report runs/mine runs/other -o report.html",
+    "sweep": "  fastrobust sweep configs/sweeps/figure2.yaml --dry-run",
+    "lr-range": """\
+  fastrobust lr-range quickstart
+  fastrobust lr-range cifar10_fgsm data.limit=10000""",
+    "prepare": "  fastrobust prepare ffcv imagenet --data /data/imagenet --sizes 160 352",
+    "configs": """\
+  fastrobust configs
+  fastrobust configs mnist_fgsm""",
+}
+KEYS = """
+keys of a config that are changed most:
+  epsilon  method.name  method.alpha  model.name  model.weights  data.path
+  data.limit  phases.0.epochs  phases.0.batch_size  schedule.max_lr
+  evaluation.epsilon  evaluation.limit  seed  name  output  device
+All of them, with their values: `fastrobust train CONFIG --dry-run` shows them
+resolved, docs/configuration.md explains them.
+
+configs that come with fastrobust (`fastrobust configs` says what they give):
+"""
 SWEEP = """A sweep file is YAML:
 
-    name: figure2                          # the runs go to OUTPUT/figure2/
-    config: configs/cifar10_fgsm.yaml      # what they have in common
-    set: {data.limit: 10000}               # and what is changed for all of them (optional)
-    grid:                                  # every combination is trained
-      method:                              # an axis of named bundles of keys ...
+    name: figure2                     # the runs go to OUTPUT/figure2/
+    config: configs/cifar10_fgsm.yaml # what they have in common
+    set: {data.limit: 10000}          # what is changed for all (optional)
+    grid:                             # every combination is trained
+      method:                         # an axis of named bundles of keys ...
         fgsm: {schedule.max_lr: 0.21}
         free: {schedule.max_lr: 0.04, method: {name: free, replays: 8}}
-      phases.0.epochs: [5, 10, 15]         # ... or the values of one key
-    seeds: 3                               # or a list
+      phases.0.epochs: [5, 10, 15]    # ... or the values of one key
+    seeds: 3                          # or a list
 
-Where the values of one axis depend on another's, `grids` is a list of grids with the same axes: see
-configs/sweeps/figure2.yaml.
-Every point is an ordinary run directory. The same command goes on with what is not finished."""
+Where the values of one axis depend on another's, `grids` is a list of grids
+with the same axes: see configs/sweeps/figure2.yaml. Every point is an ordinary
+run directory. The same command goes on with what is not finished."""
+
+
+MEANT = {  # options of other programs: the keys of a config that do the same
+    "epochs": "phases.0.epochs", "batch-size": "phases.0.batch_size", "lr": "schedule.max_lr", "eps": "epsilon",
+    "alpha": "method.alpha", "method": "method.name", "model": "model.name", "data": "data.path", "limit": "data.limit",
+    "dataset": "data.dataset", "data-dir": "data.path", "weights": "model.weights", "attack": "method.name",
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
     """Answers a mistake with what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        configured = any(action.dest == "overrides" for action in self._actions)
         if found := re.search(r"unrecognized arguments: --([\w.-]+)(?:[= ]([^-\s]\S*))?", message):
             word, value = found[1], found[2] or "VALUE"
-            options = [option for action in self._actions for option in action.option_strings]
-            if any(action.dest == "overrides" for action in self._actions) and nearest(f"--{word}", options) is None:
-                message += f"; a key of the config is written without dashes: {word}={value}"
+            if configured and word == "config":
+                message += f"\nA config is named without an option: {self.prog} CONFIG"
+            elif configured and nearest(f"--{word}", options) is None:
+                key = MEANT.get(word.replace("_", "-"), word.replace("-", "_"))
+                message += f"\nA key of the config is written without dashes: {key}={value}"
             else:
                 message += did_you_mean(f"--{word}", options)
+        elif found := re.search(r"unrecognized arguments: ([\w-]+)=(\S+)", message):
+            option = f"--{found[1].replace('_', '-')}"
+            message += f"\nAn option is written with dashes: {option} {found[2]}" if option in options else ""
         super().error(message)
 
 
@@ -108,6 +156,11 @@ def count_or_zero(text: str) -> int:
     return 0 if text == "0" else count(text)
 
 
+def place(text: str) -> str:
+    """A path, absolute: results that name it stay true in another folder."""
+    return os.path.abspath(os.path.expanduser(text))
+
+
 def seed(text: str) -> int:
     if not text.isdecimal() or len(text) > 10 or int(text) >= 2**31:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {2**31 - 1}")
@@ -122,21 +175,23 @@ def add_run(p: argparse.ArgumentParser) -> None:
 
 
 def add_config(p: argparse.ArgumentParser, **options) -> None:
-    p.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/mnist_fgsm.yaml", **options)
+    p.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a config that comes with it", **options)
     change = "change a key of the config: epsilon=4/255 phases.0.epochs=5 seed=1"
     p.add_argument("overrides", nargs="*", metavar="key=value", help=change)
 
 
-def add_data(p: argparse.ArgumentParser) -> None:
+def add_data(p: argparse.ArgumentParser, **options) -> None:
     told = "read the data set from this folder or file (default: as the run's config says; prepared files are left out then)"
-    p.add_argument("--data", metavar="PATH", help=told)
+    p.add_argument("--data", metavar="PATH", type=place, help=told + options.pop("more", ""), **options)
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
 
 
-def add_limit(p: argparse.ArgumentParser, told: str = "so many test images, evenly spaced over all (default: all)") -> None:
+def add_limit(
+    p: argparse.ArgumentParser, told: str = "so many test images, each class in proportion (default: all)"
+) -> None:
     p.add_argument("--limit", type=count, metavar="N", help=told)
 
 
@@ -165,11 +220,13 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--alpha", type=pixels, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
-    add_limit(p, "so many test images, evenly spaced over all (default: the run's)")
+    add_limit(p, "the run's")
     p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     add_device(p)
-    add_data(p)
+    add_data(p, action="append", more="; several test sets: --data A --data B")
+    told = "write clean and adversarial images, .npz or .safetensors; attacks anew, at one radius"
+    p.add_argument("--save-images", type=place, metavar="FILE", help=told)
     told = (
         "of weights that another program trained: RUN is their file, .pth, .pt or .safetensors; needs --dataset, --epsilon"
     )
@@ -214,7 +271,7 @@ def sweep(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cluster", choices=["slurm", "local"], help="hand the runs to a scheduler through submitit")
     told = "submitit's parameters, such as timeout_min=120 gpus_per_node=1 slurm_partition=gpu"
     p.add_argument("--with", dest="options", nargs="+", default=[], metavar="key=value", help=told)
-    p.epilog, p.formatter_class = SWEEP, argparse.RawDescriptionHelpFormatter
+    p.epilog = f"\n\n{SWEEP}"
 
 
 def lr_range(p: argparse.ArgumentParser) -> None:
@@ -238,7 +295,7 @@ def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--quality", type=count, default=90, metavar="N", help="of JPEG, 1 to 95 (default 90)")
     p.add_argument("--splits", nargs="+", choices=["train", "test"], default=["train", "test"])
     add_workers(p, "threads")
-    p.add_argument("--limit", type=count, metavar="N", help="so many images of each split, evenly spaced (default: all)")
+    p.add_argument("--limit", type=count, metavar="N", help="so many images of each split (default: all)")
     p.add_argument(
         "--labels", metavar="FILE", help="a CSV file with the columns file,label, where folders do not say classes"
     )
@@ -246,6 +303,10 @@ def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--overwrite", action="store_true", help=told)
     p.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and list them")
     p.add_argument("--dry-run", action="store_true", help="judge sizes and time from a sample; write nothing")
+
+
+def configs(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", metavar="NAME", nargs="?", help="show this one, with its comments")
 
 
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
@@ -257,7 +318,16 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "sweep": sweep,
     "lr-range": lr_range,
     "prepare": prepare,
+    "configs": configs,
 }
+
+
+def add_command(p: argparse.ArgumentParser, name: str) -> None:
+    OPTIONS[name](p)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = f"examples:\n{EXAMPLES[name]}{p.epilog or ''}"
+    if name in ("train", "lr-range"):
+        p.epilog += f"\n{KEYS}" + fill(", ".join(packaged.names()), 78, initial_indent="  ", subsequent_indent="  ")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -265,9 +335,8 @@ def parser() -> argparse.ArgumentParser:
         prog="fastrobust", description="Train robust image classifiers, and say how robust they are."
     )
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, add_options in OPTIONS.items():
-        told = WORK[name][1]
-        add_options(commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}."))
+    for name, (_, told) in WORK.items():
+        add_command(commands.add_parser(name, help=told, description=f"{told[0].upper()}{told[1:]}."), name)
     return p
 
 
@@ -285,7 +354,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         return parser().parse_args(argv)
     name, told = argv[0], WORK[argv[0]][1]
     alone = Parser(prog=f"fastrobust {name}", description=f"{told[0].upper()}{told[1:]}.")
-    OPTIONS[name](alone)
+    add_command(alone, name)
     return alone.parse_intermixed_args(argv[1:], argparse.Namespace(command=name))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from collections import Counter
 from pathlib import Path
 
 import loader_batches
@@ -22,6 +23,18 @@ from fastrobust.train import start
 from fastrobust.train.training import Training
 
 torch.set_num_threads(1)  # the models here are too small to gain from more
+
+
+def skip_lines(reports) -> list[str]:
+    """One line for each reason for which tests were skipped, with their number; reports as pytest keeps them."""
+    reasons = (str(r.longrepr[2] if isinstance(r.longrepr, tuple) else r.longrepr) for r in reports)
+    counts = Counter(reason.removeprefix("Skipped: ") for reason in reasons)
+    return [f"{count:>5} skipped: {reason}" for reason, count in counts.most_common()]
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in skip_lines(terminalreporter.stats.get("skipped", [])):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

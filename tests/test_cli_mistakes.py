@@ -113,8 +113,8 @@ def test_a_mistake_in_resuming_is_explained(quick, copied_run, tmp_path, capsys,
     argv, message = {
         "no run": (["--resume", str(tmp_path)], "is not a run directory"),
         "absent": (["--resume", str(tmp_path / "absent")], "is not a run directory"),
-        "other config": ([str(quick()), "--resume", str(copied_run), "epsilon=0.03"], "epsilon: 0.05 in one, 0.03 in the"),
-        "overrides": (["--resume", str(copied_run), "seed=1"], "seed=1 cannot change it"),
+        "other config": ([str(quick()), "--resume", str(copied_run), "epsilon=0.03"], "epsilon: 0.05 before, 0.03 now"),
+        "overrides": (["--resume", str(copied_run), "seed=1"], "seed: 0 before, 1 now"),
         "damaged checkpoint": (["--resume", str(copied_run)], "checkpoint.pt is damaged"),
         "empty checkpoint": (["--resume", str(copied_run)], "checkpoint.pt is damaged"),
         "damaged config": (["--resume", str(copied_run)], "config.yaml"),
@@ -174,7 +174,9 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert found.returncode == 2
     assert found.stdout == ""
-    assert found.stderr == "error: config file absent.yaml does not exist\n"
+    assert found.stderr == (
+        "error: config file absent.yaml does not exist\n`fastrobust configs` lists those that come with fastrobust\n"
+    )
 
 
 def test_a_full_disk_in_the_middle_of_a_run_can_be_resumed_from(quick, tmp_path, capsys, monkeypatch):

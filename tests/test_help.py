@@ -11,8 +11,9 @@ import sys
 import pytest
 from run_files import assert_explained
 
-from fastrobust.__main__ import WORK
+from fastrobust.__main__ import KEYS, MEANT, WORK, parse
 from fastrobust.__main__ import main as cli
+from fastrobust.config import packaged, reading
 
 HEAVY = {"torch", "torchvision", "numpy", "pydantic", "rich", "tensorboard", "yaml", "PIL", "safetensors"}
 
@@ -37,7 +38,47 @@ def test_help_answers_at_once(name):
             assert re.search(rf"^ +{command} +{told[:40]}", out, re.M)
 
 
-REQUIRED = {"sweep": ["x.yaml"], "train": ["x.yaml"], "lr-range": ["x.yaml"], "prepare": ["ffcv", "mnist"]}
+@pytest.mark.parametrize("name", WORK)
+def test_help_has_examples_that_can_be_parsed_and_fits_80_columns(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as caught:
+        parse([name, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and max(map(len, out.splitlines())) <= 80
+    examples = re.findall(rf"^  fastrobust ({name} .*|{name})$", out, re.M)
+    assert examples
+    for example in examples:
+        parse(example.split())
+    if name in ("train", "lr-range"):
+        assert "phases.0.epochs" in out and all(config in out for config in packaged.names())
+
+
+def test_the_keys_in_the_help_are_keys():
+    words = [word for line in KEYS.splitlines() if line.startswith("  ") for word in line.split()]
+    config = reading.load("mnist_fgsm").to_dict()
+    assert len(words) > 12 and set(words) | set(MEANT.values()) <= reading.flatten(config).keys() | {"evaluation.epsilon"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("train quickstart --epsilon 0.1", "A key of the config is written without dashes: epsilon=0.1"),
+        ("train quickstart --epochs 3", "without dashes: phases.0.epochs=3"),
+        ("train quickstart --batch_size=64", "without dashes: phases.0.batch_size=64"),
+        ("train --config quickstart", "A config is named without an option: fastrobust train CONFIG"),
+        ("train quickstart --dry-rn", "did you mean '--dry-run'?"),
+        ("evaluate runs/x epsilon=0.1", "An option is written with dashes: --epsilon 0.1"),
+        ("evaluate runs/x batch_size=5", "--batch-size 5"),
+    ],
+)
+def test_keys_and_options_are_told_apart(capsys, words, message):
+    with pytest.raises(SystemExit) as caught:
+        cli(words.split())
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and message in err
+
+
+REQUIRED = {"sweep": ["x.yaml"], "train": ["x.yaml"], "lr-range": ["x.yaml"], "prepare": ["ffcv", "mnist"], "configs": []}
 
 
 @pytest.mark.parametrize("name", WORK)

@@ -71,6 +71,10 @@ class Part(Attack):
             )
 
     @classmethod
+    def work(cls, numbers: tuple[int, ...]) -> float:
+        return PASSES[cls.part] / (1 if cls.part != "square" else 3)  # which takes no gradients
+
+    @classmethod
     def made_by(cls) -> str:
         return version()
 

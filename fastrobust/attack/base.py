@@ -53,6 +53,11 @@ class Attack(ABC):
         """Raise ConfigError if the attack is not defined for this model. images: as in a `Setting`."""
 
     @classmethod
+    def work(cls, numbers: tuple[int, ...]) -> float:
+        """About how many gradients an image costs, at most: for estimates of the time."""
+        return 100.0
+
+    @classmethod
     def made_by(cls) -> str:
         """Whose code it is, with its version: kept with every verdict."""
         return f"fastrobust {__version__}" if cls.__module__.startswith("fastrobust.") else cls.__module__

@@ -67,6 +67,10 @@ class Pgd(Attack):
         if len(numbers) != 2 or min(numbers) < 1:
             raise ConfigError("attack: pgd is written pgd-STEPS-RESTARTS, such as pgd-50-10")
 
+    @classmethod
+    def work(cls, numbers: tuple[int, ...]) -> float:
+        return float(numbers[0] * numbers[1])
+
     def batches(self, number: int, alive: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.tried and alive.count_nonzero() * (self.rounds - number) >= 4 * self.batch_size:
             self.tried = True

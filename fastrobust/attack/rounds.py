@@ -30,10 +30,12 @@ def run_rounds(
     *,
     threat: Threat | None = None,
     place: Place | None = None,
+    found: Tensor | None = None,
     after: Callable[[Place, int, int], None] = lambda place, examples, refused: None,
 ) -> None:
     """Run all rounds of an attack, each on the examples that are still robust when it begins; `robust` (bool N) is cleared
-    in place. With a threat, a success counts only if it also `breaks` the model; without, the attack is believed.
+    in place. With a threat, a success counts only if it also `breaks` the model; without, the attack is believed. `found`
+    (float N x C x H x W, on the CPU) takes the points that count, exactly in the ball and the box.
 
     `place` continues where an earlier call was; `after(place, examples, refused)` is called after each batch.
     """
@@ -50,5 +52,8 @@ def run_rounds(
                 held = breaks(attack.model, x[broken], y[broken], points[broken], threat)
                 survived[broken[~held]] = True
                 refused = int((~held).sum())
+                if found is not None:
+                    won = broken[held]
+                    found[index[won].cpu()] = threat.nearest(points[won].float(), x[won]).cpu()
             robust[index] = survived
             after(Place(number, batch + 1, alive), len(index), refused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,8 +61,15 @@ def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -
         raise DataError(f"epsilon {radius:g} is outside the pixel range [0, 1]; did you mean {radius:g}/255?")
 
 
-def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Tensor:
-    """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W."""
+def classified(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int = 500,
+    after: Callable[[int], None] = lambda examples: None,
+) -> Tensor:
+    """Which examples are classified correctly (bool, N), in fp32 and eval mode. images: uint8 N x C x H x W. `after` hears
+    of every batch how many it had."""
     right = []
     with evaluating(model), plain_fp32(), torch.no_grad():
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
@@ -71,6 +78,7 @@ def classified(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int
                 most, classes = labels.max().item(), logits.shape[1]
                 raise DataError(f"label {most} is none of the model's {classes} classes, 0 to {classes - 1}")
             right.append(correct(logits, y))
+            after(len(y))
     return torch.cat(right)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from fastrobust.config import parts
+from fastrobust.config import packaged, parts
 from fastrobust.config.fields import Section
 from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.schema import Config
@@ -27,9 +27,11 @@ from fastrobust.runtime.errors import ConfigError
 FAR_ALIKE = 0.8  # the least likeness of a key and one of another section that it is taken for
 MESSAGES = 20  # as many mistakes are told at once
 LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
-_FREE = re.compile(
-    r"(name|output|device|engine|data\.path|data\.prepared|data\.labels|data\.download|data\.workers|evaluation\.[\w.]+):"
-)
+MAY_CHANGE = (
+    "device", "engine", "data.path", "data.prepared", "data.labels", "data.workers", "data.download", "evaluation",
+)  # fmt: skip
+_FREE = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})(\.[\w.]+)?: ")
+_MOVED = re.compile(r"(name|output): ")  # whoever moves a run may say so in its config
 _ABSOLUTE = ("data.path", "data.prepared", "data.labels")  # a run stores them so
 _CHOSEN = {
     "loader": "auto",
@@ -87,7 +89,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file, apply `key.sub=value` overrides, check and resolve it. Raises ConfigError."""
-    path = Path(path)
+    path = packaged.find(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -138,7 +140,29 @@ def changed_since(stored: Any, config: Config) -> list[str]:
     if not isinstance(stored, dict):
         return ["the checkpoint holds no config"]
     before = parse(stored, "the checkpoint's config")
-    return [line for line in differences(before, config, ("then", "now")) if not _FREE.match(line)]
+    lines = differences(before, config, ("then", "now"))
+    return [line for line in lines if not may_change(line) and not _MOVED.match(line)]
+
+
+def may_change(line: str) -> bool:
+    """Whether a line of `differences` is about a key that may change while a run is under way: it decides where and how
+    fast the run is trained, or how the trained model is evaluated, and not what is trained."""
+    return _FREE.match(line) is not None
+
+
+def change(config: Config, overrides: list[str] | tuple[str, ...], where: str) -> Config:
+    """A config with `key.sub=value` changes. Radii that are new have a step size of a quarter. Raises ConfigError."""
+    data = config.to_dict()
+    for override in overrides:
+        _apply(data, override)
+    keys = [override.partition("=")[0] for override in overrides]
+    again = "evaluation.epsilon" in keys and not any(key.startswith("evaluation.alpha") for key in keys)
+    if again:
+        data["evaluation"]["alpha"] = None
+    changed = parse(data, where)
+    if again:
+        changed.evaluation.alpha = tuple(map(config.evaluation.alpha_at, changed.evaluation.epsilon))
+    return changed
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -152,10 +176,12 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _nearest_file(path: Path) -> str:
-    there = {p.name: str(p) for p in (path.parent if path.parent.is_dir() else Path("configs")).glob("*.yaml")}
-    if near := nearest(path.name, there):
-        return f"; did you mean {there[near]}?"
-    return f"; there are: {', '.join(sorted(there.values()))}" if there else ""
+    beside = {p.name: str(p) for p in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    known = beside | ({} if path.suffix else {name: name for name in packaged.names()})
+    if near := nearest(path.name, known):
+        return f"; did you mean {known[near]}?"
+    there = f"; there are: {', '.join(sorted(beside.values()))}" if beside else ""
+    return f"{there}\n`fastrobust configs` lists those that come with fastrobust"
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastrobust.runtime.errors import DataError
 
+SPREAD = "each class in proportion, evenly spaced"  # the rule of `spread`, as results name it
 SPLITS = ("train", "test", "held_out")  # held_out: training images that are never trained on
 
 
@@ -34,6 +36,14 @@ def evenly_spaced(count: int, limit: int | None) -> np.ndarray:
     return np.arange(taken) * count // taken
 
 
+def spread(labels: np.ndarray, classes: Sequence[str], limit: int | None) -> np.ndarray:
+    """Ascending numbers of `limit` images: every class has its share of them, rounded up or down, evenly spaced over the
+    images of the class. labels are indices into the names `classes`; the order of the names does not matter. A set that is
+    sorted by class gives what `evenly_spaced` gives."""
+    rank = np.argsort(np.argsort(np.asarray(classes)))
+    return np.sort(np.argsort(rank[np.asarray(labels)], kind="stable")[evenly_spaced(len(labels), limit)])
+
+
 class Choice(NamedTuple):
     """Which images of a data set are used, and how they are read: the keys of a config's `data` of the same names.
     channels: 1 makes grey images of colours."""
@@ -45,14 +55,18 @@ class Choice(NamedTuple):
     skip_corrupt: bool = False
     channels: int = 3
 
-    def of(self, labels: np.ndarray, split: str) -> np.ndarray:
-        """The ascending numbers of a split's images. labels: of all images of the test set, or of the training set, of
-        which `limit` takes an even part after some were held out. Raises DataError."""
+    def of(self, labels: np.ndarray, split: str, classes: Sequence[str]) -> np.ndarray:
+        """The ascending numbers of a split's images: the one rule of all commands. labels: of all images of the test set, or
+        of the training set, as indices into the names `classes`. Of the training images that are not held out `limit` takes
+        an even part, whatever their class: weights of runs depend on it. Of other images every class has its share. Raises
+        DataError."""
         numbers = np.arange(len(labels))
         if self.held_out and split != "test":
             held = held_out(labels, self.held_out, self.seed)
             numbers = held if split == "held_out" else np.setdiff1d(numbers, held)
-        return numbers[evenly_spaced(len(numbers), self.limit)]
+        if split == "train":
+            return numbers[evenly_spaced(len(numbers), self.limit)]
+        return numbers[spread(np.asarray(labels)[numbers], classes, self.limit)]
 
 
 ALL = Choice()

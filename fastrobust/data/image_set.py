@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fastrobust.data.held_out import SPREAD
 from fastrobust.runtime.errors import DataError
 
 
@@ -20,6 +21,7 @@ class ImageSet:
     labels: int64, N; each is an index into `classes`.
     classes: class names in label order.
     source: the file(s) or folder that the images came from, for records.
+    numbers: int64, N, of each image in the whole split; None where these are all of it.
     names: the images' files, where each has its own. skipped: what was left out as `data.skip_corrupt` says, and why.
     """
 
@@ -29,6 +31,7 @@ class ImageSet:
     source: str
     names: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    numbers: torch.Tensor | None = None
 
     def labelled_as(self, classes: tuple[str, ...], whose: str) -> ImageSet:
         """The same images with labels that are indices into `classes`, matched by name. A note names the classes that this
@@ -53,7 +56,14 @@ class ImageSet:
         """The images with these numbers, in this order."""
         index = torch.as_tensor(numbers, dtype=torch.int64)
         names = tuple(self.names[i] for i in index.tolist()) if self.names else ()
-        return replace(self, images=self.images[index], labels=self.labels[index], names=names)
+        among = index if self.numbers is None else self.numbers[index]
+        return replace(self, images=self.images[index], labels=self.labels[index], names=names, numbers=among)
+
+    @property
+    def chosen(self) -> str:
+        """By which rule these images were chosen of their split, for records. Older records do not have it: of a limited
+        number of test images they hold those that `evenly_spaced` gives, whatever their class."""
+        return "all" if self.numbers is None else SPREAD
 
     def checksum(self) -> str:
         """SHA-256 of the pixels as stored, the labels and the names of the classes: what a result says it is about."""

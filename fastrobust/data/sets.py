@@ -63,7 +63,7 @@ def load(
     dataset: a name in `DATASETS`. split: "train", "test" or "held_out". path: the folder or file that holds the data set;
     None means the usual places. resolution: height and width in pixels to which the images of an image folder
     are resized (short side, bicubic) and centre-cropped. download: fetch the data set if it is not found.
-    limit: read only this many images, evenly spaced over the split. choice: which images else. Raises DataError.
+    limit: read only this many images, see `Choice.of`. choice: which images else. Raises DataError.
     """
     facts = known(dataset, path)
     choice = choice if limit is None else choice._replace(limit=limit)
@@ -90,16 +90,18 @@ def load(
     listing = _chosen(members, split, facts.classes, source, place, choice)
     bad: dict[int, DataError] | None = {} if choice.skip_corrupt else None
     images = formats.decode_all(listing.members, size, facts.size is None, choice.channels, bad)
-    names, labels = tuple(member.name for member in listing.members), listing.labels
+    names, labels, numbers = tuple(member.name for member in listing.members), listing.labels, listing.numbers
     if bad:
         keep = [i for i in range(len(names)) if i not in bad]
         if not keep:
             raise DataError(f"{source}: not one image of {split} is usable, such as:\n{min(bad.items())[1]}")
         images, labels, names = images[keep], labels[keep], tuple(names[i] for i in keep)
+        numbers = (np.arange(len(listing.labels)) if numbers is None else numbers)[keep]
         tell_skipped([str(bad[i]) for i in sorted(bad)], split)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     skipped = tuple(str(bad[i]) for i in sorted(bad or ()))
-    return ImageSet(pixels, torch.from_numpy(labels), listing.classes, listing.source, names, skipped)
+    numbers = None if numbers is None else torch.from_numpy(numbers)
+    return ImageSet(pixels, torch.from_numpy(labels), listing.classes, listing.source, names, skipped, numbers)
 
 
 def tell_skipped(skipped: list[str], split: str) -> None:
@@ -124,11 +126,11 @@ def _located(dataset: str, path: str | Path | None, download: bool, choice: Choi
 
 def _take(images: np.ndarray, labels: np.ndarray, classes, source: str, split: str, choice: Choice) -> ImageSet:
     """Those of the images N x H x W x C that are chosen."""
-    keep = choice.of(labels, split)
+    keep, numbers = choice.of(labels, split, classes), None
     if len(keep) < len(labels):
-        images, labels = images[keep], labels[keep]
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, _told(source, split, keep))
+        images, labels, numbers = images[keep], labels[keep], torch.from_numpy(keep)
+    pixels, told = torch.from_numpy(images).permute(0, 3, 1, 2), _told(source, split, keep)
+    return ImageSet(pixels, torch.from_numpy(labels.astype(np.int64)), classes, told, numbers=numbers)
 
 
 def _told(source: str, split: str, keep: np.ndarray) -> str:
@@ -139,8 +141,9 @@ def _told(source: str, split: str, keep: np.ndarray) -> str:
 def _chosen(members: list[formats.Member], split: str, classes, source: str, place: Path, choice: Choice) -> Listing:
     """Those of the files that are chosen."""
     found, labels, classes = layouts.choose(members, _side(split), classes, source, place, choice.labels)
-    keep = choice.of(labels, split)
-    return Listing([found[i] for i in keep], labels[keep].astype(np.int64), classes, _told(source, split, keep))
+    keep = choice.of(labels, split, classes)
+    chosen, numbers = [found[i] for i in keep], None if len(keep) == len(labels) else keep
+    return Listing(chosen, labels[keep].astype(np.int64), classes, _told(source, split, keep), numbers)
 
 
 def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
@@ -169,6 +172,7 @@ class Listing(NamedTuple):
     labels: np.ndarray  # int64
     classes: tuple[str, ...]
     source: str
+    numbers: np.ndarray | None = None  # of each in the whole split; None where these are all of it
 
 
 def list_images(dataset: str, split: str, path: str | Path | None = None, choice: Choice = ALL) -> Listing:

@@ -21,7 +21,7 @@ from fastrobust.evaluation import results
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import memory
 from fastrobust.runtime.distributed import ALONE, World
-from fastrobust.runtime.progress import Progress
+from fastrobust.runtime.progress import Overall, Progress
 
 GROUPS = {"autoattack": PARTS, "apgd": ("apgd-ce", "apgd-t")}
 SAVE_EVERY = 10.0  # seconds
@@ -37,6 +37,7 @@ def evaluate(
     restarts: int,
     batch_size: int,
     seed: int = 0,
+    overall: Overall | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32, each with its 95 % confidence
@@ -44,7 +45,7 @@ def evaluate(
     as they are."""
     name = f"pgd-{steps}-{restarts}"
     settings = {"epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
-    return report(name, run_attacks(model, data, [name], **settings, world=world))
+    return report(name, run_attacks(model, data, [name], **settings, overall=overall, world=world))
 
 
 def report(name: str, records: list[results.Record]) -> dict[str, Any]:
@@ -97,6 +98,8 @@ def run_attacks(
     folder: Path | None = None,
     fresh: bool = False,
     notes: dict[str, Any] | None = None,
+    found: Tensor | None = None,
+    overall: Overall | None = None,
     world: World = ALONE,
 ) -> list[results.Record]:
     """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
@@ -104,14 +107,16 @@ def run_attacks(
     records are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
     was, with the same verdicts as without the interruption; `fresh` starts anew. New records keep `notes`, on which verdicts
     do not depend, among their facts. In a world of several processes each attacks its share, with the starts that it would
-    have in one, and all get the records of the whole."""
+    have in one, and all get the records of the whole. `found` takes the adversarial images (see `run_rounds`) of the
+    attacks that are run now. `overall` has a part for each attack."""
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
     check_images(images, labels, Threat(epsilon))
     about = {"weights": weights_digest(model), "data": data.checksum()}
     kinds = {name: base.parse(name)[0] for name in names}
-    clean = classified(model, images, labels, batch_size)
+    with Progress("clean accuracy", len(labels)) as bar:
+        clean = classified(model, images, labels, batch_size, lambda n: bar.advance(n, "" if bar.due() else None))
     for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
         kind.check_model(model, images)
     robust = clean.clone()
@@ -135,12 +140,13 @@ def run_attacks(
             torch.zeros(len(labels), dtype=torch.bool),
         )
         record = world.first(lambda new=record: _kept(new, folder, fresh))
+        kept = record.facts["finished"]
         if not record.facts["finished"]:
             part = record if world.size == 1 else _kept(_share(record, world), folder, fresh)
             if not part.facts["finished"]:
                 attack = build(model, images, settings)
                 with evaluating(model):
-                    _run(attack, part, images, labels, folder)
+                    _run(attack, part, images, labels, folder, found, overall)
             if world.size > 1:
                 record = _put_together(record, world.gather(part))
                 world.first(lambda whole=record: None if folder is None else whole.save(folder))
@@ -148,6 +154,8 @@ def run_attacks(
                     part.path(folder).unlink(missing_ok=True)
         robust &= ~record.broken.to(device)
         records.append(record)
+        if overall is not None:
+            overall.next(skipped=kept)
     return records
 
 
@@ -181,7 +189,15 @@ def build(model: nn.Module, images: Tensor, settings: dict[str, Any]) -> base.At
     return kind(base.Setting(model, images, threat, alpha, settings["batch_size"], settings["seed"]), numbers)
 
 
-def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder: Path | None) -> None:
+def _run(
+    attack,
+    record: results.Record,
+    images: Tensor,
+    labels: Tensor,
+    folder: Path | None,
+    found: Tensor | None,
+    overall: Overall | None,
+) -> None:
     """Run the attack to the end, from where the record stands, which is updated and saved on the way."""
     name, epsilon = record.settings["attack"], record.settings["epsilon"]
     robust = (record.attacked & ~record.broken).to(images.device)
@@ -189,9 +205,9 @@ def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder:
     if place is not None:
         place = Place(place.round, place.batches, place.alive.to(images.device))
     each = int(record.attacked.sum())  # examples in a round, at most
-    saved, label = began, f"{name.upper()} at epsilon {describe(epsilon)}"
+    saved, label = began, f"{name.upper()} at {describe(epsilon)}"
     before = 0 if place is None else each * place.round + _examples_done(attack, place)
-    with Progress(label, attack.rounds * each, done=before) as bar:
+    with Progress(label, attack.rounds * each, before, overall) as bar:
         state = {"round": place.round if place else 0, "base": before}
 
         def tick(share: float) -> None:
@@ -204,8 +220,8 @@ def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder:
                 state.update(round=at.round, base=at.round * each)
             state["base"] += examples
             bar.done = state["base"]
-            rounds = f"restart {at.round + 1} of {attack.rounds}, " if attack.rounds > 1 else ""
-            bar.advance(0, f"{rounds}{int(robust.sum())} of {len(labels)} still robust" if bar.due() else None)
+            rounds = f"restart {at.round + 1}/{attack.rounds}, " if attack.rounds > 1 else ""
+            bar.advance(0, f"{rounds}{int(robust.sum())} robust" if bar.due() else None)
             record.place = at
             record.facts["refused"] += refused
             if at.round == 0:
@@ -231,7 +247,7 @@ def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder:
         try:
             batch = images[: attack.batch_size], labels[: attack.batch_size]
             with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
-                run_rounds(attack, images, labels, robust, threat=Threat(epsilon), place=place, after=after)
+                run_rounds(attack, images, labels, robust, threat=Threat(epsilon), place=place, found=found, after=after)
             record.facts["finished"] = True
             record.facts["seconds"] = earlier + time.monotonic() - began
             record.place = None

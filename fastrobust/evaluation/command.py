@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
+from fastrobust.attack import base
+from fastrobust.attack.threat import Threat
 from fastrobust.config.numbers import describe
-from fastrobust.evaluation import masking, results
+from fastrobust.data import loaders
+from fastrobust.data.augment import to_unit
+from fastrobust.evaluation import images_file, masking, results
 from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
 from fastrobust.runtime.files import explained, write_json
-from fastrobust.runtime.progress import Progress
+from fastrobust.runtime.progress import Overall, Progress
 
 SANITY_IMAGES = 300
+INDENT = 17 * " "  # of what a line says of its first word
 
 
 def command(arguments) -> int:
@@ -27,8 +36,9 @@ def command(arguments) -> int:
 
 
 def evaluate_in(world, device, arguments) -> int:
-    trained = opened(arguments, device)
-    settings = trained.config.evaluation
+    places = list(dict.fromkeys(arguments.data or [None]))
+    trained = opened(arguments, places[0], device)
+    settings, file = trained.config.evaluation, arguments.save_images and Path(arguments.save_images)
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
     attack, radii = as_named(attack), arguments.epsilon or [settings.epsilon[0]]
     names = attack_names(attack)
@@ -38,39 +48,55 @@ def evaluate_in(world, device, arguments) -> int:
         raise ConfigError("--sanity needs a radius above 0: --epsilon 8/255")
     if arguments.attack and (arguments.steps or arguments.restarts):
         raise ConfigError("--steps and --restarts stand in the name of the attack: --attack pgd-50-10")
-    if arguments.sanity and world.size > 1:
-        raise ConfigError("--sanity runs in one process: leave torchrun away")
-    data = trained.images(arguments.limit or settings.limit)
+    for option in ("--sanity", "--save-images"):
+        if getattr(arguments, option[2:].replace("-", "_")) and world.size > 1:
+            raise ConfigError(f"{option} runs in one process: leave torchrun away")
+    if file and len(places) * len(radii) > 1:
+        raise ConfigError("--save-images is for one radius and one test set: give one --epsilon and one --data")
+    others = [replace(trained, config=loaders.from_source(trained.config, place)) for place in places[1:]]
+    judged = [(one, one.images(arguments.limit or settings.limit)) for one in (trained, *others)]
+    if file:
+        images_file.check(file, judged[0][1].images)
     folder = world.first(lambda: keeping(trained.path))
-    if folder:
-        world.first(lambda: results.take_over(folder, trained.digest, data))
-    found = [at_radius(world, arguments, trained, data, epsilon, attack, names, folder) for epsilon in radii]
+    works = {name: kind.work(numbers) for name in names for kind, numbers in [base.parse(name)]}
+    overall = Overall([len(data.labels) * works[name] for _, data in judged for _ in radii for name in names])
+    found = []
+    for place, (one, data) in zip(places, judged, strict=True):
+        if folder:
+            world.first(lambda data=data: results.take_over(folder, trained.digest, data))
+        for epsilon in radii:
+            found.append(at_radius(world, arguments, one, data, epsilon, attack, names, folder, place, overall))
+    if len(found) > 1:
+        show_all(found)
     if arguments.json:
         print(json.dumps(found[0] if len(found) == 1 else {"evaluations": found}))
     return 0
 
 
-def opened(arguments, device) -> Trained:
-    """The run, or with --model the weights of another program."""
+def opened(arguments, place: str | None, device) -> Trained:
+    """The run, or with --model the weights of another program, and the test images of `place`."""
     if arguments.model is None:
         if given := next((f"--{name}" for name in ("dataset", "resolution") if getattr(arguments, name)), None):
             raise ConfigError(f"{given} belongs to weights of another program: give --model NAME too")
-        return open_trained(arguments.run, arguments.data, device)
+        return open_trained(arguments.run, place, device)
     if arguments.dataset is None or arguments.epsilon is None:
         raise ConfigError("--model needs --dataset NAME (such as cifar10) and --epsilon (such as 8/255)")
     from fastrobust.evaluation.foreign import open_foreign
 
-    options = {"data": arguments.data, "resolution": arguments.resolution, "device": device}
+    options = {"data": place, "resolution": arguments.resolution, "device": device}
     return open_foreign(arguments.run, arguments.model, arguments.dataset, epsilon=arguments.epsilon[0], **options)
 
 
-def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder) -> dict:
-    """Evaluate at one radius: what is printed, and what --json gives."""
+def at_radius(
+    world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder, place, overall
+) -> dict:
+    """Evaluate on one test set at one radius: what is printed, and what --json gives."""
     config, settings = trained.config, trained.config.evaluation
     seed = config.seed if arguments.seed is None else arguments.seed
     batch_size = arguments.batch_size or settings.batch_size
     other = other_model(arguments.transfer, trained, data, epsilon, seed) if arguments.sanity else None
     earlier = results.stored(folder, trained.digest, data.checksum(), epsilon) if folder else []
+    adversarial = to_unit(data.images).clone() if arguments.save_images else None
     records = run_attacks(
         trained.model,
         data,
@@ -80,11 +106,14 @@ def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: 
         batch_size=batch_size,
         seed=seed,
         folder=folder,
-        fresh=arguments.fresh,
-        notes={"data": arguments.data},
+        fresh=arguments.fresh or adversarial is not None,
+        notes={"data": place, "chosen": data.chosen},
+        found=adversarial,
+        overall=overall,
         world=world,
     )
-    result = report(attack, records) | {"weights": trained.digest, "images": data.checksum()}
+    result = report(attack, records) | {"weights": trained.digest, "images": data.checksum(), "chosen": data.chosen}
+    result["data"] = place
     result["attacks"] = [
         {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum()), **facts(r)}
         for r in records
@@ -97,6 +126,11 @@ def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: 
         "attacks": sorted({r.settings["attack"] for r in every}),
     }
     show(result, config.data.dataset, folder)
+    if adversarial is not None:
+        keys = ("attack", "epsilon", "alpha", "weights", "images", "chosen", "data")
+        about = {key: result[key] for key in keys} | {"norm": Threat.norm, "dataset": config.data.dataset, "seed": seed}
+        left = images_file.write(Path(arguments.save_images), trained.model, data, adversarial, batch_size, about)
+        print(f"images           {arguments.save_images} ({left} of {len(data.labels)} still classified correctly)")
     if other is not None:
         result["sanity"] = check_sanity(trained, other, result, epsilon, batch_size, seed, folder)
     return result
@@ -110,7 +144,7 @@ def check_sanity(
     with Progress("masking checks", masking.CHECKS) as bar:
 
         def tell(check) -> None:
-            bar.line(f"{'ok  ' if check.passed else 'FAIL'} {check.name:<16} {check.says}")
+            bar.line(wrapped(f"{'ok  ' if check.passed else 'FAIL'} {check.name:<16} ", check.says))
             bar.advance(1, check.name if bar.due() else None)
 
         common = {"epsilon": epsilon, "batch_size": batch_size, "seed": seed}
@@ -127,11 +161,12 @@ def check_sanity(
     }
     if failed:
         why = f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)})"
-        print(f"verdict          MASKED: {why}; do not trust this model's accuracy under weak attacks")
+        print(wrapped("verdict          ", f"MASKED: {why}; do not trust this model's accuracy under weak attacks"))
     else:
         print(f"verdict          healthy: all {len(checks)} checks passed on {len(data.labels)} images")
     if folder:
-        write_json(folder / f"sanity_epsilon-{epsilon:.6g}.json", found)
+        of = f"_{found['images'][:8]}" if result["data"] else ""
+        write_json(folder / f"sanity_epsilon-{epsilon:.6g}{of}.json", found)
     return found
 
 
@@ -177,12 +212,13 @@ def facts(record) -> dict:
 def show(result: dict, dataset: str, folder: Path | None) -> None:
 
     n, worst = result["examples"], result["worst_case"]
-    clean, robust = interval(result["clean_interval"]), interval(result["robust_interval"])
-    of = f"({n} test images of {dataset}, {result['resolution']} pixels wide)"
-    print(f"clean accuracy   {result['clean_accuracy']:.2%}  {of}{clean}")
+    print(f"test images      {n} of {dataset}, {result['resolution']} pixels wide")
+    if result["data"]:
+        print(f"{INDENT}{result['data']}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"
-    attack = f"({result['attack']}, epsilon {describe(result['epsilon'])}{alpha})"
-    print(f"robust accuracy  {result['robust_accuracy']:.2%}  {attack}{robust}, n = {n}")
+    print(f"attack           {result['attack']}, epsilon {describe(result['epsilon'])}{alpha}")
+    print(f"clean accuracy   {result['clean_accuracy']:.2%}{interval(result['clean_interval'])}, n = {n}")
+    print(f"robust accuracy  {result['robust_accuracy']:.2%}{interval(result['robust_interval'])}, n = {n}")
     if len(result["attacks"]) > 1:
         left = round(result["clean_accuracy"] * n)
         for line in result["attacks"]:
@@ -190,13 +226,30 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
             print(f"  {line['attack']:<14} broke {line['broken']} of {line['attacked']}: {left / n:.2%} left")
     refused = sum(line["refused"] for line in result["attacks"])
     if refused:
-        print(f"refused          {refused} successes that the fp32 check of point and threat model did not confirm")
+        print(f"refused          {refused} successes that the fp32 check did not confirm")
     if set(worst["attacks"]) != {line["attack"] for line in result["attacks"]}:
-        over = f"(over {', '.join(worst['attacks'])})"
-        print(f"worst case       {worst['robust_accuracy']:.2%}  {over}{interval(worst['robust_interval'])}, n = {n}")
+        print(f"worst case       {worst['robust_accuracy']:.2%}{interval(worst['robust_interval'])}, n = {n}")
+        print(wrapped(INDENT, f"over {', '.join(worst['attacks'])}"))
     print(f"seconds          {result['seconds']:.1f}")
     if folder:
         print(f"kept in          {folder}")
+
+
+def show_all(found: list[dict]) -> None:
+    """One row for each test set and radius."""
+    table = Table("test images", "n", "epsilon", "clean", "robust", "worst case", box=None, pad_edge=False)
+    for result in found:
+        accuracies = (result["clean_accuracy"], result["robust_accuracy"], result["worst_case"]["robust_accuracy"])
+        shares = [f"{accuracy:.2%}" for accuracy in accuracies]
+        table.add_row(result["data"] or "the run's", str(result["examples"]), describe(result["epsilon"]), *shares)
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    table.columns[0].overflow = "fold"
+    Console(highlight=False).print(table)
+
+
+def wrapped(head: str, text: str) -> str:
+    return "\n".join(wrap(text, 80, initial_indent=head, subsequent_indent=len(head) * " "))
 
 
 def interval(ends: list[float]) -> str:

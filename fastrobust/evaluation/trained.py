@@ -28,8 +28,8 @@ class Trained:
     digest: str
 
     def images(self, limit: int | None = None) -> ImageSet:
-        """The test images, or `limit` of them, evenly spaced over the test set; labels count as the model's classes do.
-        Raises DataError, also where the images are of classes that the model does not know."""
+        """The test images, or `limit` of them (`data.held_out.spread`); labels count as the model's classes do. Raises
+        DataError, also where the images are of classes that the model does not know."""
         found = loaders.test_set(self.config, limit).labelled_as(self.classes, str(self.path))
         run = self.path if self.path.is_dir() else self.path.parent
         if self.config.data.held_out and (trained_on := set(run_directory.read_images(run) or ()) & set(found.names)):
@@ -40,7 +40,7 @@ class Trained:
         return found
 
     def training_images(self, limit: int) -> ImageSet:
-        """`limit` of the images that it was trained on, evenly spaced, as `images` gives the test images."""
+        """`limit` of the images that it was trained on (of those that `data.limit` leaves), evenly spaced."""
         return loaders.still(self.config, "train", limit).labelled_as(self.classes, str(self.path))
 
 

@@ -116,6 +116,15 @@ def warn_of_changed_code(run: Path, config: Config) -> None:
             print(f"warning: {run}: {line}", file=sys.stderr, flush=True)
 
 
+def change(run: Path, config: Config, lines: list[str]) -> None:
+    """Put a changed config in the place of a run's. The lines, which say what each key was before, stand above it as
+    comments, below those of earlier changes. Raises RunError."""
+    with held(run):
+        kept = [line for line in (run / CONFIG).read_text(encoding="utf-8").splitlines() if line.startswith("# changed")]
+        kept += [f"# changed when the run was resumed: {line}" for line in lines]
+        write_text(run / CONFIG, "\n".join([*kept, config.to_yaml()]))
+
+
 @contextlib.contextmanager
 def held(run: Path) -> Iterator[None]:
     """Inside, this process alone trains the run, and what a killed one left half-written is gone. Raises RunError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from fastrobust.config.numbers import describe
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.runtime.distributed import ALONE, World
-from fastrobust.runtime.progress import duration
+from fastrobust.runtime.progress import Progress, duration
 from fastrobust.train import schedules, step
 from fastrobust.train.threads import Threads
 
@@ -27,7 +28,7 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     """Print the resolved config, the phases and the estimated time. The data are read and a few steps are run, so what
     would go wrong in the first seconds of the run goes wrong here."""
     console = Console(highlight=False)
-    console.print(config.to_yaml(), markup=False, soft_wrap=True)
+    console.print(config.to_yaml(width=80), markup=False, soft_wrap=True)
     phases = loaders.Phases(config, device, world)
     loader = phases.enter(0)
     phases.check_files(len(loader))
@@ -36,48 +37,48 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
         test = loaders.test_set(config, config.evaluation.limit).labelled_as(loader.classes, config.name)
     table = Table("phase", "epochs", "passes", "images", "batch", "steps", "seconds/step", "time")
     total, begun, rates = 0.0, 0, []
-    for index, phase in enumerate(config.phases):
-        loader = phases.enter(index)
-        training_step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
-        steps = schedules.steps_in(config, phase, len(loader))
-        batches = loader.batches(config.seed, index, phase.batch_size, 0, WARM_UP + TIMED)
-        seconds = seconds_per_step(training_step, Threads(training_step, world, config.deterministic), batches)
-        times = [begun + f * phase.epochs for f in (0, 0.2, 0.4, 0.6, 0.8, 1)]
-        points = " → ".join(f"{config.schedule.rate(at, config.epochs):.3g}" for at in times)
-        rates.append(f"learning rate over phase {index}, at every fifth: {points}")
-        table.add_row(
-            str(index),
-            str(phase.epochs),
-            str(config.passes(phase)),
-            f"{len(loader)} × {phase.resolution}²",
-            str(phase.batch_size),
-            str(steps),
-            f"{seconds:.4f}",
-            duration(steps * seconds),
-        )
-        total += steps * seconds
-        begun += phase.epochs
+    settings = config.evaluation
+    with Progress("measuring a few steps", len(config.phases) * (WARM_UP + TIMED) + 1 + TIMED) as bar:
+        tick = lambda share=0.0: bar.advance(1, "" if bar.due() else None)
+        for index, phase in enumerate(config.phases):
+            loader = phases.enter(index)
+            training_step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
+            steps = schedules.steps_in(config, phase, len(loader))
+            batches = loader.batches(config.seed, index, phase.batch_size, 0, WARM_UP + TIMED)
+            seconds = seconds_per_step(training_step, Threads(training_step, world, config.deterministic), batches, tick)
+            times = [begun + f * phase.epochs for f in (0, 0.2, 0.4, 0.6, 0.8, 1)]
+            points = " → ".join(f"{config.schedule.rate(at, config.epochs):.3g}" for at in times)
+            rates.append(f"learning rate at every fifth of phase {index}:\n  {points}")
+            table.add_row(
+                str(index),
+                str(phase.epochs),
+                str(config.passes(phase)),
+                f"{len(loader)} × {phase.resolution}²",
+                str(phase.batch_size),
+                str(steps),
+                f"{seconds:.4f}",
+                duration(steps * seconds),
+            )
+            total += steps * seconds
+            begun += phase.epochs
+        attack_step = seconds_per_attack_step(training_step, test, settings, tick)
     console.print(table)
     for line in rates:
         console.print(line, soft_wrap=True)
-    settings = config.evaluation
-    evaluation = (
-        len(settings.epsilon) * settings.restarts * len(test.labels) * seconds_per_attack_step(training_step, test, settings)
-    )
-    evaluation *= settings.steps / world.size
+    evaluation = len(settings.epsilon) * settings.restarts * settings.steps * len(test.labels) * attack_step / world.size
     where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
     radii = ", ".join(describe(e) for e in settings.epsilon)
     console.print(f"training about {duration(total)} on {where}, as measured over a few steps")
+    console.print(f"evaluation at most {duration(evaluation)}: examples that break early are left alone")
     console.print(
-        f"evaluation (PGD-{settings.steps}-{settings.restarts} at epsilon {radii}, {len(test.labels)} images) "
-        f"at most {duration(evaluation)}: examples that break early are left alone",
-        soft_wrap=True,
+        f"  PGD-{settings.steps}-{settings.restarts} at epsilon {radii}, {len(test.labels)} images", soft_wrap=True
     )
     console.print(f"files would go to {Path(config.output) / config.name}/; nothing was written", soft_wrap=True)
 
 
-def seconds_per_step(training_step: step.Step, threads: Threads, batches) -> float:
-    """The mean time of a few real steps, after a warm-up, with the threads that training would choose."""
+def seconds_per_step(training_step: step.Step, threads: Threads, batches, tick: Callable[[], None]) -> float:
+    """The mean time of a few real steps, after a warm-up, with the threads that training would choose. `tick` is called
+    after each."""
     began = 0.0
     for number, batch in enumerate(batches):
         if number == 0:
@@ -86,19 +87,20 @@ def seconds_per_step(training_step: step.Step, threads: Threads, batches) -> flo
             training_step.learner.read_sums()  # waits for the device
             began = time.perf_counter()
         training_step(batch)
+        tick()
     training_step.learner.read_sums()
     return (time.perf_counter() - began) / TIMED
 
 
-def seconds_per_attack_step(training_step: step.Step, test, settings) -> float:
+def seconds_per_attack_step(training_step: step.Step, test, settings, tick: Callable[[float], None]) -> float:
     """The mean time that one step of the evaluation's attack takes for one image."""
     learner, count = training_step.learner, min(settings.batch_size, len(test.labels))
     x = test.images[:count].to(learner.device).float().div(255).contiguous(memory_format=torch.channels_last)
     y, delta = test.labels[:count].to(learner.device), torch.zeros_like(x)
     with evaluating(learner.model):
-        attack(learner.model, x, y, delta, threat=Threat(0.0), alpha=0.0, steps=1)
+        attack(learner.model, x, y, delta, threat=Threat(0.0), alpha=0.0, steps=1, tick=tick)
         learner.read_sums()
         began = time.perf_counter()
-        attack(learner.model, x, y, delta, threat=Threat(0.0), alpha=0.0, steps=TIMED)
+        attack(learner.model, x, y, delta, threat=Threat(0.0), alpha=0.0, steps=TIMED, tick=tick)
         learner.read_sums()
     return (time.perf_counter() - began) / TIMED / count

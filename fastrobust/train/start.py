@@ -27,20 +27,22 @@ from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
-from fastrobust.runtime.progress import duration
-from fastrobust.train import engine
+from fastrobust.runtime.progress import Overall, duration
+from fastrobust.train import changes, engine
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
 
 def command(arguments) -> int:
     """The train command."""
+    changed: list[str] = []
     if arguments.resume and arguments.config and "=" in arguments.config:
         arguments.overrides.insert(0, arguments.config)
         arguments.config = None
     if arguments.resume:
         directory, config = run_directory.open_run(arguments.resume)
-        check_same(arguments, directory, config)
+        if arguments.config or arguments.overrides:
+            config, changed = changes.asked_for(directory, config, arguments.config, arguments.overrides)
     elif arguments.config:
         config = reading.load(arguments.config, arguments.overrides)
         directory = Path(config.output) / config.name
@@ -55,24 +57,12 @@ def command(arguments) -> int:
         if arguments.dry_run:
             show_plan(resolve(config, device, world), device, world)
             return 0
+        if changed:
+            config = world.first(lambda: loaders.resolve(config, device))
+            world.first(lambda: run_directory.change(directory, config, changed))
         again = bool(arguments.resume) or distributed.restarted()
         show_summary(run(config, directory, device, world, again=again), directory)
     return 0
-
-
-def check_same(arguments, directory: Path, config: Config) -> None:
-    """Raise RunError where a config that is named beside --resume is not the run's."""
-    if arguments.overrides and not arguments.config:
-        words = " ".join(arguments.overrides)
-        raise RunError(f"--resume goes on with the config in {directory}: {words} cannot change it")
-    if arguments.config:
-        odd = reading.differences(config, reading.load(arguments.config, arguments.overrides))
-        if odd:
-            raise RunError(
-                f"{directory} was begun with another config than {arguments.config}:\n  "
-                + "\n  ".join(odd[:8])
-                + f"\nResume without naming a config (`--resume {directory}`), or start a new run with `name=NAME`"
-            )
 
 
 def warn_of_precision(config: Config, device: torch.device, world: World) -> None:
@@ -170,11 +160,11 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": test}
     made.skipped, made.tested_on = {"train": getattr(made.loader, "skipped", ()), "test": skipped}, tested_on
     memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
-    told = "; ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
+    told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
     if config.data.held_out:
         apart = "which are the test images" if "held-out" in tested_on else "kept apart from these and the test images"
-        told += f"; {config.data.held_out:,} training images are held out, {apart}"
-    print(f"images: {told}; loader {config.loader}\n{device}, {limits.cores()} cores, {memory}", flush=True)
+        told += f"\n        {config.data.held_out:,} training images are held out, {apart}"
+    print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {memory}", flush=True)
     return made
 
 
@@ -229,6 +219,7 @@ def finish(training: Training) -> dict[str, Any]:
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
+    common |= {"overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
 
     def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
         world.first(lambda: save_weights(directory, model, config, training.loader.classes, file))
@@ -246,7 +237,7 @@ def finish(training: Training) -> dict[str, Any]:
         average.swap()
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
-    summary |= {"tested_on": training.tested_on, "held_out_images": config.data.held_out}
+    summary |= {"chosen": test.chosen, "tested_on": training.tested_on, "held_out_images": config.data.held_out}
     summary["skipped_images"] = {split: len(found) for split, found in training.skipped.items()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size

@@ -8,6 +8,8 @@ and only that one counts.
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -90,10 +92,11 @@ class Adam:
 
 
 class Bounder:
-    """Lower bounds of rows over the box of a reduced network."""
+    """Lower bounds of rows over the box of a reduced network. After the deadline, one of time.monotonic(), nothing is
+    optimised further: the bounds so far hold."""
 
-    def __init__(self, reduced: Reduced):
-        self.reduced = reduced
+    def __init__(self, reduced: Reduced, deadline: float = math.inf):
+        self.reduced, self.deadline = reduced, deadline
         self.last = reduced.layers[-1] if reduced.layers else slice(0, 0)
         self.tensors = {
             dtype: tuple(t.to(dtype) for t in (reduced.weights, reduced.lower, reduced.upper))
@@ -185,7 +188,7 @@ class Bounder:
                 least = torch.maximum(value, least)
                 for old, new in zip(best, parameters, strict=True):
                     old.lerp_(new, better)
-                if step == steps or (least > enough).all():
+                if step == steps or (least > enough).all() or time.monotonic() > self.deadline:
                     break
                 known, z = self.point(lines, coefficients, x)
                 slopes = [coefficients.clamp_(min=0).mul_(z).mul_(free), z.mul_(-lines.signs)]
@@ -223,7 +226,7 @@ class Bounder:
         return replace(domains, span=span, signs=signs, bound=torch.where(empty, torch.inf, domains.bound))
 
 
-def surround(matrices: Matrices, box: tuple[Tensor, Tensor], steps: int = 0) -> Reduced:
+def surround(matrices: Matrices, box: tuple[Tensor, Tensor], steps: int = 0, deadline: float = math.inf) -> Reduced:
     """The network around a box of inputs (flat, normalised pixels), its last layer left out. The inputs of the ReLUs are
     bounded layer by layer: by intervals, where those leave the sign open by linear relaxation, and where that does by
     one whose slopes are optimised for `steps` steps."""
@@ -232,7 +235,7 @@ def surround(matrices: Matrices, box: tuple[Tensor, Tensor], steps: int = 0) -> 
     for k in range(len(matrices) - 1):
         z = around.after(matrices.weights[k], matrices.shifts[k])
         lower, upper = matrices.interval(k, lower, upper)
-        bounder = Bounder(around)
+        bounder = Bounder(around, deadline)
         for effort in [0, steps] if steps else [0]:
             open_ = ((lower < 0) & (upper > 0)).nonzero()[0]
             if k == 0 or not len(open_):  # the first layer's intervals are exact

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.data import sets
-from fastrobust.data.held_out import evenly_spaced
+from fastrobust.data.held_out import spread
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -36,7 +36,8 @@ def command(arguments) -> int:
     data = trained.images()
     shape = tuple(data.images.shape[1:])
     workers.check(trained.model, shape)  # says at once what cannot be verified
-    chosen = evenly_spaced(len(data.labels), arguments.limit).tolist()
+    chosen = spread(data.labels.numpy(), data.classes, arguments.limit).tolist()
+    part = data.take(chosen) if len(chosen) < len(data.labels) else data
     place = f"epsilon-{arguments.epsilon:g}"
     folder = Path(arguments.output) if arguments.output else weights.parent / FOLDER / place
     about = {"dataset": trained.config.data.dataset, "epsilon": arguments.epsilon}
@@ -54,7 +55,7 @@ def command(arguments) -> int:
         return 130
     records = [verdicts.found[i] for i in chosen]
     summary = settings | summarize(records, arguments, time.monotonic() - began, len(todo))
-    summary |= {"images": data.take(chosen).checksum(), "data": arguments.data}
+    summary |= {"images": part.checksum(), "chosen": part.chosen, "data": arguments.data}
     write_json(folder / "summary.json", summary | machine.environment("cpu"))
     show(summary, folder)
     if arguments.json:
@@ -97,6 +98,7 @@ def show(summary: dict[str, Any], folder: Path) -> None:
         table.add_row(name, str(summary[name]), f"{summary[name] / n:.2%}")
     Console().print(table)
     bound = "" if not summary["timeout"] else f" (at most {summary['upper_bound']:.2%}: {summary['timeout']} undecided)"
-    print(f"verified accuracy  {summary['verified_accuracy']:.2%}{bound}  epsilon {summary['epsilon']:g}, {n} test images")
+    print(f"verified accuracy  {summary['verified_accuracy']:.2%}{bound}")
+    print(f"epsilon            {summary['epsilon']:g}, {n} test images")
     print(f"seconds            {summary['seconds']:.1f} for {summary['decided_now']} images")
     print(f"verdicts           {folder}")

@@ -10,6 +10,7 @@ single precision and one in double precision both misclassify. `timeout`: neithe
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -78,16 +79,18 @@ class Decider:
             verdicts[i] = self.search(indices[i], x[i], labels[i], timeout)
         return verdicts
 
-    def margins(self, x: Tensor, label: Tensor, steps: int) -> tuple[Tensor, bounds.Bounder, Tensor]:
+    def margins(
+        self, x: Tensor, label: Tensor, steps: int, deadline: float = math.inf
+    ) -> tuple[Tensor, bounds.Bounder, Tensor]:
         """(lower bounds on logit[label] - logit[other] for every other class in order; the bounder around the image x,
         C x H x W in [0, 1]; the questions of the margins)."""
         corners = ((x.to(DTYPE) + side).clamp(0, 1) for side in (-self.epsilon, self.epsilon))
         low, high = (self.network.normalize(corner).flatten() for corner in corners)
-        around = bounds.surround(self.matrices, (low, high), steps)
+        around = bounds.surround(self.matrices, (low, high), steps, deadline)
         last, others = self.network.layers[-1], [c for c in range(len(self.matrices.shifts[-1])) if c != label]
         rows, shifts = last.weight[label] - last.weight[others], last.bias[label] - last.bias[others]
         questions = torch.from_numpy(around.after(csr_array(rows.numpy()), shifts.numpy()).toarray())
-        bounder = bounds.Bounder(around)
+        bounder = bounds.Bounder(around, deadline)
         found = bounder.tighten(bounder.root(questions), steps, enough=2 * branch.TOLERANCE)
         return found.bound, bounder, questions
 
@@ -102,8 +105,17 @@ class Decider:
                 broken &= ~correct(self.network(self.network.normalize(points)), label)
         return broken
 
-    def attack(self, x: Tensor, labels: Tensor, targets: Tensor | None = None, steps: int = 50, restarts: int = 3):
-        """PGD on the cross-entropy, or on the margin to `targets` (int64 N): (which were broken, with what), confirmed."""
+    def attack(
+        self,
+        x: Tensor,
+        labels: Tensor,
+        targets: Tensor | None = None,
+        steps: int = 50,
+        restarts: int = 3,
+        deadline: float = math.inf,
+    ) -> tuple[Tensor, Tensor]:
+        """PGD on the cross-entropy, or on the margin to `targets` (int64 N), until the deadline: (which were broken, with
+        what), confirmed."""
         generator = torch.Generator().manual_seed(0)
         threat, alpha = self.inside, max(self.epsilon / 10, 1e-4)
         loss = gradient.cross_entropy if targets is None else gradient.margin_to(targets)
@@ -123,7 +135,7 @@ class Decider:
                     points = x + delta
                     logits, delta = gradient.step(self.model, x, labels, delta, threat, alpha, loss)
                     look(logits, points)
-                    if broken.all():
+                    if broken.all() or time.monotonic() > deadline:
                         return broken, found
                 with torch.no_grad():
                     look(self.model(x + delta), x + delta)
@@ -140,15 +152,18 @@ class Decider:
             seconds = round(time.monotonic() - began, 4)
             return Verdict(index, int(label), kind, by, seconds, domains, witness)
 
-        first, bounder, questions = self.margins(x, label, steps=20)
+        first, bounder, questions = self.margins(x, label, 20, deadline)
         todo = (first <= branch.TOLERANCE).nonzero()[:, 0]
         if not len(todo):
             return verdict("verified", "optimised bounds")
 
+        if time.monotonic() > deadline:
+            return verdict("timeout", "optimised bounds")
         classes = torch.arange(len(self.network.layers[-1].bias))
         targets = classes[classes != label][todo].repeat_interleave(5)
         many = x.expand(len(targets), *x.shape)
-        broken, points = self.attack(many, label.expand(len(targets)), targets, steps=50, restarts=2)
+        options = {"steps": 50, "restarts": 2, "deadline": deadline}
+        broken, points = self.attack(many, label.expand(len(targets)), targets, **options)
         if broken.any():
             return verdict("falsified", "attack", witness=points[broken][0])
 

@@ -11,7 +11,7 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
@@ -101,14 +101,17 @@ def decide_all(
         with Progress("verify", total, total - len(todo)) as bar:
             with main_left_alone():
                 futures = [pool.submit(work, chunk, data.images[chunk], data.labels[chunk], timeout) for chunk in chunks]
-            for future in as_completed(futures):
-                verdicts = future.result()
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                verdicts = [v for future in done for v in future.result()]
                 for v in verdicts:
                     if v.index in kept.found:
                         tally[kept.found[v.index]["verdict"]] -= 1
                     tally[v.verdict] += 1
-                kept.add(verdicts)
-                detail = "  ".join(f"{tally[name]} {name}" for name in VERDICTS)
+                if verdicts:
+                    kept.add(verdicts)
+                detail = "  ".join(f"{tally[name]} {name}" for name in VERDICTS if tally[name])
                 bar.advance(len(verdicts), detail if bar.due() else None)
     except BrokenProcessPool:
         raise RunError(

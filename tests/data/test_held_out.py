@@ -48,11 +48,11 @@ def test_no_class_gives_more_than_half():
 
 def test_the_rest_is_trained_on_and_a_limit_changes_nothing_of_what_is_held_out():
     choice = Choice(held_out=20, seed=3)
-    rest, held = choice.of(LABELS, "train"), choice.of(LABELS, "held_out")
+    rest, held = choice.of(LABELS, "train", range(10)), choice.of(LABELS, "held_out", range(10))
     assert sorted([*rest, *held]) == list(range(107)) and len(held) == 20
     few = choice._replace(limit=10)
-    assert set(few.of(LABELS, "train")) < set(rest) and len(few.of(LABELS, "train")) == 10
-    assert choice.of(LABELS, "test").tolist() == list(range(107))
+    assert set(few.of(LABELS, "train", range(10))) < set(rest) and len(few.of(LABELS, "train", range(10))) == 10
+    assert choice.of(LABELS, "test", range(10)).tolist() == list(range(107))
 
 
 @pytest.fixture(scope="module")

@@ -162,8 +162,8 @@ def test_test_images_come_from_what_the_run_trains_from(resolved, made, written,
     assert len(found.labels) == 12 and found.source == str(loader.data.files[0]) and found.classes == ("a", "b", "c")
     part, even = loaders.test_set(config, 5), evenly_spaced(12, 5)
     assert torch.equal(part.images, expected.images[even]) and torch.equal(part.labels, expected.labels[even])
-    training = loaders.still(config, "train", 4)
-    assert torch.equal(training.images, made(name, "original", 32, None).in_order().images[evenly_spaced(37, 4)])
+    training, whole = loaders.still(config, "train", 4), made(name, "original", 32, None).in_order()
+    assert torch.equal(training.images, whole.images[evenly_spaced(37, 3)]), "the run was trained on these"
     source = sets.load("image_folder", "test", photos, resolution=32)
     again = loaders.test_set(loaders.from_source(config, str(photos)), None)
     assert torch.equal(again.images, source.images) and again.source == str(photos)

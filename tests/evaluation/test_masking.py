@@ -170,7 +170,7 @@ def test_a_collapsed_fgsm_model_is_flagged_and_a_healthy_one_is_not(tmp_path, ca
     healthy = trained(tmp_path, "healthy", "method.clip_start=false", "phases.0.epochs=3")
     found = {}
     for name, other in ((collapsed, healthy), (healthy, collapsed)):
-        arguments = [name, "--sanity", "--transfer", other, "--limit", "120", "--attack", "pgd-20-1", "--json"]
+        arguments = [name, "--sanity", "--transfer", other, "--limit", "110", "--attack", "pgd-20-1", "--json"]
         assert cli(["evaluate", *arguments, "--alpha", "0.03", "--device", "cpu"]) == 0
         out = capsys.readouterr().out
         found[name] = json.loads(out.splitlines()[-1])["sanity"]

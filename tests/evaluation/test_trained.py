@@ -20,6 +20,7 @@ from PIL import Image
 from fastrobust.__main__ import main as cli
 from fastrobust.data import loaders, sets
 from fastrobust.data.augment import to_unit
+from fastrobust.data.held_out import SPREAD
 from fastrobust.data.loaders import ffcv
 from fastrobust.evaluation import results
 from fastrobust.evaluation.trained import open_trained
@@ -134,6 +135,7 @@ def test_limit_takes_evenly_spaced_images_and_the_result_says_which(judge, copie
     else:
         assert judged.said["examples"] == 7
         assert judged.said["images"] == judged.images.checksum()
+        assert judged.said["chosen"] == SPREAD
 
 
 def test_evaluate_and_verify_tell_weights_and_images_by_the_same_digests(judge, copied):

@@ -11,11 +11,13 @@ import torch
 from small_networks import SHAPE, images, program, rows_at, tiny
 from torch import nn
 
+from fastrobust.attack import gradient
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
 from fastrobust.models import create
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.verification import branch, milp, reduced
+from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
 from fastrobust.verification.network import extract
 
@@ -184,3 +186,30 @@ def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
         logits = p(x)
     scale = logits.abs().max()
     assert ((network(network.normalize(x)) - logits).abs().max() / scale) < 1e-5
+
+
+@pytest.mark.parametrize("timeout", [0.5, 3.5, 40.5, 200.5])
+def test_a_time_limit_is_kept_from_the_first_bounds_on(monkeypatch, timeout):
+    """By a clock that only moves as bounds are computed and gradients taken, a second for each."""
+    model = tiny(3)
+    decider, x, now = Decider(model, SHAPE, 0.3), images(1)[0].float() / 255, [0.0]
+    label = model(x[None]).argmax(1)[0]
+
+    def slow(function):
+        def call(*arguments, **named):
+            now[0] += 1
+            return function(*arguments, **named)
+
+        return call
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Bounder, "below", slow(Bounder.below))
+    monkeypatch.setattr(gradient, "step", slow(gradient.step))
+    monkeypatch.setattr(Decider, "confirmed", lambda self, x, label, points: torch.zeros(len(points), dtype=torch.bool))
+    monkeypatch.setattr(milp, "decide", lambda *arguments: ("unknown", None))
+    monkeypatch.setattr(branch, "TOLERANCE", 1e6)  # nothing is ever proved
+    verdict = decider.search(0, x, label, timeout)
+    assert verdict.verdict == "timeout"
+    assert timeout < now[0] <= timeout + 40, "what is under way is ended: a few bounds for each layer and target"
+    if timeout < 1:
+        assert verdict.by == "optimised bounds"

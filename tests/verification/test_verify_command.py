@@ -14,7 +14,7 @@ import pytest
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
-from fastrobust.data.held_out import evenly_spaced
+from fastrobust.data.held_out import SPREAD, spread
 from fastrobust.models.weights import build_model, save_weights
 from fastrobust.runtime.errors import RunError
 from fastrobust.verification import workers
@@ -40,7 +40,8 @@ def test_the_command_decides_every_image_and_says_how(verified):
     assert summary["examples"] == 12
     assert sum(summary[name] for name in VERDICTS) == 12 == sum(summary["by"].values())
     lines = [json.loads(line) for line in (output / "verdicts.jsonl").read_text().splitlines()]
-    assert sorted(line["index"] for line in lines) == evenly_spaced(200, 12).tolist()
+    assert sorted(line["index"] for line in lines) == spread(np.repeat(range(10), 20), range(10), 12).tolist()
+    assert summary["chosen"] == SPREAD
     falsified = {line["index"] for line in lines if line["verdict"] == "falsified"}
     assert {int(file.stem) for file in (output / "witnesses").iterdir()} == falsified
     for index in falsified:

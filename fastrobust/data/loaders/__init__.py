@@ -18,7 +18,7 @@ import torch
 from fastrobust.config import parts
 from fastrobust.config.schema import Config
 from fastrobust.data import checking, layouts, sets
-from fastrobust.data.held_out import Choice
+from fastrobust.data.held_out import Choice, evenly_spaced
 from fastrobust.data.prepared import beton, records, shards
 from fastrobust.runtime import limits
 from fastrobust.runtime.distributed import ALONE, World
@@ -170,15 +170,15 @@ def fits(config: Config, device: torch.device) -> bool:
 
 
 def read_records(config: Config, kind: str, split: str, size: records.Size, limit: int | None) -> records.Records:
-    """A split's prepared images, or `limit` of them, evenly spaced. Where some are held out, files of a part of the training
-    images are refused: they would number them otherwise than the source does. Raises DataError or ConfigError."""
+    """A split's prepared images, or `limit` of them: see `Choice.of`. Where some are held out, files of a part of the
+    training images are refused: they would number them otherwise than the source does. Raises DataError or ConfigError."""
     place = folder(config, kind)
     found = READERS[kind](place, "test" if split == "test" else "train", size)
     if found.manifest["dataset"] != config.data.dataset:
         raise ConfigError(f"{place} holds {found.manifest['dataset']}, not {config.data.dataset}: set data.prepared")
     if config.data.held_out and split != "test" and (problem := not_whole(found.manifest)):
         raise DataError(f"data.held_out needs all training images, and those in {place} {problem}: write them anew")
-    keep = choice_of(config, limit).of(found.labels, split)
+    keep = choice_of(config, limit).of(found.labels, split, found.classes)
     return found if len(keep) == len(found) else found.take(keep)
 
 
@@ -262,10 +262,14 @@ class Phases:
 
 
 def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
-    """The images of a split of a resolved config, or `limit` of them, evenly spaced, at the resolution of the last
-    phase: the square in the middle of each. If the run trains from prepared files, these are read from prepared files
-    too. Raises DataError."""
+    """The images of a split of a resolved config, or `limit` of them (see `Choice.of`), at the resolution of the last
+    phase: the square in the middle of each. Training images are those that `data.limit` leaves. If the run trains from
+    prepared files, these are read from prepared files too. Raises DataError."""
     data, resolution = config.data, config.phases[-1].resolution
+    if split == "train" and data.limit is not None and limit is not None:
+        trained = still(config, split, None)
+        return trained.take(evenly_spaced(len(trained.labels), limit))
+    limit = limit or (data.limit if split == "train" else None)
     kind = kind_of_files(config)
     if kind is None:
         return load(config, split, resolution, limit)
@@ -281,7 +285,9 @@ def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     finally:
         loader.close()
     told = f"{found.source}, {len(found.labels)} held-out training images" if split == "held_out" else found.source
-    return replace(found, source=told)
+    whole = READERS[kind](place, "test" if split == "test" else "train", sizes[0])
+    keep = choice_of(config, limit).of(whole.labels, split, whole.classes)
+    return replace(found, source=told, numbers=None if len(keep) == len(whole) else torch.from_numpy(keep))
 
 
 def load(config: Config, split: str, size: int, limit: int | None) -> sets.ImageSet:
