@@ -232,7 +232,7 @@ def pictures_of(listing: Listing) -> Pictures:
     """The images of these files."""
     members = listing.members
     image, where = (lambda i: formats.open_upright(members[i])), (lambda i: members[i].where)
-    return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *listing[1:], members)
+    return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *listing[1:4], members)
 
 
 def _members(place: Path) -> tuple[list[formats.Member], str]:
