@@ -161,10 +161,10 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     made.skipped, made.tested_on = {"train": getattr(made.loader, "skipped", ()), "test": skipped}, tested_on
     memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
     told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
-    if config.data.held_out:
-        apart = "which are the test images" if "held-out" in tested_on else "kept apart from these and the test images"
-        told += f"\n        {config.data.held_out:,} training images are held out, {apart}"
     print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {memory}", flush=True)
+    if config.data.held_out:
+        apart = "the test images" if "held-out" in tested_on else "kept apart from the others and from the test images"
+        print(f"held out: {config.data.held_out:,} training images, {apart}", flush=True)
     return made
 
 

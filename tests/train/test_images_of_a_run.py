@@ -101,7 +101,8 @@ def test_held_out_images_are_the_test_images_where_there_are_no_others(quick, da
     config = quick(data__path=str(data), data__held_out=20)
     assert cli(["train", str(config)]) == 0
     out, run = capsys.readouterr().out, tmp_path / "runs" / "bars"
-    assert "train 50 of 10 classes (5 each); test 20 of 10 classes (2 each); 20 training images are held out" in out
+    assert "train 50 of 10 classes (5 each); test 20 of 10 classes (2 each)" in out
+    assert "held out: 20 training images, the test images" in out
     assert "the test images: 20 held-out training images" in out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["tested_on"] == "20 held-out training images" and summary["held_out_images"] == 20
@@ -122,7 +123,7 @@ def test_with_test_images_the_held_out_ones_are_kept_apart(config_of, tmp_path, 
     made = start.training(config_of(data__held_out=10), tmp_path, CPU, ALONE)
     assert sum(made.images["train"].values()) == 60 and sum(made.images["test"].values()) == 20
     assert made.tested_on == "20 test images"
-    assert "10 training images are held out, kept apart from these and the test images" in capsys.readouterr().out
+    assert "held out: 10 training images, kept apart from the others and from the test images" in capsys.readouterr().out
 
 
 def test_names_of_any_kind_are_listed(tmp_path):
