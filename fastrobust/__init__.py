@@ -1,7 +1,5 @@
 """fastrobust: image classifiers that withstand adversarial examples, trained as fast as the hardware allows."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from fastrobust.runtime import spin

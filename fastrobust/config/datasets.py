@@ -1,7 +1,5 @@
 """What is fixed about each data set: one table. A data set of one's own is a `Dataset` too, `package.module:name`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 the key and the nearest right one.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -4,8 +4,6 @@ A `Config` has every default filled in, so that what is stored with a run says e
 in [0, 1]: epsilon and alpha are fractions of that range.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

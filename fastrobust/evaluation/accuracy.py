@@ -1,7 +1,5 @@
 """Clean and robust accuracy of a model on a test set: what `summary.json` and the evaluate command report."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

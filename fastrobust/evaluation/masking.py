@@ -5,8 +5,6 @@ evaluating adversarial robustness") and Kim et al. (2021, "Understanding catastr
 with its figures. All counts are of images; an attack's points count as `attack.verdicts.breaks` says.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The pre-activation ResNet-18 of the paper's published code, with the names of its published weights."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Pre-activation ResNet-18 for 32 x 32 images (He et al., 2016, "Identity Mappings in Deep Residual Networks")."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -27,13 +27,14 @@ body { background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-ser
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin: 2rem 0 0.4rem; } h3 { font-size: 1rem; margin: 0 0 0.3rem; }
 .note, small { opacity: 0.75; font-size: 0.9rem; } small { white-space: nowrap; }
 .warn { border-left: 0.3rem solid orange; padding: 0.3rem 0.8rem; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.grid { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
 .grid > * { min-width: 0; border: 1px solid #8886; border-radius: 6px; margin: 0; padding: 0.7rem; }
 figure { background: white; color: black; } figcaption { font-weight: 600; } figure img { width: 100%; }
 .scroll, pre { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; } th, td { text-align: left; padding: 0.28rem 0.9rem 0.28rem 0;
   border-bottom: 1px solid #8886; vertical-align: top; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
-tbody th { font-weight: 400; min-width: 5rem; } meter { width: 4rem; }
+tbody th { font-weight: 400; min-width: 5rem; } meter { width: 2rem; }
 .pictures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem; font-size: 0.8rem; line-height: 1.25; }
 .pictures img { width: 100%; display: block; image-rendering: pixelated; } .wrong { color: #d33; }
 """
@@ -125,7 +126,7 @@ def draw(
             axes.fill_between(*zip(*band, strict=True), color=look["color"], alpha=0.16, linewidth=0)
         points = np.array(sorted(p for p in line.points if all(map(math.isfinite, p)))).reshape(-1, 2)
         look |= {"alpha": 0.5, "linewidth": 1} if line.faint else {"marker": "o" if len(points) <= 40 else None}
-        axes.plot(*points.T, label=f" {plain(line.label)}", markersize=4, **look)  # a first `_` would hide it
+        axes.plot(*points.T, label=f" {plain(line.label)}", markersize=4, clip_on=False, **look)  # a first `_` would hide it
     if not any(map(len, (drawn.get_xdata() for drawn in axes.lines))):
         axes.text(0.5, 0.5, "nothing was recorded", ha="center", transform=axes.transAxes)
     if percent:
@@ -133,8 +134,8 @@ def draw(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     else:
         axes.set_ylim(bottom=0)
-    if x.endswith(("epoch", "epochs")):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if not log_x:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=x.endswith(("epoch", "epochs"))))
     dashed = {"color": "grey", "linestyle": "--", "linewidth": 1}
     for at, text in levels:
         axes.axhline(at, **dashed)

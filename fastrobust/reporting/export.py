@@ -7,8 +7,6 @@ RUN/export/model.py          the network and `load()`, in plain PyTorch
            robustbench.json  the same in the form of a RobustBench entry
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib.util

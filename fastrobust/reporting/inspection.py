@@ -1,8 +1,6 @@
 """What a report measures on a trained model: robust accuracy against epsilon, accuracies by class, and a few images with
 their perturbations, adversarial predictions and input gradients. Small and quick: an evaluation is `evaluation.py`'s."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

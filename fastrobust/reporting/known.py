@@ -1,8 +1,6 @@
 """What a run directory tells about its model: every accuracy that was measured or proved, and the checks for masked
 gradients. The model card and the report page show the same facts."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One self-contained page about one or more runs."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a run directory holds, read back and checked: for pages and tables about runs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar

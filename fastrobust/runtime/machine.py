@@ -1,7 +1,5 @@
 """What this machine is: processors, memory, versions, and the commit of the source tree."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import platform

@@ -13,8 +13,6 @@ Files are replaced in one piece: written beside their place, flushed to disk, th
 checksum; where that does not fit, the one before is used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

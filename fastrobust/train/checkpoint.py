@@ -5,8 +5,6 @@ sums are over all processes, and what else process r has of its own (random gene
 state of the method) is stored as `rank{r}.…`, for r = 0 plainly.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ Trains for a few hundred updates while the learning rate rises geometrically (Sm
 loss diverges. The rate at which the loss was lowest is the largest that still did good: a safe peak for `schedule.max_lr`.
 For single-step methods look at the guard of a short run at that rate as well: overfitting to the attack lowers this loss."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """A grid of runs (the sweep command; `fastrobust sweep --help` shows what a sweep file looks like)."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

@@ -1,7 +1,5 @@
 """The verify command: every test image decided exactly, on all cores."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -93,7 +91,6 @@ def summarize(records: list[dict[str, Any]], arguments, seconds: float, decided_
 
 
 def show(summary: dict[str, Any], folder: Path) -> None:
-
     n = summary["examples"]
     table = Table("verdict", "images", "of all")
     for name in VERDICTS:

@@ -6,8 +6,6 @@ satisfies constraints up to a tolerance, here 1e-9, far inside that of the margi
 a forward pass agrees.
 """
 
-from __future__ import annotations
-
 import highspy
 import numpy as np
 import torch

@@ -1,7 +1,5 @@
 """A ReLU network of convolutions and linear layers as a list of affine layers, with a ReLU between each and the next."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

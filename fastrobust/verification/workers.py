@@ -1,7 +1,5 @@
 """Deciding many images in several processes."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections import Counter
@@ -36,7 +34,6 @@ _decider = None  # of a worker
 
 
 def start_worker(weights: str, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable[[int], None]) -> None:
-
     global _decider
     die_with_parent(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
@@ -50,7 +47,6 @@ def work(indices: list[int], images, labels, timeout: float) -> list:
 
 
 def decide_all(arguments, kept: Verdicts, weights: Path, data: ImageSet, todo: list[int], chosen: list[int]) -> None:
-
     size = max(1, min(CHUNK, len(todo) // (4 * arguments.workers)))
     chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
     total = len(chosen)
