@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastrobust import models
-from fastrobust.models.paper_preact_resnet import PaperPreActBlock
-from fastrobust.models.preact_resnet import PreActResNet18
+from fastrobust.models.preact_resnet import PreActBlock, PreActResNet18
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.runtime.errors import ConfigError
 
@@ -144,12 +143,12 @@ def test_the_papers_shortcuts_start_at_the_raw_input():
 
 def test_a_block_of_the_paper_whose_branch_is_silent_gives_its_projected_input():
     """Negative pixels reach the output: a shortcut behind the first ReLU would lose them."""
-    block = PaperPreActBlock(2, 4, 2).eval()
+    block = PreActBlock(2, 4, 2, paper=True).eval()
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(3, 2, 8, 8)
     projected = torch.einsum("nchw,oc->nohw", x[:, :, ::2, ::2], block.shortcut[0].weight[:, :, 0, 0])
     torch.testing.assert_close(block(x), projected, rtol=1e-5, atol=1e-6)
-    plain = PaperPreActBlock(4, 4, 1).eval()
+    plain = PreActBlock(4, 4, 1, paper=True).eval()
     nn.init.zeros_(plain.conv2.weight)
     assert torch.equal(plain(projected), projected) and (projected < 0).any()
 
