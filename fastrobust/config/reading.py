@@ -27,11 +27,7 @@ MESSAGES = 20  # as many mistakes are told at once
 LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
 _FREE = re.compile(r"(name|output|device|engine|data\.path|data\.prepared|data\.download|data\.workers|evaluation\.[\w.]+):")
 _ABSOLUTE = ("data.path", "data.prepared")  # a run stores them so
-_CHOSEN = {
-    "loader": "auto",
-    "engine": "auto",
-    "data.prepared": None,
-}  # keys that a run resolves, and what leaves it the choice
+_CHOSEN = {"loader": "auto", "engine": "auto", "data.prepared": None}  # what a run resolves, and what leaves it the choice
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -115,13 +111,9 @@ def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in t
         f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
         for key in sorted(flat_a.keys() | flat_b.keys())
         if flat_a.get(key, "absent") != flat_b.get(key, "absent")
-        and not (key in _ABSOLUTE and _same_place(flat_a.get(key), flat_b.get(key)))
+        and not (key in _ABSOLUTE and len({value and os.path.abspath(value) for value in (flat_a[key], flat_b[key])}) == 1)
         and not (key in _CHOSEN and _CHOSEN[key] in (flat_a.get(key), flat_b.get(key)))
     ]
-
-
-def _same_place(a: Any, b: Any) -> bool:
-    return isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b)
 
 
 def changed_since(stored: Any, config: Config) -> list[str]:

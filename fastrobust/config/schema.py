@@ -14,21 +14,9 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SerializeAsAny, field_validator, model_validator
 
 from fastrobust.config import datasets, parts
-from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Section, some
+from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section
 from fastrobust.config.numbers import describe
 from fastrobust.runtime.errors import ConfigError
-
-
-def _mean(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(not 0 <= v <= 1 for v in values):
-        raise ValueError("must lie in [0, 1]: pixels are divided by 255")
-    return values
-
-
-def _std(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(v <= 0 for v in values):
-        raise ValueError("must be positive")
-    return values
 
 
 def _place(value: str) -> str:
@@ -104,8 +92,8 @@ class Model(Section):
     """`mean` and `std` are in units of pixels in [0, 1]; the normalisation they describe is the model's first layer."""
 
     name: str
-    mean: Annotated[tuple[Number, ...], AfterValidator(_mean)] | None = None
-    std: Annotated[tuple[Number, ...], AfterValidator(_std)] | None = None
+    mean: tuple[Pixels, ...] | None = None
+    std: tuple[Positive, ...] | None = None
 
 
 class Phase(Section):
@@ -134,8 +122,8 @@ class Guard(Section):
 class Evaluation(Section):
     """PGD on the test set. epsilon defaults to the training epsilon; alpha, one for each radius, to epsilon / 4."""
 
-    epsilon: Annotated[tuple[Pixels, ...], AfterValidator(some)] | None = None
-    alpha: Annotated[tuple[Pixels, ...], AfterValidator(some)] | None = None
+    epsilon: Annotated[tuple[Pixels, ...], Field(min_length=1)] | None = None
+    alpha: Annotated[tuple[Pixels, ...], Field(min_length=1)] | None = None
     steps: Count = 50
     restarts: Count = 10
     batch_size: Count = 500
@@ -167,7 +155,7 @@ class Config(Section):
     method: named("method", parts.METHODS)
     optimizer: named("optimizer", parts.OPTIMIZERS)
     schedule: named("schedule", parts.SCHEDULES)
-    phases: Annotated[tuple[Phase, ...], AfterValidator(some)]
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
     guard: Guard = Guard()
     evaluation: Evaluation = Evaluation()
 

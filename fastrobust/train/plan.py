@@ -43,26 +43,17 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
         times = [begun + f * phase.epochs for f in (0, 0.2, 0.4, 0.6, 0.8, 1)]
         points = " → ".join(f"{config.schedule.rate(at, config.epochs):.3g}" for at in times)
         rates.append(f"learning rate over phase {index}, at every fifth: {points}")
-        table.add_row(
-            str(index),
-            str(phase.epochs),
-            str(config.passes(phase)),
-            f"{len(loader)} × {phase.resolution}²",
-            str(phase.batch_size),
-            str(steps),
-            f"{seconds:.4f}",
-            duration(steps * seconds),
-        )
+        images = f"{len(loader)} × {phase.resolution}²"
+        row = [index, phase.epochs, config.passes(phase), images, phase.batch_size, steps, f"{seconds:.4f}"]
+        table.add_row(*map(str, row), duration(steps * seconds))
         total += steps * seconds
         begun += phase.epochs
     console.print(table)
     for line in rates:
         console.print(line, soft_wrap=True)
     settings = config.evaluation
-    evaluation = (
-        len(settings.epsilon) * settings.restarts * len(test.labels) * seconds_per_attack_step(training_step, test, settings)
-    )
-    evaluation *= settings.steps / world.size
+    attack_steps = len(settings.epsilon) * settings.restarts * settings.steps * len(test.labels) / world.size
+    evaluation = attack_steps * seconds_per_attack_step(training_step, test, settings)
     where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
     radii = ", ".join(describe(e) for e in settings.epsilon)
     console.print(f"training about {duration(total)} on {where}, as measured over a few steps")

@@ -16,6 +16,7 @@ from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json
+from fastrobust.verification.network import extract
 from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
 
 
@@ -31,8 +32,7 @@ def command(arguments) -> int:
     trained = open_trained(arguments.run, arguments.data)
     weights = trained.path / run_directory.WEIGHTS if trained.path.is_dir() else trained.path
     data = trained.images()
-    shape = tuple(data.images.shape[1:])
-    workers.check(trained.model, shape)  # says at once what cannot be verified
+    extract(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified
     chosen = sets.evenly_spaced(len(data.labels), arguments.limit).tolist()
     place = f"epsilon-{arguments.epsilon:g}"
     folder = Path(arguments.output) if arguments.output else weights.parent / FOLDER / place

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import highspy  # noqa: F401 (so that its absence is noticed before the work begins)
 import torch
-from torch import nn
 
 from fastrobust.data.loaders.torch_workers import DieWith
 from fastrobust.data.sets import ImageSet
@@ -19,15 +18,9 @@ from fastrobust.models.weights import load
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.progress import Progress
 from fastrobust.verification.decide import Decider
-from fastrobust.verification.network import extract
 from fastrobust.verification.store import VERDICTS, Verdicts
 
 CHUNK = 10  # images that a worker takes at a time, fewer where that would leave another worker idle
-
-
-def check(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raise FastrobustError, which names what cannot be verified, unless the model can be."""
-    extract(model, shape)
 
 
 _decider = None  # of a worker
