@@ -13,6 +13,12 @@ def _pixels(value: float) -> float:
     return value
 
 
+def some(values: tuple) -> tuple:
+    if not values:
+        raise ValueError("at least one value is needed")
+    return values
+
+
 Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]

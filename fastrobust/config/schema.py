@@ -14,7 +14,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SerializeAsAny, field_validator, model_validator
 
 from fastrobust.config import datasets, parts
-from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section
+from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section, some
 from fastrobust.config.numbers import describe
 from fastrobust.runtime.errors import ConfigError
 
@@ -122,8 +122,8 @@ class Guard(Section):
 class Evaluation(Section):
     """PGD on the test set. epsilon defaults to the training epsilon; alpha, one for each radius, to epsilon / 4."""
 
-    epsilon: Annotated[tuple[Pixels, ...], Field(min_length=1)] | None = None
-    alpha: Annotated[tuple[Pixels, ...], Field(min_length=1)] | None = None
+    epsilon: Annotated[tuple[Pixels, ...], AfterValidator(some)] | None = None
+    alpha: Annotated[tuple[Pixels, ...], AfterValidator(some)] | None = None
     steps: Count = 50
     restarts: Count = 10
     batch_size: Count = 500
@@ -155,7 +155,7 @@ class Config(Section):
     method: named("method", parts.METHODS)
     optimizer: named("optimizer", parts.OPTIMIZERS)
     schedule: named("schedule", parts.SCHEDULES)
-    phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
+    phases: Annotated[tuple[Phase, ...], AfterValidator(some)]
     guard: Guard = Guard()
     evaluation: Evaluation = Evaluation()
 

@@ -141,6 +141,7 @@ def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
 def is_position(facts: Any, config: Config) -> bool:
     """Whether this is the `position` of a training of such a config."""
     try:
-        return Position.model_validate(facts).phase <= len(config.phases)
+        position = Position.model_validate(facts)
+        return position.phase <= len(config.phases) and position.model_fields_set == Position.model_fields.keys()
     except ValidationError:
         return False

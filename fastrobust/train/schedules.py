@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from fastrobust.config.fields import NonNegative, Number, Positive, Section
+from fastrobust.config.fields import NonNegative, Number, Positive, Section, some
 from fastrobust.config.schema import Config
 from fastrobust.data.order import end_of_pass
 
@@ -86,7 +86,7 @@ class Multistep(Schedule):
 class Points(Schedule):
     """Linear interpolation between (epoch, learning rate) pairs."""
 
-    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], Field(min_length=1)]
+    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(some)]
 
     @model_validator(mode="after")
     def _sorted(self):
