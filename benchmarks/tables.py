@@ -284,7 +284,7 @@ def figure1() -> str:
     drawn = []
     for title, (schedule, epochs) in paper.SCHEDULES.items():
         points = [(epochs * i / 600, schedule.rate(epochs * i / 600, epochs)) for i in range(601)]
-        drawn.append(chart(f"{title}: learning rate", [Line(title, points, dots=False)], x="epoch"))
+        drawn.append(chart(f"{title}: learning rate", [Line(title, points)], x="epoch"))
     return "".join(drawn)
 
 
@@ -299,8 +299,7 @@ def figure2(scale: str, rows: list[paper.Row], folder: Path) -> tuple[str, Table
         done = sorted((epochs, results) for epochs, results in found if results)
         for title, get in (("Robust accuracy", Result.robust), ("Clean accuracy", lambda r: r.clean)):
             values = [(epochs, [get(r) for r in results]) for epochs, results in done]
-            band = [(epochs, min(v), max(v)) for epochs, v in values if len(v) > 1]
-            lines[title].append(Line(label, [(epochs, statistics.fmean(v)) for epochs, v in values], colour, band))
+            lines[title].append(Line.over_seeds(label, values, colour))
         means = [(epochs, statistics.fmean(r.robust() for r in results)) for epochs, results in done]
         first = next((str(epochs) for epochs, mean in means if mean >= goal), "not reached" if done else MISSING)
         for epochs, results in found:
@@ -312,7 +311,7 @@ def figure2(scale: str, rows: list[paper.Row], folder: Path) -> tuple[str, Table
     head += [name for name in FACTS if name != "training"]
     dashed = [(goal, f"{goal:.0%}")]
     drawn = "".join(
-        chart(title, of, x="epochs", percent=True, y_range=(0.0, 1.0), levels=dashed if title.startswith("R") else ())
+        chart(title, of, x="epochs", percent=True, levels=dashed if title.startswith("R") else ())
         for title, of in lines.items()
     )
     measured = any(line.points for line in lines["Robust accuracy"])

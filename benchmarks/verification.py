@@ -12,24 +12,21 @@ import json
 import sys
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from fastrobust.__main__ import count, pixels
 from fastrobust.__main__ import main as fastrobust
 from fastrobust.runtime.command import main_with_errors
-from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json
 
 
 def plot(points: list[dict], title: str, file: Path) -> None:
     """Stacked shares: verified below, then undecided, falsified and misclassified."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     epsilons = [p["epsilon"] for p in points]
     kinds = ("verified", "timeout", "falsified", "misclassified")
     shares = [[100 * p[kind] / p["examples"] for p in points] for kind in kinds]
-    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
     axes.stackplot(
         epsilons,
         shares,
@@ -65,10 +62,7 @@ def main() -> int:
             summary = folder / "verification" / f"epsilon-{epsilon:g}" / "summary.json"
             points.append(json.loads(summary.read_text()))
         write_json(arguments.output.with_suffix(".json"), {"run": folder.name, "points": points})
-        try:
-            plot(points, f"{folder.name}, {arguments.limit} test images", arguments.output.with_suffix(".png"))
-        except ImportError:
-            raise FastrobustError("the plot needs matplotlib: pip install 'fastrobust[verify]'") from None
+        plot(points, f"{folder.name}, {arguments.limit} test images", arguments.output.with_suffix(".png"))
         return 0
 
     return main_with_errors(measure)

@@ -1,7 +1,5 @@
 """fastrobust: image classifiers that withstand adversarial examples, trained as fast as the hardware allows."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

@@ -4,8 +4,6 @@ The package's own `standard` version sets every hyperparameter; batching, the ch
 judgement of what was found are ours.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import logging
 from typing import ClassVar

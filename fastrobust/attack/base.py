@@ -1,7 +1,5 @@
 """What every attack of an evaluation offers, and how a name stands for one."""
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator

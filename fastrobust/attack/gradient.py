@@ -1,7 +1,5 @@
 """The step along the gradient that every attack here is made of, and the losses that it climbs."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """PGD with random restarts (Madry et al., 2018)."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar

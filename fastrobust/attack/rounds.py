@@ -1,7 +1,5 @@
 """Running any attack, round after round, on the images that are still robust."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What counts: which images are classified correctly, and which points break a model."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The types of a config's values, and the base of its sections."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field

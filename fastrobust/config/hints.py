@@ -1,7 +1,5 @@
 """What a mistyped word was meant to be. Only the standard library is imported here."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Numbers as people write them: 8/255, 5e-3."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

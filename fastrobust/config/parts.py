@@ -4,8 +4,6 @@ A part is looked up when it is needed and not before, so that a table costs noth
 is written in docs/extending.md.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

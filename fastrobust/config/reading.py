@@ -4,8 +4,6 @@
 the key and the nearest right one.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os
@@ -125,13 +123,9 @@ def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in t
         f"{key}: {flat_a.get(key, 'absent')} {places[0]}, {flat_b.get(key, 'absent')} {places[1]}"
         for key in sorted(flat_a.keys() | flat_b.keys())
         if flat_a.get(key, "absent") != flat_b.get(key, "absent")
-        and not (key in _ABSOLUTE and _same_place(flat_a.get(key), flat_b.get(key)))
+        and not (key in _ABSOLUTE and len({value and os.path.abspath(value) for value in (flat_a[key], flat_b[key])}) == 1)
         and not (key in _CHOSEN and _CHOSEN[key] in (flat_a.get(key), flat_b.get(key)))
     ]
-
-
-def _same_place(a: Any, b: Any) -> bool:
-    return isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b)
 
 
 def changed_since(stored: Any, config: Config) -> list[str]:

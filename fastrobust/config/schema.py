@@ -21,18 +21,6 @@ from fastrobust.config.numbers import describe
 from fastrobust.runtime.errors import ConfigError
 
 
-def _mean(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(not 0 <= v <= 1 for v in values):
-        raise ValueError("must lie in [0, 1]: pixels are divided by 255")
-    return values
-
-
-def _std(values: tuple[float, ...]) -> tuple[float, ...]:
-    if any(v <= 0 for v in values):
-        raise ValueError("must be positive")
-    return values
-
-
 def _place(value: str) -> str:
     """A path with ~ and $VARIABLES written out."""
     path = os.path.expanduser(os.path.expandvars(value))
@@ -114,8 +102,8 @@ class Model(Section):
     name: str
     options: dict[str, str | bool | int | float] | None = None  # further arguments of the model
     weights: Annotated[Place, AfterValidator(os.path.abspath)] | None = None
-    mean: Annotated[tuple[Number, ...], AfterValidator(_mean)] | None = None
-    std: Annotated[tuple[Number, ...], AfterValidator(_std)] | None = None
+    mean: tuple[Pixels, ...] | None = None
+    std: tuple[Positive, ...] | None = None
 
 
 class Phase(Section):

@@ -1,7 +1,5 @@
 """Clean and robust accuracy of a model on a test set: what `summary.json` and the evaluate command report."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any
@@ -126,19 +124,15 @@ def run_attacks(
         if kinds[name].has_alpha:
             settings["alpha"] = alpha
         settings |= {"resolution": images.shape[-1], "device": device.type, "made_by": kinds[name].made_by(), **about}
-        record = results.Record(
-            {
-                "settings": settings,
-                "seconds": 0.0,
-                "refused": 0,
-                "after_one_restart": int(robust.sum()),
-                "finished": False,
-                **(notes or {}),
-            },
-            clean.cpu(),
-            robust.cpu().clone(),
-            torch.zeros(len(labels), dtype=torch.bool),
-        )
+        facts = {
+            "settings": settings,
+            "seconds": 0.0,
+            "refused": 0,
+            "after_one_restart": int(robust.sum()),
+            "finished": False,
+        }
+        broken = torch.zeros(len(labels), dtype=torch.bool)
+        record = results.Record(facts | (notes or {}), clean.cpu(), robust.cpu().clone(), broken)
         record = world.first(lambda new=record: _kept(new, folder, fresh))
         kept = record.facts["finished"]
         if not record.facts["finished"]:
@@ -206,20 +200,16 @@ def _run(
         place = Place(place.round, place.batches, place.alive.to(images.device))
     each = int(record.attacked.sum())  # examples in a round, at most
     saved, label = began, f"{name.upper()} at {describe(epsilon)}"
-    before = 0 if place is None else each * place.round + _examples_done(attack, place)
-    with Progress(label, attack.rounds * each, before, overall) as bar:
-        state = {"round": place.round if place else 0, "base": before}
+    base = _examples_done(attack, place, each)
+    with Progress(label, attack.rounds * each, base, overall) as bar:
 
         def tick(share: float) -> None:
-            goal = state["base"] + int(share * min(record.settings["batch_size"], each))
+            goal = base + int(share * min(record.settings["batch_size"], each))
             bar.advance(max(0, goal - bar.done), "within a batch" if bar.due() else None)
 
         def after(at: Place, examples: int, refused: int) -> None:
-            nonlocal saved
-            if at.round != state["round"]:  # the examples that no longer need attacking are done
-                state.update(round=at.round, base=at.round * each)
-            state["base"] += examples
-            bar.done = state["base"]
+            nonlocal saved, base
+            bar.done = base = _examples_done(attack, at, each)
             rounds = f"restart {at.round + 1}/{attack.rounds}, " if attack.rounds > 1 else ""
             bar.advance(0, f"{rounds}{int(robust.sum())} robust" if bar.due() else None)
             record.place = at
@@ -255,6 +245,6 @@ def _run(
             keep()
 
 
-def _examples_done(attack, place: Place) -> int:
-    """How many examples of its round an attack has dealt with."""
-    return min(place.batches * attack.batch_size, int(place.alive.sum()))
+def _examples_done(attack, place: Place | None, each: int) -> int:
+    """How many examples an attack has dealt with, `each` in a round: those that no longer need attacking are done."""
+    return 0 if place is None else place.round * each + min(place.batches * attack.batch_size, int(place.alive.sum()))

@@ -5,11 +5,10 @@ evaluating adversarial robustness") and Kim et al. (2021, "Understanding catastr
 with its figures. All counts are of images; an attack's points count as `attack.verdicts.breaks` says.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -78,6 +77,11 @@ class Subject:
         run_rounds(Pgd(setting, (steps, restarts)), self.images, self.y, robust, threat=threat)
         return robust
 
+    @cached_property
+    def robust(self) -> Tensor:
+        """What PGD leaves, as most checks compare with it."""
+        return self.pgd(STEPS, RESTARTS)
+
     def gradient(self, x: Tensor, y: Tensor) -> Tensor:
         return input_gradient(self.model, x, y)[1]
 
@@ -106,20 +110,9 @@ def check_all(
         subject = Subject(model, data, epsilon, batch_size, seed)
         if not subject.clean.any():
             raise ConfigError(f"the model classifies none of the {subject.n} images correctly: there is nothing to check")
-        robust = subject.pgd(STEPS, RESTARTS)
-        parts = [
-            lambda: single_step(subject, robust),
-            lambda: more_steps(subject),
-            lambda: growing_epsilon(subject),
-            lambda: random_points(subject, robust),
-            lambda: black_box(subject, robust),
-            lambda: gradients(subject, robust),
-            lambda: landscape(subject),
-        ]
-        if surrogate is not None:
-            parts.insert(5, lambda: transfer(subject, robust, surrogate))
-        for part in parts:
-            found.append(part())
+        other = [] if surrogate is None else [partial(transfer, surrogate=surrogate)]
+        for check in (single_step, more_steps, growing_epsilon, random_points, black_box, *other, gradients, landscape):
+            found.append(check(subject))
             tell(found[-1])
     return found
 
@@ -129,7 +122,7 @@ def verdict(checks: list[Check]) -> str:
     return "healthy" if all(check.passed for check in checks) else "masked"
 
 
-def single_step(s: Subject, robust: Tensor) -> Check:
+def single_step(s: Subject) -> Check:
     """Catastrophic overfitting: one large step is beaten, many small ones are not."""
     moved_from = lambda x, y, d, alpha: s.threat.project(s.threat.step(d, s.gradient(x + d, y), alpha), x)
     zero = s.map(lambda x, y: moved_from(x, y, torch.zeros_like(x), s.epsilon), s.x, s.y)
@@ -138,7 +131,7 @@ def single_step(s: Subject, robust: Tensor) -> Check:
     accuracy = {
         "fgsm_zero_start": s.share(s.clean & ~s.broken_at(s.x + zero, s.clean)),
         "fgsm_random_start": s.share(s.clean & ~s.broken_at(s.x + moved, s.clean)),
-        "pgd": s.share(robust),
+        "pgd": s.share(s.robust),
     }
     gap = max(accuracy["fgsm_zero_start"], accuracy["fgsm_random_start"]) - accuracy["pgd"]
     says = (
@@ -172,17 +165,17 @@ def growing_epsilon(s: Subject) -> Check:
     return Check("growing epsilon", rises <= NOISE and values[-1] <= NOISE, says, {"accuracy": accuracy})
 
 
-def random_points(s: Subject, robust: Tensor) -> Check:
+def random_points(s: Subject) -> Check:
     """Points drawn without the gradient, half of them in the ball and half at its corners."""
     left = s.clean.clone()
     for i in range(NOISY_POINTS):
         delta = s.uniform(s.epsilon)
         delta = delta if i % 2 else s.epsilon * delta.sign()
         left &= ~s.broken_at(s.x + s.threat.clip(delta, s.x), left)
-    return no_better(s, "random points", f"{NOISY_POINTS} random points", left, robust)
+    return no_better(s, "random points", f"{NOISY_POINTS} random points", left)
 
 
-def black_box(s: Subject, robust: Tensor) -> Check:
+def black_box(s: Subject) -> Check:
     """Square, an attack that sees logits alone, on what PGD left."""
     try:
         Square.check(())
@@ -190,39 +183,39 @@ def black_box(s: Subject, robust: Tensor) -> Check:
     except ConfigError as error:
         return Check("black box", True, f"not run: {error}", {"run": False})
     square.attack.n_queries = QUERIES
-    left = robust.clone()
+    left = s.robust.clone()
     run_rounds(square, s.images, s.y, left, threat=s.threat)
-    return no_better(s, "black box", f"square with {QUERIES} queries on what PGD left", left, robust)
+    return no_better(s, "black box", f"square with {QUERIES} queries on what PGD left", left)
 
 
-def transfer(s: Subject, robust: Tensor, surrogate: nn.Module) -> Check:
+def transfer(s: Subject, surrogate: nn.Module) -> Check:
     """Adversarial examples of another model."""
     with frozen(surrogate):
         start = s.threat.clip(s.uniform(s.epsilon), s.x)
         points = s.map(lambda x, y, d: x + ascend(surrogate, x, y, d, s.threat, s.epsilon / 4, 20), s.x, s.y, start)
         fooled = correct(s.map(surrogate, s.x), s.y) & ~correct(s.map(surrogate, points), s.y)
     left = s.clean & ~s.broken_at(points, s.clean)
-    check = no_better(s, "transfer", "adversarial examples of another model", left, robust)
+    check = no_better(s, "transfer", "adversarial examples of another model", left)
     says = f"{check.says} (they fool that model on {s.share(fooled):.1%})"
     return Check(check.name, check.passed, says, check.figures | {"surrogate_fooled": s.share(fooled)})
 
 
-def no_better(s: Subject, name: str, attack: str, left: Tensor, robust: Tensor) -> Check:
+def no_better(s: Subject, name: str, attack: str, left: Tensor) -> Check:
     """Passed if an attack without the model's gradient breaks next to nothing that PGD did not."""
-    beyond, accuracy = s.share(robust & ~left), s.share(left)
+    beyond, accuracy = s.share(s.robust & ~left), s.share(left)
     says = f"{attack}: {accuracy:.1%} left; {beyond:.1%} of the images broke that PGD had left, {SLACK:.0%} may"
-    return Check(name, s.few(robust & ~left), says, {"accuracy": accuracy, "beyond_pgd": beyond})
+    return Check(name, s.few(s.robust & ~left), says, {"accuracy": accuracy, "beyond_pgd": beyond})
 
 
-def gradients(s: Subject, robust: Tensor) -> Check:
+def gradients(s: Subject) -> Check:
     """What PGD left robust is not left for want of a gradient, nor because cross-entropy saturates."""
     start = s.threat.clip(s.uniform(s.epsilon), s.x)
     largest = lambda x, y, loss: input_gradient(s.model, x, y, loss)[1].abs().flatten(1).amax(1)
     at_image = s.map(lambda x, y: largest(x, y, cross_entropy), s.x, s.y)
     at_start = s.map(lambda x, y: largest(x, y, margin), s.x + start, s.y)
-    stuck = robust & ~((at_start > 0) & at_start.isfinite())
+    stuck = s.robust & ~((at_start > 0) & at_start.isfinite())
     points = s.map(lambda x, y, d: x + ascend(s.model, x, y, d, s.threat, s.epsilon / 4, STEPS, margin), s.x, s.y, start)
-    broken = s.broken_at(points, robust)
+    broken = s.broken_at(points, s.robust)
     figures = {
         "robust_without_gradient": s.share(stuck),
         "no_gradient_at_image": s.share(s.clean & (at_image == 0)),

@@ -6,8 +6,6 @@ holds bool tensors of one element per test image (`clean`: classified correctly;
 `broken`: shown not to be robust by it) and, in the header's `facts`, what was run on what, as JSON.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -59,7 +57,6 @@ class Record:
         return folder / f"{s['attack']}_epsilon-{s['epsilon']:.6g}_{key[:12]}.safetensors"
 
     def save(self, folder: Path) -> None:
-
         tensors = {"clean": self.clean, "attacked": self.attacked, "broken": self.broken}
         facts = dict(self.facts)
         if self.place is not None:
@@ -71,7 +68,6 @@ class Record:
 
 def read(path: Path) -> Record:
     """Raises RunError for a file that is damaged or was not written by `Record.save`."""
-
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])

@@ -1,7 +1,5 @@
 """The one way to open a trained model and the images that it is judged on."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Models by name, each behind its normalisation: they take images in [0, 1] and give logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

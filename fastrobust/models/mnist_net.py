@@ -1,7 +1,5 @@
 """The paper's MNIST network (section 5.1; the architecture of Tjeng et al., 2017)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 

@@ -1,7 +1,5 @@
 """Weights files: plain tensors, with all that is needed to build the model in their header."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

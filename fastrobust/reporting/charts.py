@@ -1,5 +1,5 @@
-"""Charts and pages without a library: SVG inside one HTML file that needs no network, no script and no font, fits a phone
-and follows the reader's light or dark mode. Everything that is given as text is escaped here."""
+"""Charts by matplotlib, and pages around them: one HTML file that needs no network, no script and no font, fits a phone and
+follows the reader's light or dark mode (charts keep a white card). Everything that is given as text is escaped here."""
 
 from __future__ import annotations
 
@@ -8,77 +8,61 @@ import html
 import io
 import math
 import re
+import statistics
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
-COLOURS = 8
-WIDTH, HEIGHT = 360, 230  # of a chart, in units of its own
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 38
-
 STYLE = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #1c2128; --muted: #5a6572; --line: #d5dbe1; --card: #f5f7f9;
-  --warn: #fff3d6; --c0: #0b62c4; --c1: #c2410c; --c2: #0f7a4b; --c3: #a21caf; --c4: #8a6100; --c5: #0e7490; --c6: #be123c;
-  --c7: #57534e; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14181d; --fg: #e3e8ee; --muted: #98a4b1; --line: #333b45;
-  --card: #1c2229; --warn: #40330f; --c0: #6cb0ff; --c1: #ff9a5c; --c2: #58c993; --c3: #e48bf0; --c4: #e2b93f;
-  --c5: #5cc8de; --c6: #ff8096; --c7: #b8b2ac; } }
+:root { color-scheme: light dark; }
 * { box-sizing: border-box; }
-body { background: var(--bg); color: var(--fg); font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto;
+body { background: Canvas; color: CanvasText; font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto;
   padding: 1rem 1rem 4rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0.5rem 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
-h3 { font-size: 1rem; margin: 1rem 0 0.3rem; } .card h3 { margin-top: 0; } .card .note { margin-top: 0.4rem; }
-.card th, .card td { padding-right: 0.6rem; }
-p { margin: 0.3rem 0 0.8rem; max-width: 46rem; } .note { color: var(--muted); font-size: 0.9rem; }
-.warn { background: var(--warn); padding: 0.6rem 0.8rem; border-radius: 6px; max-width: none; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.grid > * { min-width: 0; }
-figure, .card { background: var(--card); border-radius: 8px; margin: 0; padding: 0.7rem 0.7rem 0.5rem; }
-figcaption { font-weight: 600; font-size: 0.92rem; }
-.legend { display: flex; flex-wrap: wrap; gap: 0.1rem 0.9rem; font-size: 0.82rem; color: var(--muted); font-weight: 400; }
-.legend i { display: inline-block; width: 1.1rem; height: 0.22rem; margin-right: 0.35rem; vertical-align: middle; }
-svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--muted); }
-.scroll { overflow-x: auto; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin: 2rem 0 0.4rem; } h3 { font-size: 1rem; margin: 0 0 0.3rem; }
+.note, small { opacity: 0.75; font-size: 0.9rem; } small { white-space: nowrap; }
+.warn { border-left: 0.3rem solid orange; padding: 0.3rem 0.8rem; }
+.grid { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.grid > * { min-width: 0; border: 1px solid #8886; border-radius: 6px; margin: 0; padding: 0.7rem; }
+figure { background: white; color: black; } figcaption { font-weight: 600; } figure img { width: 100%; }
+.scroll, pre { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.92rem; } th, td { text-align: left; padding: 0.28rem 0.9rem 0.28rem 0;
-  border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: normal; }
-th { font-weight: 600; } tbody th { font-weight: 400; color: var(--muted); } td { font-variant-numeric: tabular-nums; }
-td small { color: var(--muted); white-space: nowrap; }
-tbody th { min-width: 5.5rem; } .card tbody th { min-width: 0; }
-.sticky { position: sticky; top: 0; z-index: 1; background: var(--bg); padding: 0.35rem 0; }
-.bar { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; background: var(--line); }
-.meter { position: relative; height: 0.55rem; min-width: 3.2rem; background: var(--line); border-radius: 3px;
-  margin: 0.45rem 0 0; }
-.meter i { position: absolute; inset: 0 auto 0 0; border-radius: 3px; }
-.pictures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem 0.5rem; font-size: 0.8rem; line-height: 1.25; }
-.pictures img { width: 100%; display: block; image-rendering: pixelated; border-radius: 3px; }
-.pictures b { font-weight: 600; } .pictures .wrong { color: var(--c6); }
-pre { background: var(--card); padding: 0.8rem; border-radius: 8px; overflow-x: auto; font-size: 0.82rem; }
-details { margin: 0.4rem 0; } summary { cursor: pointer; }
+  border-bottom: 1px solid #8886; vertical-align: top; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
+tbody th { font-weight: 400; min-width: 5rem; } meter { width: 2rem; }
+.pictures { display: grid; grid-template-columns: repeat(4, 1fr); gap: 0.5rem; font-size: 0.8rem; line-height: 1.25; }
+.pictures img { width: 100%; display: block; image-rendering: pixelated; } .wrong { color: #d33; }
 """
-for _i in range(COLOURS):
-    STYLE += f".s{_i} {{ stroke: var(--c{_i}); }} .f{_i} {{ fill: var(--c{_i}); }} .b{_i} {{ background: var(--c{_i}); }}\n"
 
 
 @dataclass
 class Line:
-    """Points (x, y), drawn in ascending order of x; those that are not finite are left out. `band` holds (x, low, high)."""
+    """Points (x, y), drawn in ascending order of x; those that are not finite are left out. `band` holds (x, low, high).
+    Lines of one colour number look the same in all charts."""
 
     label: str
     points: Sequence[tuple[float, float]]
     colour: int = 0
-    band: Sequence[tuple[float, float, float]] = field(default_factory=list)
-    dots: bool = True
+    band: Sequence[tuple[float, float, float]] = ()
     faint: bool = False
+
+    @classmethod
+    def over_seeds(cls, label: str, values: Sequence[tuple[float, list[float]]], colour: int) -> Line:
+        """Through the means of the values at each x; the band goes from the lowest to the highest."""
+        band = [(x, min(v), max(v)) for x, v in values if len(v) > 1]
+        return cls(label, [(x, statistics.fmean(v)) for x, v in values], colour, band)
 
 
 def page(title: str, body: str) -> str:
     """A whole HTML page. `title` is text, `body` HTML."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<link rel="icon" href="data:,">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -100,128 +84,73 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return f'<div class="scroll"><table>{thead}<tbody>\n{body}</tbody></table></div>'
 
 
-def legend(entries: Sequence[tuple[str, int]], sticky: bool = False) -> str:
-    """`entries` are (label, colour). A sticky one stays in sight while its page is scrolled."""
-    marks = "".join(f'<span><i class="b{c % COLOURS}"></i>{escape(label)}</span>' for label, c in entries)
-    return f'<div class="legend{" sticky" if sticky else ""}">{marks}</div>'
+def embedded(content: bytes, kind: str, alt: str) -> str:
+    return f'<img alt="{escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
 
 
 def picture(pixels: np.ndarray, alt: str) -> str:
     """uint8 H x W x C (C is 1 or 3) as an embedded PNG."""
-
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    return embedded(buffer.getvalue(), "png", alt)
 
 
-def ticks(low: float, high: float, log: bool = False) -> list[float]:
-    """About five round numbers from low to high (both positive, low < high, if log)."""
-    if log:
-        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        every = max(1, len(decades) // 6)
-        found = [m * 10.0**d for d in decades if d % every == 0 for m in ((1, 2, 5) if len(decades) <= 3 else (1,))]
-        return [t for t in found if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
-    raw = (high - low) / 5
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+def chart(title: str, lines: Sequence[Line], **options) -> str:
+    """A line chart as an HTML figure; the title says what is drawn. options: see `draw`."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # the same lines give the same bytes
+        draw(lines, **options).savefig(buffer, format="svg", metadata={"Date": None})
+    image = embedded(buffer.getvalue(), "svg+xml", title)
+    return f"<figure><figcaption>{escape(title)}</figcaption>{image}</figure>\n"
 
 
-def number(value: float, percent: bool = False) -> str:
-    """A short label: 0.05, 25%, 12k, 3e-05."""
-    if percent:
-        return f"{value * 100:.4g}%"
-    if abs(value) >= 10_000:
-        return f"{value / 1000:,.4g}k"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.4g}"
-
-
-def _span(values: list[float], given: tuple[float, float] | None, log: bool) -> tuple[float, float]:
-    """The range of an axis: of the values, a little wider than a point."""
-    if given:
-        return given
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    if high - low <= 1e-12 * max(1.0, abs(high)):
-        return (low / 2, low * 2) if log else (low - 0.5 * abs(low) - 1e-3, high + 0.5 * abs(high) + 1e-3)
-    return low, high
-
-
-def chart(
-    title: str,
+def draw(
     lines: Sequence[Line],
     *,
     x: str,
     percent: bool = False,
     log_x: bool = False,
-    log_y: bool = False,
-    y_range: tuple[float, float] | None = None,
     marks: Sequence[tuple[float, str]] = (),
     levels: Sequence[tuple[float, str]] = (),
-    note: str = "",
-    keys: bool = True,
-) -> str:
-    """A line chart as an HTML figure. `x` names the horizontal axis; the title says what is drawn. `marks` are labelled
-    vertical lines, `levels` horizontal ones; `keys` shows a legend where there are several lines."""
+) -> Figure:
+    """`x` names the horizontal axis. `percent`: the vertical one goes from 0 to 1 and is labelled in per cent; otherwise it
+    begins at 0. `marks` are labelled vertical lines, `levels` horizontal ones. Several lines have a legend."""
+    several = len(lines) > 1
+    figure = Figure(figsize=(4.6, 3 + 0.2 * several * len(lines)), layout="constrained")
+    axes = figure.add_subplot(xlabel=plain(x), xscale="log" if log_x else "linear")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    for line in lines:
+        look = {"color": f"C{line.colour % 10}", "linestyle": ("-", "--", ":", "-.")[line.colour // 10 % 4]}
+        if band := [at for at in sorted(line.band) if all(map(math.isfinite, at))]:
+            axes.fill_between(*zip(*band, strict=True), color=look["color"], alpha=0.16, linewidth=0)
+        points = np.array(sorted(p for p in line.points if all(map(math.isfinite, p)))).reshape(-1, 2)
+        look |= {"alpha": 0.5, "linewidth": 1} if line.faint else {"marker": "o" if len(points) <= 40 else None}
+        axes.plot(*points.T, label=f" {plain(line.label)}", markersize=4, clip_on=False, **look)  # a first `_` would hide it
+    if not any(map(len, (drawn.get_xdata() for drawn in axes.lines))):
+        axes.text(0.5, 0.5, "nothing was recorded", ha="center", transform=axes.transAxes)
+    if percent:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+    else:
+        axes.set_ylim(bottom=0)
+    if not log_x:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=x.endswith(("epoch", "epochs"))))
+    dashed = {"color": "grey", "linestyle": "--", "linewidth": 1}
+    for at, text in levels:
+        axes.axhline(at, **dashed)
+        axes.text(1, at, plain(text), ha="right", va="bottom", transform=axes.get_yaxis_transform())
+    for at, _ in marks:
+        axes.axvline(at, **dashed)
+    middle = math.prod(axes.get_xlim()) ** 0.5 if log_x else sum(axes.get_xlim()) / 2
+    for row, (at, text) in enumerate(marks):
+        place = {"ha": "right" if at > middle else "left", "va": "top", "transform": axes.get_xaxis_transform()}
+        axes.text(at, 1 - 0.07 * row, f" {plain(text)} ", **place)
+    if several:
+        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
+    return figure
 
-    def drawable(px: float, py: float) -> bool:
-        return math.isfinite(px) and math.isfinite(py) and (px > 0 or not log_x) and (py > 0 or not log_y)
 
-    shown = [sorted(p for p in line.points if drawable(*p)) for line in lines]
-    xs = [px for points in shown for px, _ in points] + [at for at, _ in marks if math.isfinite(at)]
-    ys = [py for points in shown for _, py in points]
-    ys += [v for line in lines for bx, *edges in line.band for v in edges if drawable(bx, v)]
-    (x0, x1), (y0, y1) = _span(xs, None, log_x), _span(ys, y_range, log_y)
-    if not y_range and not log_y and ys and min(ys) >= 0 and y0 < 0.6 * y1:
-        y0 = 0.0
-
-    def at(value: float, low: float, high: float, log: bool, begin: float, end: float) -> float:
-        if log:
-            value, low, high = math.log(value), math.log(low), math.log(high)
-        return begin + (min(max(value, low), high) - low) / (high - low) * (end - begin)
-
-    def place(px: float, py: float) -> str:
-        across = at(px, x0, x1, log_x, LEFT, WIDTH - RIGHT)
-        return f"{across:.1f},{at(py, y0, y1, log_y, HEIGHT - BOTTOM, TOP):.1f}"
-
-    parts = []
-    for tick in ticks(y0, y1, log_y):
-        ty = at(tick, y0, y1, log_y, HEIGHT - BOTTOM, TOP)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{ty:.1f}" y2="{ty:.1f}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{ty + 4:.1f}" text-anchor="end">{number(tick, percent)}</text>')
-    for tick in ticks(x0, x1, log_x):
-        tx = at(tick, x0, x1, log_x, LEFT, WIDTH - RIGHT)
-        parts.append(f'<text x="{tx:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{number(tick)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x)}</text>')
-    for level, text in levels:
-        ly = at(level, y0, y1, log_y, HEIGHT - BOTTOM, TOP)
-        line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{ly:.1f}" y2="{ly:.1f}"'
-        parts.append(f'<line {line} stroke="var(--muted)" stroke-dasharray="4 3"/>')
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{ly - 4:.1f}" text-anchor="end">{escape(text)}</text>')
-    for row, (where, text) in enumerate(marks):
-        mx = at(where, x0, x1, log_x, LEFT, WIDTH - RIGHT)
-        side = ("end", -4) if mx > WIDTH / 2 else ("start", 4)
-        line = f'x1="{mx:.1f}" x2="{mx:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
-        parts.append(f'<line {line} stroke="var(--muted)" stroke-dasharray="4 3"/>')
-        parts.append(f'<text x="{mx + side[1]:.1f}" y="{TOP + 12 + 13 * row}" text-anchor="{side[0]}">{escape(text)}</text>')
-    for line, points in zip(lines, shown, strict=True):
-        colour = line.colour % COLOURS
-        band = sorted((bx, lo, hi) for bx, lo, hi in line.band if drawable(bx, lo) and drawable(bx, hi))
-        if band:
-            outline = [place(bx, hi) for bx, _, hi in band] + [place(bx, lo) for bx, lo, _ in reversed(band)]
-            parts.append(f'<polygon class="f{colour}" fill-opacity="0.16" points="{" ".join(outline)}"/>')
-        path = " ".join(place(*p) for p in points)
-        stroke = 'stroke-width="1" stroke-opacity="0.5"' if line.faint else 'stroke-width="2"'
-        parts.append(f'<polyline class="s{colour}" fill="none" {stroke} points="{path}"/>')
-        for px, py in points if line.dots or len(points) == 1 else []:
-            cx, cy = place(px, py).split(",")
-            tip = f"{escape(line.label)}: {number(py, percent)} at {number(px)}"
-            parts.append(f'<circle class="f{colour}" cx="{cx}" cy="{cy}" r="2.6"><title>{tip}</title></circle>')
-    if not any(shown):
-        parts.append(f'<text x="{middle}" y="{HEIGHT / 2}" text-anchor="middle">nothing was recorded</text>')
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
-    key = legend([(line.label, line.colour) for line in lines]) if keys and len(lines) > 1 else ""
-    below = f'<div class="note">{escape(note)}</div>' if note else ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{key}{svg}{below}</figure>\n"
+def plain(text: str) -> str:
+    """Text for matplotlib, which reads what stands between dollars as a formula."""
+    return textwrap.fill(text.replace("$", r"\$"), 60)

@@ -7,8 +7,6 @@ RUN/export/model.py          the network and `load()`, in plain PyTorch
            robustbench.json  the same in the form of a RobustBench entry
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import importlib.util
@@ -27,10 +25,13 @@ from fastrobust.models import Normalized
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
+from fastrobust.reporting.stored import Summary
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.progress import duration
 from fastrobust.runtime.torchvision_compat import import_torchvision
+
+CHECKS = "Checks for masked gradients"
 
 
 def command(arguments) -> int:
@@ -67,14 +68,12 @@ def command(arguments) -> int:
 
 def examples(config):
     """16 random images as the model takes them, float 16 x C x H x W in [0, 1]."""
-
     side = config.phases[-1].resolution
     return torch.rand(16, len(config.model.mean), side, side, generator=torch.Generator().manual_seed(0))
 
 
 def snippet(config, classes: tuple[str, ...]) -> str:
     """The source of model.py."""
-
     name, channels, source, imports = config.model.name, len(config.model.mean), "", ""
     options = "".join(f", {key}={value!r}" for key, value in (config.model.options or {}).items())
     if name in parts.MODELS:  # ours: the classes and the function that makes the network
@@ -122,7 +121,6 @@ def load(weights: str | Path = Path(__file__).with_name("weights.pt")) -> nn.Mod
 
 def check_snippet(folder: Path, model, images) -> None:
     """model.py gives the model's logits. Raises RunError."""
-
     with contextlib.suppress(ImportError):
         import_torchvision()  # so that a snippet that needs it can import it beside any torch
     spec = importlib.util.spec_from_file_location("fastrobust_exported_model", folder / "model.py")
@@ -166,7 +164,7 @@ def write_onnx(path: Path, model, images) -> float | None:
 
 def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
-    images = facts.summary.get("training_images")
+    images = facts.summary and facts.summary.training_images  # version 0.1 did not count them
     used = f"{images:,} training images" if images else "its training images"
     tested = facts.summary.get("tested_on", "")
     tested = tested if "held-out" in tested else "its test images"
@@ -184,11 +182,8 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
         "corruptions), larger radii, or other data.",
         "## Accuracy",
         accuracy_table(facts.accuracies),
-        *(
-            f"Checks for masked gradients at epsilon {describe(m.epsilon)} ({m.examples} images): {m.in_words()}."
-            for m in facts.masking
-        ),
-        *(["Checks for masked gradients were not made."] if not facts.masking else []),
+        *(f"{CHECKS} at epsilon {describe(m.epsilon)} ({m.examples} images): {m.in_words()}." for m in facts.masking),
+        *([] if facts.masking else [f"{CHECKS} were not made."]),
         "## Training",
         training(config, facts.summary),
         "## Use",
@@ -200,14 +195,13 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
 
 
 def accuracy_table(rows: list[Accuracy]) -> str:
-
     if not rows:
         return "None is known for these weights."
     lines = ["| attack | epsilon | accuracy | 95 % interval | test images |", "|---|---|---|---|---|"]
     for row in rows:
         low, high = row.interval
         images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
-        cells = [row.attack, known.radius(row), row.in_words(), f"{low:.2%} to {high:.2%}", images]
+        cells = [row.attack, describe(row.epsilon), row.in_words(), f"{low:.2%} to {high:.2%}", images]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -219,31 +213,27 @@ def accuracy_table(rows: list[Accuracy]) -> str:
     return "\n".join(lines)
 
 
-def training(config, summary: dict) -> str:
-
+def training(config, summary: Summary | None) -> str:
     plain = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
     settings = "".join(f", {key} {plain(value)}" for key, value in vars(config.method).items() if key != "name")
     radius = describe(config.epsilon)
     lines = [f"Method {config.method.name}{settings}; epsilon {radius}, {config.epochs} epochs, seed {config.seed}."]
-    if summary.get("stopped"):
-        lines.append(f"It was {summary['stopped']}.")
-    if "train_seconds" in summary and "hardware" in summary:
-        lines.append(f"It took {duration(summary['train_seconds'])} on {summary['hardware']['device']}.")
+    if summary and summary.stopped:
+        lines.append(f"It was {summary.stopped}.")
+    if summary and "device" in summary.hardware:
+        lines.append(f"It took {duration(summary.train_seconds)} on {summary.hardware['device']}.")
     return "\n".join(lines)
 
 
 def robustbench(config, facts: Known) -> dict[str, Any]:
     """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null."""
-
     percent = lambda value: None if value is None else f"{100 * value:.2f}"
-    summary, auto = facts.summary, facts.autoattack
-    epsilon = auto.epsilon if auto else summary.get("epsilon", config.epsilon)
+    first, auto = facts.summary and facts.summary.evaluations[0], facts.autoattack
+    quoted = auto or first  # both have an epsilon and a number of examples
     architecture = {
         "preact_resnet18": "PreActResNet-18",
         "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
     }
-    clean = facts.autoattack_clean if auto else summary.get("clean_accuracy")
-    n = auto.examples if auto else summary.get("examples")
     return {
         "link": None,
         "name": config.name,
@@ -253,9 +243,9 @@ def robustbench(config, facts: Known) -> dict[str, Any]:
         "dataset": config.data.dataset,
         "venue": "Unpublished",
         "architecture": architecture.get(config.model.name, config.model.name),
-        "eps": describe(epsilon),
-        "clean_acc": percent(clean),
-        "reported": percent(summary.get("robust_accuracy")),
-        "autoattack_acc": percent(auto.accuracy if auto else None),
-        "footnote": f"Measured on {n} test images." if n else None,
+        "eps": describe(quoted.epsilon if quoted else config.epsilon),
+        "clean_acc": percent(facts.autoattack_clean if auto else first and first.clean_accuracy),
+        "reported": percent(first and first.robust_accuracy),
+        "autoattack_acc": percent(auto and auto.accuracy),
+        "footnote": f"Measured on {quoted.examples} test images." if quoted else None,
     }

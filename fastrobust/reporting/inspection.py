@@ -1,8 +1,6 @@
 """What a report measures on a trained model: robust accuracy against epsilon, accuracies by class, and a few images with
 their perturbations, adversarial predictions and input gradients. Small and quick: an evaluation is `evaluation.py`'s."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,25 +62,10 @@ def inspect(
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
-    radii, robust, clean = [], None, None
-    for factor in FACTORS:
-        radius = factor * epsilon
-        verdicts = pgd(
-            model,
-            images,
-            labels,
-            threat=Threat(radius),
-            alpha=radius / 4,
-            steps=STEPS,
-            restarts=1,
-            seed=seed,
-            progress=lambda restart, examples: progress(examples),
-        )
-        radii.append((radius, int(verdicts.robust.sum())))
-        clean = verdicts.clean
-        if factor == 1.0:
-            robust = verdicts.robust
-    radii.insert(0, (0.0, int(clean.sum())))
+    common = {"steps": STEPS, "restarts": 1, "seed": seed, "progress": lambda restart, examples: progress(examples)}
+    found = {f: pgd(model, images, labels, threat=Threat(f * epsilon), alpha=f * epsilon / 4, **common) for f in FACTORS}
+    clean, robust = found[1.0].clean, found[1.0].robust
+    radii = [(0.0, int(clean.sum())), *((f * epsilon, int(verdicts.robust.sum())) for f, verdicts in found.items())]
     chosen = one_of_each(data.labels, PICTURES)
     return Inspection(
         count=len(labels),

@@ -1,22 +1,17 @@
 """What a run directory tells about its model: every accuracy that was measured or proved, and the checks for masked
 gradients. The model card and the report page show the same facts."""
 
-from __future__ import annotations
-
-import contextlib
 import hashlib
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastrobust.attack import autoattack
-from fastrobust.config.numbers import describe
 from fastrobust.evaluation import results
 from fastrobust.evaluation.results import wilson
+from fastrobust.reporting import stored
+from fastrobust.reporting.stored import Images, Share, Stored, Summary
 from fastrobust.runtime.errors import RunError
-from fastrobust.runtime.files import explained
 from fastrobust.runtime.run_directory import SUMMARY, WEIGHTS
 from fastrobust.verification.store import FOLDER as VERIFICATION
 
@@ -41,8 +36,7 @@ class Accuracy:
     data: str | None = None
 
     def __post_init__(self):
-        counts_fit = 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples and self.examples > 0
-        if not (isinstance(self.attack, str) and 0 <= self.epsilon <= 1 and counts_fit):
+        if not 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples or not self.examples:
             raise ValueError(f"there is no such result: {self}")
 
     @property
@@ -58,10 +52,8 @@ class Accuracy:
 
     def in_words(self) -> str:
         """`43.10%`, or `97.30% verified (973 of 1000; 2 undecided)`."""
-        share = f"{self.accuracy:.2%}"
-        if self.undecided is None:
-            return share
-        return f"{share} verified ({self.robust} of {self.examples}; {self.undecided} undecided)"
+        counts = f" verified ({self.robust} of {self.examples}; {self.undecided} undecided)"
+        return f"{self.accuracy:.2%}" + ("" if self.undecided is None else counts)
 
     def to_dict(self) -> dict[str, Any]:
         row = {"attack": self.attack, "epsilon": self.epsilon, "accuracy": self.accuracy, "interval": list(self.interval)}
@@ -69,26 +61,40 @@ class Accuracy:
         return row | {key: value for key in ("undecided", "data") if (value := getattr(self, key)) is not None}
 
 
-@dataclass(frozen=True)
-class Masking:
+class Masking(Stored):
     """The verdict of the checks for masked gradients (`evaluate --sanity`), and the names of the checks that failed."""
 
+    weights: str
     epsilon: float
     verdict: str
-    failed: tuple[str, ...]
+    failed: list[str]
     examples: int
 
     def in_words(self) -> str:
-        failed = f": {', '.join(self.failed)} failed" if self.failed else ", all passed"
-        return f"{self.verdict}{failed}"
+        return f"{self.verdict}: {', '.join(self.failed)} failed" if self.failed else f"{self.verdict}, all passed"
+
+
+class Settings(Stored):
+    """Which weights an exact verification is about; version 0.1 named them by the SHA-256 of their file."""
+
+    weights: str | None = None
+    weights_sha256: str | None = None
+
+
+class Verification(Settings):
+    verified: int
+    timeout: int
+    examples: Images
+    epsilon: Share
+    data: str | None = None
 
 
 @dataclass
 class Known:
-    """`summary`: what summary.json holds, or {}. `autoattack`: the row of AutoAttack, where all four parts were run, and
-    `autoattack_clean` the clean accuracy on its images."""
+    """`autoattack`: the row of AutoAttack, where all four parts were run, and `autoattack_clean` the clean accuracy on its
+    images."""
 
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Summary | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
     masking: list[Masking] = field(default_factory=list)
     autoattack: Accuracy | None = None
@@ -104,25 +110,14 @@ class Known:
 def read(run: Path, weights: str | None) -> Known:
     """The facts in a run directory about the weights with this digest. Without one (there are no weights yet), or for a
     path that is no directory, there are fewer. Raises RunError for files that are damaged."""
-    known = Known()
-    if not run.is_dir():
-        return known
-    read_summary(known, run / SUMMARY)
+    known = Known(stored.read(run / SUMMARY, Summary))
+    for e in known.summary.evaluations if known.summary else []:
+        known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
+        known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples))
     if weights is not None:
         read_evaluations(known, run / results.FOLDER, weights)
         read_verification(known, run, weights)
     return known
-
-
-def read_summary(known: Known, file: Path) -> None:
-    if not file.exists():
-        return
-    known.summary = read_json(file)
-    with damaged(file):
-        for e in known.summary.get("evaluations", []):
-            n = e["examples"]
-            known.add(Accuracy(NONE, 0.0, round(e["clean_accuracy"] * n), n))
-            known.add(Accuracy(e["attack"], e["epsilon"], round(e["robust_accuracy"] * n), n))
 
 
 def read_evaluations(known: Known, folder: Path, weights: str) -> None:
@@ -132,7 +127,7 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
         s = record.settings
         if s["weights"] == weights and record.facts["finished"]:
             groups.setdefault((s["epsilon"], s["examples"], s["data"]), []).append(record)
-    wanted = known.summary.get("epsilon")
+    wanted = known.summary.evaluations[0].epsilon if known.summary else None
     for (epsilon, n, _), records in sorted(groups.items()):
         clean, data = int(records[0].clean.sum()), records[0].facts.get("data")
         known.add(Accuracy(NONE, 0.0, clean, n, data=data))
@@ -148,12 +143,8 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
             row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data))
             if known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted):
                 known.autoattack, known.autoattack_clean = row, clean / n
-    for file in sorted(folder.glob("sanity_*.json")):
-        found = read_json(file)
-        with damaged(file):
-            if found["weights"] == weights:
-                failed = tuple(map(str, found["failed"]))
-                known.masking.append(Masking(float(found["epsilon"]), str(found["verdict"]), failed, int(found["examples"])))
+    found = [stored.read(file, Masking) for file in sorted(folder.glob("sanity_*.json"))]
+    known.masking += [checks for checks in found if checks.weights == weights]
 
 
 def rank(row: Accuracy, epsilon: float | None) -> tuple:
@@ -174,45 +165,17 @@ def autoattack_of(records: list[results.Record]) -> int | None:
 
 
 def read_verification(known: Known, run: Path, weights: str) -> None:
-    """The summaries of exact verifications. Those of version 0.1 have settings.json beside them, which names the weights by
-    the SHA-256 of their file."""
+    """The summaries of exact verifications. Those of version 0.1 have settings.json beside them, which names the weights."""
     found = []
     for file in run.glob(f"{VERIFICATION}/*/{SUMMARY}"):
-        content = read_json(file)
-        with damaged(file):
-            about = content if "weights" in content else read_json(file.with_name("settings.json"))
-            if about.get("weights") == weights or about.get("weights_sha256") == digest_of(run):
-                counts = {"robust": content["verified"], "examples": content["examples"], "undecided": content["timeout"]}
-                found.append(Accuracy(EXACT, content["epsilon"], **counts, data=content.get("data")))
+        summary = stored.read(file, Verification)
+        about = summary if summary.weights else stored.read(file.with_name("settings.json"), Settings) or summary
+        of_file = about.weights_sha256 and about.weights_sha256 == hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
+        if about.weights == weights or of_file:
+            try:
+                counts = (summary.verified, summary.examples, summary.timeout)
+                found.append(Accuracy(EXACT, summary.epsilon, *counts, data=summary.data))
+            except ValueError as error:
+                raise RunError(f"{file} is damaged: {error}") from None
     for row in sorted(found, key=lambda row: (row.epsilon, row.examples)):
         known.add(row)
-
-
-def digest_of(run: Path) -> str:
-    return hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises RunError."""
-    with explained(f"{path} cannot be read"):
-        text = path.read_text(encoding="utf-8")
-    try:
-        value = json.loads(text)
-        if isinstance(value, dict):
-            return value
-        raise ValueError("it does not hold an object")
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: {error}") from None
-
-
-@contextlib.contextmanager
-def damaged(path: Path) -> Iterator[None]:
-    """Turns what a file of other content leads to into a RunError."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise RunError(f"{path} is damaged: {error!r}") from None
-
-
-def radius(row: Accuracy) -> str:
-    return "0" if row.attack == NONE else describe(row.epsilon)

@@ -1,11 +1,8 @@
 """One self-contained page about one or more runs."""
 
-from __future__ import annotations
-
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 from fastrobust.config.numbers import describe
 from fastrobust.config.reading import flatten
@@ -13,9 +10,9 @@ from fastrobust.evaluation.results import wilson
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import inspection, known
-from fastrobust.reporting.charts import COLOURS, Line, chart, escape, legend, number, page, picture, table
+from fastrobust.reporting.charts import Line, chart, escape, page, picture, table
 from fastrobust.reporting.inspection import STEPS
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE, Accuracy
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -37,21 +34,28 @@ LISTED = 10
 def command(arguments) -> int:
     """The report command."""
     device = distributed.pick_device(arguments.device)
-    runs = [read_run(directory) for directory in arguments.runs]
-    for one, name in zip(runs, distinct_names(arguments.runs), strict=True):
-        one.name = name
-    for one, directory in zip(runs, arguments.runs, strict=True):
-        one.known = known_of(one, Path(directory))
+    directories = [run for given in arguments.runs for run in runs_in(Path(given))]
+    runs = [read_run(directory) for directory in directories]
+    for one, name, directory in zip(runs, distinct_names(directories), directories, strict=True):
+        one.name, one.known = name, known.read(directory, digest(name, directory))
         if arguments.limit:
             look_at(one, directory, arguments.limit, device, arguments.data)
+            if one.unseen:
+                print(f"warning: {name}: no attacks were run for the page: {one.unseen}", file=sys.stderr)
     write_text(Path(arguments.output), render(runs))
     print(f"wrote {arguments.output}")
     return 0
 
 
-def distinct_names(directories: list[str]) -> list[str]:
+def runs_in(path: Path) -> list[Path]:
+    """A run directory itself, or all those below a folder."""
+    below = [] if (path / run_directory.CONFIG).exists() else sorted(f.parent for f in path.rglob(run_directory.CONFIG))
+    return below or [path]
+
+
+def distinct_names(directories: list[Path]) -> list[str]:
     """The last parts of the paths, as many as it takes to tell them apart."""
-    parts = [Path(d).resolve().parts for d in directories]
+    parts = [d.resolve().parts for d in directories]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-length:]) for p in parts]
         if len(set(names)) == len(names):
@@ -59,287 +63,206 @@ def distinct_names(directories: list[str]) -> list[str]:
     return [f"{i + 1}: {p[-1]}" for i, p in enumerate(parts)]
 
 
-def known_of(one: Run, path: Path) -> known.Known:
-    """What the run directory tells about the weights in it. Raises RunError."""
-    weights = None
-    if (path / run_directory.WEIGHTS).exists():
-        try:
-            weights = weights_digest(read_weights(path)[0])
-        except FastrobustError as error:
-            text = f"only the summary's accuracies are shown: {error}"
-            print(f"warning: {one.name}: {text}", file=sys.stderr)
-    return known.read(path, weights)
+def digest(name: str, path: Path) -> str | None:
+    """Of the weights in a run directory; None where there are none, or (which is said) damaged ones."""
+    if not (path / run_directory.WEIGHTS).exists():
+        return None
+    try:
+        return weights_digest(read_weights(path)[0])
+    except FastrobustError as error:
+        print(f"warning: {name}: only the summary's accuracies are shown: {error}", file=sys.stderr)
+        return None
 
 
-def look_at(one: Run, directory: str, count: int, device, data: str | None) -> None:
+def look_at(one: Run, directory: Path, count: int, device, data: str | None) -> None:
     """Fill in `seen`, or `unseen` with the reason."""
-
     try:
         trained = open_trained(directory, data, device)
         config, one.classes, images = trained.config, trained.classes, trained.images(count)
     except FastrobustError as error:
-        one.unseen = str(error).splitlines()[0]
-        print(f"warning: {one.name}: no attacks were run for the page: {error}", file=sys.stderr)
+        one.unseen = str(error)
         return
     epsilon = config.evaluation.epsilon[0] or config.epsilon
     if epsilon == 0:
         one.unseen = "the radius of its evaluation is 0"
         return
     with Progress(f"attack {one.name}", len(inspection.FACTORS) * len(images.labels)) as bar:
-        one.seen = inspection.inspect(
-            trained.model,
-            images,
-            epsilon=epsilon,
-            seed=config.seed,
-            progress=lambda n: bar.advance(n, "several radii" if bar.due() else None),
-        )
+        told = lambda n: bar.advance(n, "several radii" if bar.due() else None)
+        one.seen = inspection.inspect(trained.model, images, epsilon=epsilon, seed=config.seed, progress=told)
 
 
 def render(runs: list[Run]) -> str:
     """The whole page."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    sections = [headline(runs, title), summary_table(runs), curves(runs), robustness(runs)]
-    sections += [pictures(runs), where_time_went(runs), configs(runs)]
-    return page(title, "\n".join(section for section in sections if section))
+    sections = [f"<h1>{escape(title)}</h1>", *map(warnings, runs), summary_table(runs), curves(runs), robustness(runs)]
+    return page(title, "\n".join([*sections, pictures(runs), configs(runs)]))
 
 
-def share(row: Accuracy) -> str:
-    """An accuracy with its 95 % interval and n, as HTML."""
-    low, high = row.interval
-    images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}"
-    return f"{row.in_words()} <small>({low * 100:.1f} to {high * 100:.1f}, {escape(images)})</small>"
-
-
-def headline(runs: list[Run], title: str) -> str:
-    parts = [f"<h1>{escape(title)}</h1>"]
-    if len(runs) > 1:
-        parts.append(legend([(one.name, i) for i, one in enumerate(runs)], sticky=True))
-    for one in runs:
-        if one.summary is None:
-            parts.append(f'<p class="warn"><b>{escape(one.name)}</b> is not finished: what it has so far is shown.</p>')
-        elif one.summary.stopped:
-            parts.append(f'<p class="warn"><b>{escape(one.name)}</b> {escape(one.summary.stopped)}</p>')
-        else:
-            warned = [record for record in one.history if record.warning]
-            if warned:
-                text = f"epoch {warned[-1].epoch}: {warned[-1].warning}"
-                parts.append(f'<p class="warn"><b>{escape(one.name)}</b> {escape(text)}</p>')
-    return "\n".join(parts)
+def warnings(one: Run) -> str:
+    told = [f"epoch {record.epoch}: {record.warning}" for record in one.history if record.warning][-1:]
+    if one.summary is None:
+        told = ["is not finished: what it has so far is shown."]
+    elif one.summary.stopped:
+        told = [one.summary.stopped]
+    return "".join(f'<p class="warn"><b>{escape(one.name)}</b> {escape(text)}</p>' for text in told)
 
 
 def summary_table(runs: list[Run]) -> str:
-
     rows: dict[str, list[str]] = {}
 
-    def put(name: str, column: int, cell: str) -> None:
+    def put(name: str, column: int, text: str, more: str = "") -> None:
         cells = rows.setdefault(name, ["" for _ in runs])
-        cells[column] += f"<br>{cell}" if cells[column] else cell
+        cells[column] += "<br>" * bool(cells[column]) + escape(text) + (f" <small>({escape(more)})</small>" if more else "")
 
     for i, one in enumerate(runs):
-        config = one.config
-        put("method", i, escape(config.in_words()))
-        put("data and model", i, f"{escape(config.data.dataset)}, {escape(config.model.name)}")
+        config, hardware = one.config, one.environment.hardware
+        put("method", i, config.in_words())
+        put("data and model", i, f"{config.data.dataset}, {config.model.name}")
         for row in one.known.accuracies:
+            low, high = row.interval
+            images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}"
             name = "clean accuracy" if row.attack == NONE else f"{row.attack}, epsilon {describe(row.epsilon)}"
-            put(name, i, share(row))
+            put(name, i, row.in_words(), f"{low * 100:.1f} to {high * 100:.1f}, {images}")
         for m in one.known.masking:
-            told = f"{escape(m.in_words())} <small>({m.examples:,} images)</small>"
-            put(f"masked gradients, epsilon {describe(m.epsilon)}", i, told)
-        if one.summary:
-            put("training", i, f"{one.summary.epochs} epochs in {duration(one.summary.train_seconds)}")
-        elif one.history:
-            put("training", i, f"{one.history[-1].epoch} of {config.epochs} epochs so far")
+            put(f"masked gradients, epsilon {describe(m.epsilon)}", i, m.in_words(), f"{m.examples:,} images")
+        times = [r.seconds for r in one.history]
+        if times:
+            span = f"; {duration(min(times))} to {duration(max(times))}" if len(times) > 1 else ""
+            taken, of = (
+                (one.summary.train_seconds, "") if one.summary else (sum(times), f" of {config.epochs} epochs so far")
+            )
+            done = f"{one.history[-1].epoch}{of or ' epochs'} in {duration(taken)}"
+            put("training", i, done, f"a pass over the data: {duration(statistics.median(times))}{span}")
+        for e in one.summary.evaluations if one.summary else []:
+            put("evaluation", i, duration(e.seconds), f"{e.attack}, epsilon {describe(e.epsilon)}")
         speeds = [record.images_per_second for record in one.history if record.images_per_second]
         if speeds:
-            put("images per second", i, f"{statistics.median(speeds):,.0f} <small>(median of the epochs)</small>")
-        hardware = one.environment.hardware
+            put("images per second", i, f"{statistics.median(speeds):,.0f}", "median of the epochs")
         threads = hardware.get("threads", "?")
-        device = f"{hardware.get('device', 'not recorded')}, {threads} thread{'' if threads == 1 else 's'}"
-        put("hardware", i, escape(device))
+        put("hardware", i, f"{hardware.get('device', 'not recorded')}, {threads} thread{'' if threads == 1 else 's'}")
         put("seed", i, str(config.seed))
-    head = ["", *(escape(one.name) for one in runs)] if len(runs) > 1 else ()
     note = (
         "PGD-STEPS-STARTS: so many steps from each of so many random starts. Robust: classified correctly at every "
         "point of all of them. In brackets: 95 % Wilson interval in per cent, n test images."
     )
     if any(row.attack == EXACT for one in runs for row in one.known.accuracies):
         note += f" {EXACT_NOTE}"
-    body = table([[escape(name), *cells] for name, cells in rows.items()], head)
+    body = table([[escape(name), *cells] for name, cells in rows.items()], heads(runs))
     return f'<h2>Summary</h2>{body}<p class="note">{note}</p>'
+
+
+def heads(runs: list[Run]) -> list[str]:
+    return ["", *(escape(one.name) for one in runs)] if len(runs) > 1 else []
 
 
 def curves(runs: list[Run]) -> str:
     found = []
     for key, title, accuracy in CURVES:
-        lines = []
-        for i, one in enumerate(runs):
-            points = [(r.epoch, getattr(r, key)) for r in one.history if getattr(r, key) is not None]
-            if points:
-                lines.append(Line(one.name, points, i, dots=len(points) <= 40))
+        series = [[(r.epoch, getattr(r, key)) for r in one.history if getattr(r, key) is not None] for one in runs]
+        lines = [Line(one.name, points, i) for i, (one, points) in enumerate(zip(runs, series, strict=True)) if points]
         if lines:
-            y_range = (0.0, 1.0) if accuracy else None
-            if key == "images_per_second":  # from 0: speed varies a little, and should look so
-                y_range = (0.0, 1.05 * max(y for line in lines for _, y in line.points))
-            found.append(chart(title, lines, x="epoch", percent=accuracy, y_range=y_range, keys=False))
+            found.append(chart(title, lines, x="epoch", percent=accuracy))
     guards = sorted({(one.config.guard.steps, r.guard_images) for one in runs for r in one.history if r.guard_images})
     asked = " or ".join(f"PGD-{steps} on the same {images} training images" for steps, images in guards)
     note = f"The guard attacks after each epoch: {asked}. What its figures show is a collapse." if asked else ""
-    told = f'<p class="note">{note}</p>' if note else ""
-    return f'<h2>Training</h2>{told}<div class="grid">{"".join(found)}</div>' if found else ""
+    return f'<h2>Training</h2><p class="note">{note}</p><div class="grid">{"".join(found)}</div>' if found else ""
 
 
 def robustness(runs: list[Run]) -> str:
     """Accuracy against epsilon, and by class."""
-
-    lines, marks = [], {}
     small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for one in runs)
     unit = 255 if small else 1  # of the axis: radii that were given in 255ths are shown so
-    for i, one in enumerate(runs):
-        if one.seen:
-            n = one.seen.count
-            band = [(e * unit, *wilson(k, n)) for e, k in one.seen.radii]
-            lines.append(Line(one.name, [(e * unit, k / n) for e, k in one.seen.radii], i, band))
-            if one.config.method.attacks:
-                marks[one.config.epsilon * unit] = "trained at"
-    missing = "".join(
-        f'<p class="note">{escape(o.name)} was not attacked here: {escape(o.unseen)}</p>' for o in runs if o.unseen
-    )
-    if not lines:
+    told = [f"{one.name} was not attacked here: {one.unseen.splitlines()[0]}" for one in runs if one.unseen]
+    missing = "".join(f'<p class="note">{escape(text)}</p>' for text in told)
+    seen = [(i, one) for i, one in enumerate(runs) if one.seen]
+    if not seen:
         return missing
-    counts = " or ".join(str(n) for n in sorted({one.seen.count for one in runs if one.seen}))
+    lines = []
+    for i, one in seen:
+        n, radii = one.seen.count, [(e * unit, k) for e, k in one.seen.radii]
+        lines.append(Line(one.name, [(e, k / n) for e, k in radii], i, [(e, *wilson(k, n)) for e, k in radii]))
+    counts = " or ".join(str(n) for n in sorted({one.seen.count for _, one in seen}))
     text = (
         f"PGD-{STEPS}, one restart, on {counts} test images, evenly spaced over the test set; the band is the 95 % Wilson "
         "interval. So weak an attack gives an upper bound, and so few images a rough one: the figures to quote are the "
         "summary's."
     )
     axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
-    along = list(marks.items())
-    drawn = chart(
-        "Images still classified correctly", lines, x=axis, percent=True, y_range=(0.0, 1.0), marks=along, keys=False
-    )
-    cards = drawn + "".join(class_card(one, i, len(runs) > 1) for i, one in enumerate(runs) if one.seen)
+    trained = {one.config.epsilon * unit for _, one in seen if one.config.method.attacks}
+    marks = [(radius, "trained at") for radius in trained]
+    drawn = chart("Images still classified correctly", lines, x=axis, percent=True, marks=marks)
+    cards = drawn + "".join(class_card(one) for _, one in seen)
     return (
         f'<h2>Accuracy against epsilon and by class</h2><p class="note">{text}</p>{missing}<div class="grid">{cards}</div>'
     )
 
 
-def class_card(one: Run, colour: int, titled: bool) -> str:
-
+def class_card(one: Run) -> str:
     rows = []
     for label, name in enumerate(one.classes):
         mine = one.seen.labels == label
-        n = int(mine.sum())
-        if n:
-            rows.append((name, n, int(one.seen.clean[mine].sum()), int(one.seen.robust[mine].sum())))
-    note = f"light: clean; dark: PGD at epsilon {describe(one.seen.epsilon)}"
+        if n := int(mine.sum()):
+            rows.append((name, n, int(one.seen.clean[mine].sum()) / n, int(one.seen.robust[mine].sum()) / n))
+    note = f"robust: under PGD-{STEPS} at epsilon {describe(one.seen.epsilon)}"
     if len(rows) > MANY_CLASSES:
         note += f"; the {LISTED} of {len(rows)} classes with the fewest robust images"
-        rows = sorted(rows, key=lambda row: row[3] / row[1])[:LISTED]
-    cells = []
-    for name, n, clean, robust in rows:
-        bar = (
-            f'<div class="meter"><i class="b{colour % COLOURS}" style="width:{clean / n:.1%};opacity:0.4"></i>'
-            f'<i class="b{colour % COLOURS}" style="width:{robust / n:.1%}"></i></div>'
-        )
-        cells.append([escape(name), bar, f"{clean / n:.0%}", f"{robust / n:.0%}", str(n)])
-    title = f"<h3>{escape(one.name)}</h3>" if titled else ""
+        rows = sorted(rows, key=lambda row: row[3])[:LISTED]
+    cells = [
+        [escape(name), str(n), *(f'<meter value="{share:.3f}"></meter> {share:.0%}' for share in shares)]
+        for name, n, *shares in rows
+    ]
     images = f"images: {one.seen.source}; SHA-256 {one.seen.checksum[:12]}…"
     notes = f'<div class="note">{note}</div><div class="note">{escape(images)}</div>'
-    return f'<div class="card">{title}{table(cells, ["class", "", "clean", "robust", "n"])}{notes}</div>'
+    return f"<div><h3>{escape(one.name)}</h3>{table(cells, ['class', 'n', 'clean', 'robust'])}{notes}</div>"
 
 
 def pictures(runs: list[Run]) -> str:
-    cards = [picture_card(one, one.seen.pictures, True) for one in runs if one.seen]
-    if len(runs) == 1 and cards:
-        every = runs[0].seen.pictures
-        cards = [picture_card(runs[0], every[i : i + 3], False) for i in range(0, len(every), 3)]
-    if not cards:
-        return ""
+    chosen = [(one, one.seen.pictures[i : i + 3]) for one in runs if one.seen for i in range(0, len(one.seen.pictures), 3)]
+    cards = "".join(picture_card(one, few) for one, few in chosen)
     text = (
         "The first test image of each of several classes, not chosen by outcome. The gradient is that of the loss with "
         "respect to the clean image: grey is zero, each picture on its own scale. A robust model's gradients follow shapes; "
         "an undefended one's look like noise."
     )
-    return f'<h2>What the model sees</h2><p class="note">{text}</p><div class="grid">{"".join(cards)}</div>'
+    return f'<h2>What the model sees</h2><p class="note">{text}</p><div class="grid">{cards}</div>' if cards else ""
 
 
-def picture_card(one: Run, chosen: list, titled: bool) -> str:
-
+def picture_card(one: Run, chosen: list[inspection.Picture]) -> str:
     epsilon = one.seen.epsilon
-    cells = ["<b>image</b>", f"<b>change</b> ×{0.5 / epsilon:.3g}", "<b>sum</b>", "<b>gradient</b>"]
-    cells = [f"<div>{cell}</div>" for cell in cells]
+    heading = ["<b>image</b>", f"<b>change</b> ×{0.5 / epsilon:.3g}", "<b>sum</b>", "<b>gradient</b>"]
+    cells = [f"<div>{cell}</div>" for cell in heading]
     for p in chosen:
         x, truth = p.image.float() / 255, one.classes[p.label]
         scale = p.gradient.abs().flatten().quantile(0.99).clamp(min=1e-30)
-
-        def cell(pixels, what: str, text: str = "", wrong: bool = False, truth: str = truth) -> str:
+        for what, pixels, predicted, sure in (
+            ("test image", x, p.predicted, p.sure),
+            ("perturbation", 0.5 + p.delta / (2 * epsilon), None, 0),
+            ("adversarial image", x + p.delta, p.adversarial, p.adversarial_sure),
+            ("gradient", 0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), None, 0),
+        ):
             shown = pixels.mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-            css = ' class="wrong"' if wrong else ""
-            return f"<div>{picture(shown, f'{what} of {truth}')}<div{css}>{escape(text)}</div></div>"
-
-        def told(predicted: int, sure: float, label: int = p.label, truth: str = truth) -> str:
-            return f"{one.classes[predicted]} {sure:.0%}" + ("" if predicted == label else f" (is {truth})")
-
-        before, after = told(p.predicted, p.sure), told(p.adversarial, p.adversarial_sure)
-        cells.append(cell(x, "test image", before, p.predicted != p.label))
-        cells.append(cell(0.5 + p.delta / (2 * epsilon), "perturbation"))
-        cells.append(cell(x + p.delta, "adversarial image", after, p.adversarial != p.label))
-        cells.append(cell(0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), "gradient"))
-    title = f"<h3>{escape(one.name)}</h3>" if titled else ""
-    note = (
-        f"epsilon {describe(epsilon)}; below the images: prediction, its probability; red where wrong, with the true class"
-    )
-    return f'<div class="card">{title}<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div></div>'
-
-
-def where_time_went(runs: list[Run]) -> str:
-
-    cards = []
-    for i, one in enumerate(runs):
-        parts = [("training", sum(r.seconds for r in one.history))]
-        for e in one.summary.evaluations if one.summary else []:
-            parts.append((f"{e.attack}, epsilon {describe(e.epsilon)}", e.seconds))
-        total = sum(seconds for _, seconds in parts)
-        if not total:
-            continue
-        shades = [f'class="b{i % COLOURS}" style="opacity:{max(0.2, 0.55**k):.2f}' for k in range(len(parts))]
-        bar = "".join(f'<i {shade};width:{s / total:.2%}"></i>' for shade, (_, s) in zip(shades, parts, strict=True))
-        keys = "".join(
-            f'<span><i {shade}"></i>{escape(name)}: {duration(s)} ({s / total:.0%})</span>'
-            for shade, (name, s) in zip(shades, parts, strict=True)
-        )
-        epochs = [r.seconds for r in one.history]
-        note = f"a pass over the data took {duration(statistics.median(epochs))}" if epochs else ""
-        if len(epochs) > 1:
-            note += f" (median; {duration(min(epochs))} to {duration(max(epochs))})"
-        title = f"<h3>{escape(one.name)}</h3>" if len(runs) > 1 else ""
-        key = f'<div class="legend">{keys}</div>'
-        cards.append(f'<div class="card">{title}<div class="bar">{bar}</div>{key}<div class="note">{note}</div></div>')
-    return f'<h2>Where the time went</h2><div class="grid">{"".join(cards)}</div>' if cards else ""
+            text = "" if predicted is None else f"{one.classes[predicted]} {sure:.0%}"
+            wrong = predicted not in (None, p.label)
+            below = f'<div class="wrong">{escape(f"{text} (is {truth})")}</div>' if wrong else escape(text)
+            cells.append(f"<div>{picture(shown, f'{what} of {truth}')}{below}</div>")
+    note = f"epsilon {describe(epsilon)}; below the images: prediction, its probability; red where wrong"
+    pictures = f'<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div>'
+    return f"<div><h3>{escape(one.name)}</h3>{pictures}</div>"
 
 
 def configs(runs: list[Run]) -> str:
     """What differs between the runs, then every config whole, with versions."""
-
     flat = [flatten(one.config.to_dict()) for one in runs]
-    keys = list(dict.fromkeys(key for f in flat for key in f))
-    differing = [key for key in keys if len({str(f.get(key, "")) for f in flat}) > 1 and key not in ("name", "output")]
+    keys = [key for key in dict.fromkeys(key for f in flat for key in f) if key not in ("name", "output")]
+    show = lambda value: escape(f"{value:.4g}" if isinstance(value, float) else value)
+    differing = [(key, [f.get(key, "") for f in flat]) for key in keys]
+    rows = [[escape(key), *map(show, values)] for key, values in differing if len(set(map(str, values))) > 1]
     parts = ["<h2>Config and versions</h2>"]
     if len(runs) > 1:
-        rows = [[escape(key), *(escape(show(f.get(key, ""))) for f in flat)] for key in differing]
-        parts.append("<h3>What differs</h3>")
-        head = ["", *(escape(one.name) for one in runs)]
-        parts.append(table(rows, head) if rows else "<p>Nothing but names.</p>")
+        parts += ["<h3>What differs</h3>", table(rows, heads(runs)) if rows else "<p>Nothing but names.</p>"]
     for one in runs:
-        versions = ", ".join(f"{name} {v}" for name, v in one.environment.versions.items())
-        commit = one.environment.commit
-        text = versions + (f", commit {commit}" if commit else "")
+        versions = [f"{name} {v}" for name, v in one.environment.versions.items()]
+        text = ", ".join([*versions, *([f"commit {one.environment.commit}"] if one.environment.commit else [])])
         whole = f"<p>{escape(text)}</p><pre>{escape(one.config.to_yaml())}</pre>"
-        parts.append(
-            f"<details><summary>{escape(one.name)}: the whole config, {escape(len(keys))} keys</summary>{whole}</details>"
-        )
+        parts.append(f"<details><summary>{escape(one.name)}: the whole config</summary>{whole}</details>")
     return "\n".join(parts)
-
-
-def show(value: Any) -> str:
-    return number(value) if isinstance(value, float) else str(value)

@@ -1,18 +1,18 @@
 """What a run directory holds, read back and checked: for pages and tables about runs."""
 
-from __future__ import annotations
-
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fastrobust.reporting.known import Known
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.files import explained
+
+Kind = TypeVar("Kind")
+Share = Annotated[float, Field(ge=0, le=1)]
+Images = Annotated[int, Field(gt=0)]
 
 
 class Stored(BaseModel):
@@ -36,18 +36,11 @@ class Epoch(Stored):
 
 class Evaluation(Stored):
     attack: str
-    epsilon: float
-    robust_accuracy: Annotated[float, Field(ge=0, le=1)]
-    examples: Annotated[int, Field(gt=0)]
+    epsilon: Share
+    clean_accuracy: Share
+    robust_accuracy: Share
+    examples: Images
     seconds: float = 0.0
-
-
-class Summary(Stored):
-    clean_accuracy: Annotated[float, Field(ge=0, le=1)]
-    evaluations: Annotated[list[Evaluation], Field(min_length=1)]
-    train_seconds: float
-    epochs: int
-    stopped: str | None
 
 
 class Environment(Stored):
@@ -56,42 +49,47 @@ class Environment(Stored):
     commit: str | None = None
 
 
+class Summary(Environment):
+    clean_accuracy: Share
+    evaluations: Annotated[list[Evaluation], Field(min_length=1)]
+    train_seconds: float
+    epochs: int
+    stopped: str | None
+    training_images: int | None = None
+
+
 @dataclass
 class Run:
-    """What a run directory holds. `known`: the accuracies that are known of its weights, filled in by the report. `seen` is
-    an Inspection, or None, and `unseen` says why."""
+    """What a run directory holds. The report fills in the rest: `known`, the accuracies that are known of its weights, and
+    `seen`, an Inspection, or None, where `unseen` says why."""
 
     name: str
     config: Any
     environment: Environment
     history: list[Epoch]
     summary: Summary | None
-    known: Known = field(default_factory=Known)
+    known: Any = None
     seen: Any = None
     classes: tuple[str, ...] = ()
     unseen: str = ""
 
 
+def read(path: Path, kind: type[Kind], lines: bool = False) -> Kind | None:
+    """What a JSON file holds (with `lines`, the list of what its lines hold), or None without such a file. RunError."""
+    if not path.is_file():
+        return None
+    with explained(f"{path} cannot be read"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return TypeAdapter(kind).validate_json(f"[{','.join(text.splitlines())}]" if lines else text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(f"{path} is damaged: {'.'.join(map(str, first['loc']))} {first['msg'][:200]}") from None
+
+
 def read_run(directory: str | Path) -> Run:
     """Raises RunError for what is not a run, or damaged."""
-
     path, config = run_directory.open_run(directory)
-
-    def read(name: str, kind: type[Stored], lines: bool = False) -> list:
-        if not (path / name).is_file():
-            return []
-        with explained(f"{path / name} cannot be read"):
-            text = (path / name).read_text(encoding="utf-8")
-        try:
-            return [kind.model_validate(json.loads(part)) for part in (text.splitlines() if lines else [text])]
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{path / name} is damaged: {' '.join(str(error).split())[:200]}") from None
-
-    environment, summary = read("environment.json", Environment), read(run_directory.SUMMARY, Summary)
-    return Run(
-        name=path.resolve().name,
-        config=config,
-        environment=environment[0] if environment else Environment(),
-        history=read(run_directory.METRICS, Epoch, lines=True),
-        summary=summary[0] if summary else None,
-    )
+    environment = read(path / run_directory.ENVIRONMENT, Environment) or Environment()
+    history = read(path / run_directory.METRICS, list[Epoch], lines=True) or []
+    return Run(path.resolve().name, config, environment, history, read(path / run_directory.SUMMARY, Summary))

@@ -1,7 +1,5 @@
 """What the command lines share: errors as one message and an exit status, never a traceback."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -5,8 +5,6 @@ that the processes must agree on goes through a `World`: small host-side values 
 Process 0 alone writes files and prints. Without torchrun the world is one process and every method is trivial.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

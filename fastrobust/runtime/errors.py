@@ -1,7 +1,5 @@
 """The errors that fastrobust raises on purpose."""
 
-from __future__ import annotations
-
 import re
 
 

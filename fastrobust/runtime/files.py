@@ -1,7 +1,5 @@
 """Files that are whole whenever they are there: written beside their place, flushed to disk, then renamed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Signals that ask a run to stop: from the keyboard, a scheduler, or a terminal that is closed."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import threading

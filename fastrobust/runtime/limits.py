@@ -1,8 +1,6 @@
 """What this process may use of the machine: processors and memory, by its affinity and by the limits of its container
 (control groups, version 1 and 2). Only the standard library is imported here."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

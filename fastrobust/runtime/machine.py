@@ -1,7 +1,5 @@
 """What this machine is: processors, memory, versions, and the commit of the source tree."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import platform
@@ -53,13 +51,11 @@ def _cpu_name() -> str:
 def _commit() -> str | None:
     """The commit of the source tree that this package runs from, with `+` if it has changes; None when installed."""
     root = Path(__file__).resolve().parents[2]
-    git = ["git", "-C", str(root)]
+    git, options = ["git", "-C", str(root)], {"stderr": subprocess.DEVNULL, "text": True, "timeout": 10}
+    ask = lambda *words: subprocess.check_output([*git, *words], **options).strip()
     try:
-        top = subprocess.run([*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, timeout=10)
-        if top.returncode or Path(top.stdout.strip()) != root:
+        if Path(ask("rev-parse", "--show-toplevel")) != root:
             return None
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-        return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired):
+        return ask("rev-parse", "--short=12", "HEAD") + "+" * bool(ask("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.SubprocessError):
         return None

@@ -1,7 +1,5 @@
 """Out of memory: which batch size would fit, found out by trying."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import traceback

@@ -16,8 +16,6 @@ Files are replaced in one piece: written beside their place, flushed to disk, th
 checksum; where that does not fit, the one before is used.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -194,30 +192,23 @@ def save_checkpoint(run: Path, tensors: dict[str, torch.Tensor], facts: dict[str
 def load_checkpoint(run: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The last checkpoint, or with a warning the one before if the last is torn; None if the run was stopped before its
     first. Raises RunError when there are only damaged ones."""
-    last, previous = run / CHECKPOINT, run / PREVIOUS
-    if not last.exists() and not previous.exists():
+    last, previous = files = run / CHECKPOINT, run / PREVIOUS
+    if not any(file.exists() for file in files):
         return None
-    problem = "is missing"
-    if last.exists():
+    trouble = {}
+    for file in files:
         try:
-            return _read_checkpoint(last)
+            found = _read_checkpoint(file)
+            break
         except Exception as error:  # a damaged file can raise anything
-            problem = f"is damaged ({first_line(error)})"
-            if not previous.exists():
-                raise RunError(
-                    f"{last} is damaged and cannot be resumed from: {first_line(error)}. "
-                    "To start from the beginning, delete it"
-                ) from None
-    try:
-        found = _read_checkpoint(previous)
-    except Exception as error:
-        raise RunError(
-            f"{last} {problem}, and {previous} is damaged too ({first_line(error)}): the run cannot be resumed. "
-            "To start from the beginning, delete both"
-        ) from None
-    print(f"warning: {last} {problem}; going on from the one before, {previous}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # so that it never takes the place of the whole one
-        os.replace(last, run / "checkpoint.damaged.pt")
+            trouble[file] = f"{file} is " + (f"damaged ({first_line(error)})" if file.exists() else "missing")
+    else:
+        told = "; ".join(trouble.values())
+        raise RunError(f"{told}: the run cannot be resumed. To start from the beginning, delete what is damaged")
+    if file == previous:
+        print(f"warning: {trouble[last]}; going on from the one before, {previous}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # so that it never takes the place of the whole one
+            os.replace(last, run / "checkpoint.damaged.pt")
     return found
 
 

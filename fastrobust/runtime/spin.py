@@ -1,7 +1,5 @@
 """How long OpenMP's threads wait actively for work. This must be settled before torch is imported."""
 
-from __future__ import annotations
-
 import os
 
 LOOPS = "10000"  # of waiting before a thread sleeps; the default is to wait actively for milliseconds

@@ -1,7 +1,5 @@
 """Import torchvision beside a torch that it was not compiled for."""
 
-from __future__ import annotations
-
 import importlib
 
 from torch import library

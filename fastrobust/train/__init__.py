@@ -1,7 +1,5 @@
 """Training: methods, steps, runs. `main` is the train command, for programs that call it."""
 
-from __future__ import annotations
-
 
 def main(argv: list[str] | None = None) -> int:
     """`fastrobust train ARGV`; without arguments those of this program. Returns the exit status."""

@@ -5,13 +5,11 @@ sums are over all processes, and what else process r has of its own (random gene
 state of the method) is stored as `rank{r}.…`, for r = 0 plainly.
 """
 
-from __future__ import annotations
-
-import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fastrobust.config import reading
@@ -21,6 +19,21 @@ from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.run_directory import CONFIG
 from fastrobust.train.step import seed_of_rank
+
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class Position(BaseModel):
+    """Where a run stands: in its `phase`, so many whole passes and steps of that phase are done. epoch_seconds: what an
+    unfinished pass has taken so far. train_seconds: all whole passes. stopped: why the guard ended the run."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    phase: Annotated[int, Field(strict=True, ge=0)] = 0
+    passes: Annotated[int, Field(strict=True, ge=0, alias="pass")] = 0
+    step: Annotated[int, Field(strict=True, ge=0)] = 0
+    epoch_seconds: Finite = 0.0
+    train_seconds: Finite = 0.0
+    stopped: Annotated[str, Field(strict=True)] | None = None
 
 
 def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -46,7 +59,7 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {
         "format": 3,
         "config": training.config.to_dict(),
-        "position": training.position.facts(),
+        "position": training.position.model_dump(by_alias=True),
         "history": training.history,
         "scaler": stored["scaler"],
         "good_epoch": training.good_epoch,
@@ -73,7 +86,7 @@ def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     try:
-        training.position = training.position.from_facts(facts["position"])
+        training.position = Position.model_validate(facts["position"])
         training.history, training.good_epoch = facts["history"], facts["good_epoch"]
         training.enter_phase()
         state = part("state.")
@@ -125,7 +138,9 @@ def check(run: Path, facts: dict[str, Any], config: Config, loader) -> None:
             f"{str(facts.get('data'))[:12]}, now it is {loader.checksum[:12]}. "
             "Put them back, or start a new run with `name=NAME`"
         )
-    if not is_position(facts.get("position"), config) or not is_history(facts.get("history")):
+    history = facts.get("history")
+    whole = isinstance(history, list) and all(isinstance(record, dict) and "epoch" in record for record in history)
+    if not whole or not is_position(facts.get("position"), config):
         raise RunError(f"the checkpoint in {run} does not fit its config: it stands at {facts.get('position')!r:.200}")
 
 
@@ -157,17 +172,10 @@ def anew(run: Path) -> str:
     return to_paste("train", run / CONFIG, f"name={run.name}-2")
 
 
-def is_position(position: Any, config: Config) -> bool:
+def is_position(facts: Any, config: Config) -> bool:
     """Whether this is the `position` of a training of such a config."""
-    return (
-        isinstance(position, dict)
-        and position.keys() == {"phase", "pass", "step", "epoch_seconds", "train_seconds", "stopped"}
-        and all(type(position[key]) is int and position[key] >= 0 for key in ("phase", "pass", "step"))
-        and all(type(position[key]) is float and math.isfinite(position[key]) for key in ("epoch_seconds", "train_seconds"))
-        and position["phase"] <= len(config.phases)
-        and (position["stopped"] is None or isinstance(position["stopped"], str))
-    )
-
-
-def is_history(history: Any) -> bool:
-    return isinstance(history, list) and all(isinstance(record, dict) and "epoch" in record for record in history)
+    try:
+        position = Position.model_validate(facts)
+        return position.phase <= len(config.phases) and position.model_fields_set == Position.model_fields.keys()
+    except ValidationError:
+        return False

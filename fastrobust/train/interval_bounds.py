@@ -3,8 +3,6 @@ pass that training can differentiate. For training only: these bounds are not ro
 `fastrobust.verification`.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Optimisers: each is a section of a config that builds a torch optimiser whose step is one fused call."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """What a run would do and how long it would take, without doing it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Learning rates as pure functions of training time, which is counted in epochs and may be fractional; and the tables of
 what they are at every weight update of a run."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from abc import ABC, abstractmethod

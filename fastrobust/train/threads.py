@@ -4,8 +4,6 @@ time, can make one thread ten times faster than two.
 Trials take real steps and then put back what these changed, so that a run depends on what was chosen and not on the trials.
 """
 
-from __future__ import annotations
-
 import os
 import time
 

@@ -1,11 +1,8 @@
 """A run: epochs, metrics, the guard, checkpoints and signals, around a `Step`."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +20,12 @@ from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.interrupt import Interrupted, handled
 from fastrobust.runtime.progress import Progress
 from fastrobust.train import checkpoint, guard, schedules, step
+from fastrobust.train.checkpoint import Position
 from fastrobust.train.curves import Curves, epoch_line
 from fastrobust.train.threads import Threads
 
 CHECKPOINT_SECONDS = 600  # the most work, about, that a kill can cost: long epochs are saved in their middle too
 AGREE_EVERY = 16  # steps after which processes agree whether to stop or save; without torchrun one decides after every step
-
-
-@dataclass
-class Position:
-    """Where a run stands: in its `phase`, so many whole passes and steps of that phase are done. epoch_seconds: what an
-    unfinished pass has taken so far. train_seconds: all whole passes. stopped: why the guard ended the run."""
-
-    phase: int = 0
-    passes: int = 0
-    step: int = 0
-    epoch_seconds: float = 0.0
-    train_seconds: float = 0.0
-    stopped: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        """As checkpoints hold it."""
-        found = asdict(self)
-        return {"pass" if key == "passes" else key: value for key, value in found.items()}
-
-    @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> Position:
-        return cls(**{"passes" if key == "pass" else key: value for key, value in facts.items()})
 
 
 class Training:

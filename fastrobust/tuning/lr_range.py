@@ -4,10 +4,9 @@ Trains for a few hundred updates while the learning rate rises geometrically (Sm
 loss diverges. The rate at which the loss was lowest is the largest that still did good: a safe peak for `schedule.max_lr`.
 For single-step methods look at the guard of a short run at that rate as well: overfitting to the attack lowers this loss."""
 
-from __future__ import annotations
-
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +45,7 @@ def geometric(low: float, high: float, steps: int) -> list[float]:
 
 def smooth(losses: list[float], half: int) -> list[float]:
     """The mean over the `half` losses before and after each: it does not lag behind, as a running mean would."""
-    return [
-        sum(losses[max(0, i - half) : i + half + 1]) / len(losses[max(0, i - half) : i + half + 1])
-        for i in range(len(losses))
-    ]
+    return [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
 
 
 def judge(rates: list[float], losses: list[float], half: int) -> Found:
@@ -84,17 +80,14 @@ def losses_of(training_step: Step, loader, config: Config, rates: list[float]) -
 
 def run_test(losses_met: Iterator[float], rates: list[float]) -> tuple[list[float], Found]:
     """(losses, what they say) of a test whose losses come one after the other; stops soon after the divergence."""
-
     half, losses = max(1, len(rates) // 40), []
-    found = judge(rates, [float("nan")], half)
     with Progress("range test", len(rates)) as bar:
-        for loss in losses_met:
+        for rate, loss in zip(rates, losses_met, strict=False):
             losses.append(loss)
-            bar.advance(1, f"rate {rates[len(losses) - 1]:.3g}  loss {loss:.4f}" if bar.due() else None)
+            bar.advance(1, f"rate {rate:.3g}  loss {loss:.4f}" if bar.due() else None)
             found = judge(rates, losses, half)
-            if found.diverged is not None and (
-                not math.isfinite(loss) or rates.index(found.diverged) < len(losses) - half - 1
-            ):
+            sure = not math.isfinite(loss) or (found.diverged and rates.index(found.diverged) < len(losses) - half - 1)
+            if found.diverged is not None and sure:
                 break
     return losses, found
 
@@ -116,11 +109,9 @@ def command(arguments) -> int:
     load_weights(step.learner.model, config)
     losses, found = run_test(losses_of(step, loader, config, rates), rates)
     write_text(Path(arguments.output), page_of(config, rates, losses, found))
-    end = (
-        f"the loss diverged at {found.diverged:.3g}"
-        if found.diverged
-        else f"no divergence up to {high:.3g}: try --high {high * 10:g}"
-    )
+    end = f"no divergence up to {high:.3g}: try --high {high * 10:g}"
+    if found.diverged:
+        end = f"the loss diverged at {found.diverged:.3g}"
     print(f"recommended learning rate: {found.best:.3g}  ({end}; plot in {arguments.output})")
     if arguments.json:
         result = {"recommended": found.best, "diverged": found.diverged, "rates": rates[: len(losses)], "losses": losses}
@@ -129,20 +120,14 @@ def command(arguments) -> int:
 
 
 def page_of(config, rates: list[float], losses: list[float], found: Found) -> str:
-
     ceiling = 1.2 * max(found.smooth, default=1.0)
-    raw = [(r, min(loss, ceiling)) for r, loss in zip(rates, losses, strict=False) if math.isfinite(loss)]
-    lines = [
-        Line("each minibatch", raw, 7, dots=False, faint=True),
-        Line("smoothed", list(zip(rates, found.smooth, strict=False)), 0, dots=False),
-    ]
+    raw = [(r, min(loss, ceiling)) for r, loss in zip(rates, losses, strict=False)]
+    smoothed = list(zip(rates, found.smooth, strict=False))
+    lines = [Line("each minibatch", raw, 1, faint=True), Line("smoothed", smoothed)]
     marks = [(found.best, f"recommended {found.best:.3g}")] + ([(found.diverged, "diverged")] if found.diverged else [])
-    drawn = chart("Training loss", lines, x="learning rate", log_x=True, marks=marks)
     told = f"Recommended learning rate: <b>{found.best:.3g}</b>, where the smoothed loss was lowest. "
     told += f"It had given back half of its gain at {found.diverged:.3g}." if found.diverged else "It did not diverge."
     about = f"{config.in_words()}; {config.model.name} on {config.data.dataset}, batch {config.phases[0].batch_size}"
-    return page(
-        f"Range test of {config.name}",
-        f"<h1>Learning-rate range test: {escape(config.name)}</h1><p>{told}</p>"
-        f'<p class="note">{escape(about)}</p><div class="grid">{drawn}</div>',
-    )
+    drawn = chart("Training loss", lines, x="learning rate", log_x=True, marks=marks)
+    body = f'<p>{told}</p><p class="note">{escape(about)}</p><div class="grid">{drawn}</div>'
+    return page(f"Range test of {config.name}", f"<h1>Learning-rate range test: {escape(config.name)}</h1>{body}")

@@ -1,7 +1,5 @@
 """A grid of runs (the sweep command; `fastrobust sweep --help` shows what a sweep file looks like)."""
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools
@@ -11,6 +9,7 @@ import re
 import statistics
 import sys
 import time
+from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,8 +33,6 @@ from fastrobust.train.start import run
 MOST_POINTS = 10_000
 Values = Annotated[list[Any], Field(min_length=1)]  # of the key that the axis is called after
 Bundles = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {key: value, ...}
-
-
 Grid = dict[str, Values | Bundles]  # by axis
 
 
@@ -74,7 +71,6 @@ class Point:
 
 def read_sweep(path: str | Path) -> Sweep:
     """Raises ConfigError."""
-
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"sweep file {path} does not exist")
@@ -84,10 +80,8 @@ def read_sweep(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(data)
     except ValidationError as error:
-        lines = dict.fromkeys(
-            f"  {'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
-        )
-        raise ConfigError(f"{path}:\n" + "\n".join(lines)) from None
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+        raise ConfigError("\n  ".join([f"{path}:", *dict.fromkeys(lines)])) from None
 
 
 def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:
@@ -103,13 +97,14 @@ def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, An
     grids = [[choices(*axis) for axis in grid.items()] for grid in sweep.grids or [sweep.grid]]
     if (size := sum(math.prod(map(len, axes)) for axes in grids) * len(sweep.each_seed)) > MOST_POINTS:
         raise ConfigError(f"the sweep has {size} points; at most {MOST_POINTS} are trained")
-    found = []
-    for place in itertools.chain.from_iterable(itertools.product(*axes) for axes in grids):
-        keys: dict[str, Any] = dict(sweep.set)
-        for _, _, changes in place:
-            keys |= changes
-        found.append((tuple((axis, label) for axis, label, _ in place), keys))
-    return found
+    every = itertools.chain.from_iterable(itertools.product(*axes) for axes in grids)
+    return [
+        (
+            tuple((axis, label) for axis, label, _ in place),
+            dict(ChainMap(*(keys for *_, keys in reversed(place)), sweep.set)),
+        )
+        for place in every
+    ]
 
 
 def choices(axis: str, values: Values | Bundles) -> list[tuple[str, str, dict[str, Any]]]:
@@ -151,7 +146,6 @@ def train_point(config: Config) -> None:
 
 def train_here(sweep: Sweep, todo: list[Point], everything: list[Point]) -> dict[str, str]:
     """Train one after the other. Returns what went wrong, by run name; the result is written after every run."""
-
     failed: dict[str, str] = {}
     for i, point in enumerate(todo):
         print(f"[{i + 1}/{len(todo)}] {point.config.name}", flush=True)
@@ -223,12 +217,10 @@ def reason(error: BaseException) -> str:
 
 def gather(everything: list[Point]) -> dict[tuple, list[Run]]:
     """The finished runs by place on the grid, in the grid's order. A damaged one raises RunError."""
-
-    found: dict[tuple, list[Run]] = {}
+    found: dict[tuple, list[Run]] = {point.labels: [] for point in everything}
     for point in everything:
-        runs = found.setdefault(point.labels, [])
         if (point.directory / run_directory.SUMMARY).exists():
-            runs.append(read_run(point.directory))
+            found[point.labels].append(read_run(point.directory))
     return found
 
 
@@ -239,38 +231,25 @@ def spread(values: list[float]) -> str:
 
 
 def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of the table: a row per place on the grid."""
-
-    axes = [axis for axis, _ in next(iter(results), ())]
+    """(headings, rows) of the table: a row per place on the grid; one without finished runs is short."""
     rows = []
     for labels, runs in results.items():
-        row = [label for _, label in labels] + [str(len(runs))]
-        if runs:
-            first = runs[0].summary.evaluations[0]
-            row += [spread([r.summary.clean_accuracy for r in runs])]
-            row += [
-                spread([r.summary.evaluations[0].robust_accuracy for r in runs]),
+        rows.append([label for _, label in labels] + [str(len(runs))])
+        if summaries := [r.summary for r in runs]:
+            first = summaries[0].evaluations[0]
+            rows[-1] += [
+                spread([s.clean_accuracy for s in summaries]),
+                spread([s.evaluations[0].robust_accuracy for s in summaries]),
                 f"{first.attack}, n = {first.examples:,}",
+                duration(statistics.fmean(s.train_seconds for s in summaries)),
+                str(sum(s.stopped is not None for s in summaries) or ""),
             ]
-            row += [duration(statistics.fmean(r.summary.train_seconds for r in runs))]
-            row += [f"{sum(r.summary.stopped is not None for r in runs) or ''}"]
-        else:
-            row += ["", "", "", "", ""]
-        rows.append(row)
-    return [
-        *axes,
-        "seeds",
-        "clean, mean (range)",
-        "robust, mean (range)",
-        "attack",
-        "training",
-        "stopped by the guard",
-    ], rows
+    heads = ["seeds", "clean, mean (range)", "robust, mean (range)", "attack", "training", "stopped by the guard"]
+    return [axis for axis, _ in next(iter(results), ())] + heads, rows
 
 
 def figures(results: dict[tuple, list[Run]]) -> list[str]:
     """For every axis of numbers: clean and robust accuracy along it, a line for each combination of the others."""
-
     drawn = []
     for i, (axis, _) in enumerate(next(iter(results), ())):
         groups: dict[str, list[tuple[float, list[Run]]]] = {}
@@ -281,28 +260,25 @@ def figures(results: dict[tuple, list[Run]]) -> list[str]:
                     groups.setdefault(others, []).append((float(parse_number(labels[i][1])), runs))
         except (ValueError, TypeError):
             continue
+        if not any(len(found) > 1 for found in groups.values()):
+            continue
         for title, get in (
             ("Robust accuracy", lambda r: r.summary.evaluations[0].robust_accuracy),
             ("Clean accuracy", lambda r: r.summary.clean_accuracy),
         ):
-            lines = []
-            for colour, (others, found) in enumerate(groups.items()):
-                values = [(x, [get(r) for r in runs]) for x, runs in found]
-                band = [(x, min(v), max(v)) for x, v in values if len(v) > 1]
-                lines.append(Line(others, [(x, statistics.fmean(v)) for x, v in values], colour, band))
-            if any(len(line.points) > 1 for line in lines):
-                drawn.append(chart(title, lines, x=axis, percent=True, y_range=(0.0, 1.0)))
+            values = {others: [(x, [get(r) for r in runs]) for x, runs in found] for others, found in groups.items()}
+            drawn.append(
+                chart(title, [Line.over_seeds(*of, k) for k, of in enumerate(values.items())], x=axis, percent=True)
+            )
     return drawn
 
 
-def write_results(sweep: Sweep, everything: list[Point]) -> dict[tuple, list[Run]]:
-    """`results.csv`, a row per finished run, and `results.html`."""
-
-    results = gather(everything)
-    text = io.StringIO()
-    axes = [axis for axis, _ in everything[0].labels]
+def write_results(sweep: Sweep, everything: list[Point]) -> tuple[list[str], list[list[str]]]:
+    """`results.csv`, a row per finished run, and `results.html`. Gives what `rows_of` does."""
+    results, text = gather(everything), io.StringIO()
     writer = csv.writer(text)
     evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "epsilon"]
+    axes = [axis for axis, _ in everything[0].labels]
     writer.writerow([*axes, "seed", *evaluated, "epochs", "train_seconds", "stopped", "run"])
     for labels, runs in results.items():
         for one in runs:
@@ -321,15 +297,14 @@ def write_results(sweep: Sweep, everything: list[Point]) -> dict[tuple, list[Run
     sweep.directory.mkdir(parents=True, exist_ok=True)
     write_text(sweep.directory / "results.csv", text.getvalue())
     head, rows = rows_of(results)
-    drawn = figures(results)
-    body = f"<h1>Sweep {escape(sweep.name)}</h1>" + (f'<div class="grid">{"".join(drawn)}</div>' if drawn else "")
-    done = sum(map(len, results.values()))
-    hardware = {str(r.environment.hardware.get("device", "?")) for runs in results.values() for r in runs}
-    body += f"<p>{done} of {len(everything)} runs are finished. Bands and brackets: the range over seeds.</p>"
+    finished = [one for runs in results.values() for one in runs]
+    hardware = sorted({str(one.environment.hardware.get("device", "?")) for one in finished})
+    body = f'<h1>Sweep {escape(sweep.name)}</h1><div class="grid">{"".join(figures(results))}</div>'
+    body += f"<p>{len(finished)} of {len(everything)} runs are finished. Bands and brackets: the range over seeds.</p>"
     body += table([list(map(ranged, row)) for row in rows], list(map(escape, head)))
-    body += f'<p class="note">hardware: {escape(", ".join(sorted(hardware)) or "none yet")}</p>'
+    body += f'<p class="note">hardware: {escape(", ".join(hardware) or "none yet")}</p>'
     write_text(sweep.directory / "results.html", page(f"Sweep {sweep.name}", body))
-    return results
+    return head, rows
 
 
 def command(arguments) -> int:
@@ -342,15 +317,11 @@ def command(arguments) -> int:
             print(f"{point.directory}  {'open' if point in todo else 'finished'}")
         print(f"{len(everything)} runs, {len(todo)} of them open; nothing was written")
         return 0
-    failed = {}
-    if todo:
-        failed = (
-            submit(sweep, todo, arguments.cluster, arguments.options)
-            if arguments.cluster
-            else train_here(sweep, todo, everything)
-        )
-    results = write_results(sweep, everything)
-    head, rows = rows_of(results)
+    if arguments.cluster and todo:
+        failed = submit(sweep, todo, arguments.cluster, arguments.options)
+    else:
+        failed = train_here(sweep, todo, everything)
+    head, rows = write_results(sweep, everything)
     shown = Table(*head, title=f"sweep {sweep.name}", title_justify="left")
     for row in rows:
         shown.add_row(*row)

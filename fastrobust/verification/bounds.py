@@ -76,12 +76,8 @@ class Adam:
     """Ascent on one tensor in place (Kingma & Ba, 2015). Rows are independent of each other, as nothing is averaged."""
 
     def __init__(self, parameter: Tensor):
-        self.parameter, self.mean, self.square, self.step = (
-            parameter,
-            torch.zeros_like(parameter),
-            torch.zeros_like(parameter),
-            0,
-        )
+        self.parameter, self.step = parameter, 0
+        self.mean, self.square = torch.zeros_like(parameter), torch.zeros_like(parameter)
 
     def climb(self, slope: Tensor, rate: float) -> None:
         self.step += 1

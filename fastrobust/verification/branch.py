@@ -1,8 +1,6 @@
 """Branch and bound on the signs of ReLUs (Bunel et al., 2020), on the reduced network around one image. A domain is a set of
 ReLUs whose sign is fixed; its children fix one more, either way."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import replace

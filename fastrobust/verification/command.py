@@ -1,7 +1,5 @@
 """The verify command: every test image decided exactly, on all cores."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
@@ -19,6 +17,7 @@ from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json
+from fastrobust.verification.network import extract
 from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
 
 
@@ -34,8 +33,7 @@ def command(arguments) -> int:
     trained = open_trained(arguments.run, arguments.data)
     weights = trained.path / run_directory.WEIGHTS if trained.path.is_dir() else trained.path
     data = trained.images()
-    shape = tuple(data.images.shape[1:])
-    workers.check(trained.model, shape)  # says at once what cannot be verified
+    extract(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified
     chosen = spread(data.labels.numpy(), data.classes, arguments.limit).tolist()
     part = data.take(chosen) if len(chosen) < len(data.labels) else data
     place = f"epsilon-{arguments.epsilon:g}"
@@ -91,7 +89,6 @@ def summarize(records: list[dict[str, Any]], arguments, seconds: float, decided_
 
 
 def show(summary: dict[str, Any], folder: Path) -> None:
-
     n = summary["examples"]
     table = Table("verdict", "images", "of all")
     for name in VERDICTS:

@@ -8,8 +8,6 @@ far above what is lost in double precision and what a forward pass in single pre
 single precision and one in double precision both misclassify. `timeout`: neither, within the time given.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass

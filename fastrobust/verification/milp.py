@@ -6,8 +6,6 @@ satisfies constraints up to a tolerance, here 1e-9, far inside that of the margi
 a forward pass agrees.
 """
 
-from __future__ import annotations
-
 import highspy
 import numpy as np
 import torch
@@ -24,22 +22,19 @@ def decide(
     """("verified", None), ("point", an input at which HiGHS finds the row at most the tolerance) or ("timeout", None).
     signs: int8 U, +1 or -1 for a ReLU that is active or inactive in the part of the box that is asked about, else 0."""
     count, inputs = len(reduced.lower), reduced.inputs
-    part = lambda rows: (
-        np.delete(rows.numpy(), inputs, -1),
-        rows[..., inputs].numpy(),
-    )  # (coefficients of [x, r], constants)
+    part = lambda rows: (np.delete(rows.numpy(), inputs, -1), rows[..., inputs].numpy())  # (of [x, r], constants)
     (weights, shift), (row, constant) = part(reduced.weights), part(row)
     low, high = reduced.lower.numpy(), reduced.upper.numpy()
     ones, signs = np.ones(inputs), np.zeros(count) if signs is None else signs.numpy()
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
-    nothing = sparse.csr_array((count, inputs))
+    wide = sparse.hstack([sparse.csr_array((count, inputs)), eye])
     diagonal = lambda values: sparse.dia_array((values[None], [0]), shape=(count, count))
     # columns: x, r, z, d
     blocks = [
         ([sparse.csr_array(-weights), eye, none], shift, shift),  # z = weights @ [r, x] + shift
-        ([sparse.hstack([nothing, eye]), -eye, none], np.zeros(count), np.full(count, np.inf)),  # r >= z
-        ([sparse.hstack([nothing, eye]), -eye, diagonal(-low)], np.full(count, -np.inf), -low),  # r <= z - low (1 - d)
-        ([sparse.hstack([nothing, eye]), none, diagonal(-high)], np.full(count, -np.inf), np.zeros(count)),  # r <= high d
+        ([wide, -eye, none], np.zeros(count), np.full(count, np.inf)),  # r >= z
+        ([wide, -eye, diagonal(-low)], np.full(count, -np.inf), -low),  # r <= z - low (1 - d)
+        ([wide, none, diagonal(-high)], np.full(count, -np.inf), np.zeros(count)),  # r <= high d
     ]
     objective = np.concatenate([row, np.zeros(2 * count)])
     matrix = sparse.vstack([sparse.hstack(block) for block, _, _ in blocks] + [sparse.csr_array(objective[None])]).tocsr()

@@ -1,7 +1,6 @@
 """A ReLU network of convolutions and linear layers as a list of affine layers, with a ReLU between each and the next."""
 
-from __future__ import annotations
-
+import math
 from dataclasses import dataclass
 
 import torch
@@ -109,9 +108,7 @@ def _affine(module: nn.Module, inputs: tuple[int, ...]) -> Affine:
     outs = weight.shape[0]
     bias = torch.zeros(outs, dtype=DTYPE) if module.bias is None else module.bias.detach().to(DTYPE)
     if isinstance(module, nn.Linear):
-        size = 1
-        for n in inputs:
-            size *= n
+        size = math.prod(inputs)
         if size != weight.shape[1]:
             raise FastrobustError(f"verification: a linear layer takes {weight.shape[1]} values, but gets {size}")
         return Affine(weight, bias, (size,), (outs,))

@@ -1,7 +1,5 @@
 """Where exact verdicts are kept: image by image, as they are found."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -23,7 +21,6 @@ class Verdicts:
     `older`: what settings.json held for the same in version 0.1; such a folder is taken over."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], older: dict[str, Any]):
-
         self.folder, self.lines = folder, folder / "verdicts.jsonl"
         with explained(f"{folder} cannot be used"):
             (folder / "witnesses").mkdir(parents=True, exist_ok=True)
@@ -67,7 +64,6 @@ class Verdicts:
 
     def add(self, verdicts: list) -> None:
         """Witnesses first: a line is written only when all that it speaks of is on disk."""
-
         text = ""
         for v in verdicts:
             record = {key: getattr(v, key) for key in ("index", "label", "verdict", "by", "seconds", "domains")}

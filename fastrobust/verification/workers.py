@@ -1,7 +1,5 @@
 """Deciding many images in several processes."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import os
@@ -25,15 +23,9 @@ from fastrobust.models import Normalized, in_sequence
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.progress import Progress
 from fastrobust.verification.decide import Decider
-from fastrobust.verification.network import extract
 from fastrobust.verification.store import VERDICTS, Verdicts
 
 CHUNK = 10  # images that a worker takes at a time, fewer where that would leave another worker idle
-
-
-def check(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Raise FastrobustError, which names what cannot be verified, unless the model can be."""
-    extract(model, shape)
 
 
 _decider = None  # of a worker

@@ -308,7 +308,7 @@ def test_a_folder_with_two_of_the_three_classes_is_judged_by_name(judge, copied,
         assert judged.said["misclassified"] == 24 - sum(right)
         assert judged.said["verified"] > 0
     if command == "report":
-        rows = dict(re.findall(r"<tr><th>(\w)</th><td><div.*?</div></td><td>(\d+%)</td>", judged.said["page"]))
+        rows = dict(re.findall(r"<tr><th>(\w)</th><td>\d+</td><td><meter.*?</meter> (\d+%)</td>", judged.said["page"]))
         ours = {name: [r for r, f in zip(right, files, strict=True) if f.parent.name == name] for name in "ac"}
         assert rows == {name: f"{sum(found) / len(found):.0%}" for name, found in ours.items()}
 

@@ -166,11 +166,12 @@ def test_damaged_weights_are_named_and_the_summary_is_shown(copied, tmp_path, ca
     assert "pgd-7-2, epsilon 0.1" in (tmp_path / "r.html").read_text()
 
 
+OLDER = '{"verified": 9, "examples": 9, "timeout": 0, "epsilon": 0.1}'  # settings.json says what it is about
 EXACT, CHECKS = "verification/epsilon-0.004/summary.json", "evaluations/sanity_epsilon-0.03.json"
 
 
 @pytest.mark.parametrize("name, content", [
-    (EXACT, "{"), (EXACT, "[]"), (EXACT, "{}"), (EXACT, '{"weights": "OURS"}'),
+    (EXACT, "{"), (EXACT, "[]"), (EXACT, "{}"), (EXACT, OLDER), (EXACT, '{"weights": "OURS"}'),
     (EXACT, '{"weights": "OURS", "verified": 9, "examples": 0, "timeout": 0, "epsilon": 0.1}'),
     (EXACT, '{"weights": "OURS", "verified": 9, "examples": 9, "timeout": 1, "epsilon": 0.1}'),
     (EXACT, '{"weights": "OURS", "verified": "a", "examples": 9, "timeout": 0, "epsilon": 1}'),
@@ -182,7 +183,7 @@ def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
     for command in (["export", str(copied)], ["report", str(copied), "--limit", "0", "-o", str(tmp_path / "r.html")]):
         assert cli(command) == 2
         error = capsys.readouterr().err
-        named = str(copied / name) if content != "{}" else str(copied / name).replace("summary", "settings")
+        named = str(copied / name) if content != OLDER else str(copied / name).replace("summary", "settings")
         assert f"{named} is damaged" in error and "Traceback" not in error
     assert not (tmp_path / "r.html").exists()
 

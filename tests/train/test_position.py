@@ -11,8 +11,7 @@ from training_runs import METHODS, SGD, assert_same_end, same, stop_at, weights
 
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.interrupt import Interrupted
-from fastrobust.train.checkpoint import is_position
-from fastrobust.train.training import Position
+from fastrobust.train.checkpoint import Position, is_position
 
 POSITIONS = [
     Position(),
@@ -23,18 +22,19 @@ POSITIONS = [
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_a_position_is_read_back_from_json(position):
-    facts = position.facts()
+    facts = position.model_dump(by_alias=True)
     assert facts.keys() == {"phase", "pass", "step", "epoch_seconds", "train_seconds", "stopped"}
     assert facts["pass"] == position.passes
-    assert Position.from_facts(json.loads(json.dumps(facts))) == position
+    assert Position.model_validate(json.loads(json.dumps(facts))) == position
 
 
 def test_a_position_of_a_checkpoint_is_one_that_the_config_has(config_of):
     config = config_of(phases=2 * [{"epochs": 1, "batch_size": 20, "resolution": 28}])
-    assert all(is_position(position.facts(), config) for position in POSITIONS)
-    assert not is_position(Position(phase=3).facts(), config)
-    assert not is_position(Position(step=-1).facts(), config)
-    assert not is_position(Position(train_seconds=float("nan")).facts(), config)
+    assert all(is_position(position.model_dump(by_alias=True), config) for position in POSITIONS)
+    facts = Position().model_dump(by_alias=True)
+    for key, value in (("phase", 3), ("step", -1), ("step", 1.0), ("pass", True), ("train_seconds", float("nan"))):
+        assert not is_position(facts | {key: value}, config)
+    assert not is_position(facts | {"more": 1}, config) and not is_position(None, config)
 
 
 def test_a_training_stands_where_its_checkpoint_says(config_of, begin, resume):
@@ -44,7 +44,7 @@ def test_a_training_stands_where_its_checkpoint_says(config_of, begin, resume):
     with pytest.raises(Interrupted):
         job.train()
     assert (job.position.phase, job.position.passes, job.position.step) == (0, 1, 6)
-    assert run_directory.load_checkpoint(job.directory)[1]["position"] == job.position.facts()
+    assert run_directory.load_checkpoint(job.directory)[1]["position"] == job.position.model_dump(by_alias=True)
     assert resume(config).position == job.position
 
 

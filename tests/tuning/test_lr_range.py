@@ -84,7 +84,7 @@ def test_a_real_test(config_file, tmp_path, capsys, monkeypatch):
     assert len(result["losses"]) < 60
     assert f"recommended learning rate: {result['recommended']:.3g}" in out
     text = (tmp_path / "lr_range.html").read_text()
-    assert text.count("<polyline") == 2 and f"{result['recommended']:.3g}" in text
+    assert text.count("<figure>") == 1 and f"{result['recommended']:.3g}" in text
     assert sorted(f.name for f in tmp_path.iterdir()) == ["bars.yaml", "lr_range.html"]
 
 

@@ -1,7 +1,5 @@
 """What every training method offers: a section of a config, its state, and one training step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Protocol
 

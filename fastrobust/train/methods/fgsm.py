@@ -1,7 +1,5 @@
 """FGSM adversarial training: the paper's method."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal
 
 import torch

@@ -1,7 +1,5 @@
 """N-FGSM (de Jorge et al., 2022, "Make Some Noise"): FGSM with stronger noise and without clipping to the ball."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """PGD adversarial training (Madry et al., 2018)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

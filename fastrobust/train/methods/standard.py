@@ -1,7 +1,5 @@
 """Standard training: no attack."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 from torch import Tensor
