@@ -14,6 +14,7 @@ from fastrobust.evaluation.from_python import check_model, image_set
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError, FastrobustError
+from fastrobust.verification.network import extract
 from fastrobust.verification.store import Verdicts
 
 
@@ -54,7 +55,7 @@ def verify(
     if data.images.dtype != torch.uint8:
         raise DataError("verification takes images as uint8: (images * 255).round().to(torch.uint8)")
     check_model(model, data.images[:1])
-    pool.check(model, tuple(data.images.shape[1:]))
+    extract(model, tuple(data.images.shape[1:]))
     numbers = list(range(len(data.labels)))
     settings = {"epsilon": float(epsilon), "weights": weights_digest(model), "images": data.checksum()}
     with tempfile.TemporaryDirectory() as temporary:
