@@ -167,7 +167,8 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
     of = f"({n} test images of {dataset}, {result['resolution']} pixels wide)"
     print(f"clean accuracy   {result['clean_accuracy']:.2%}  {of}{clean}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"
-    attack = f"({result['attack']}, epsilon {describe(result['epsilon'])}{alpha})"
+    steps = ", its steps in TF32" if result["arithmetic"] == "tf32" else ""
+    attack = f"({result['attack']}, epsilon {describe(result['epsilon'])}{alpha}{steps})"
     print(f"robust accuracy  {result['robust_accuracy']:.2%}  {attack}{robust}, n = {n}")
     if len(result["attacks"]) > 1:
         left = round(result["clean_accuracy"] * n)
