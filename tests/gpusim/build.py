@@ -58,7 +58,7 @@ def build(venv: Path) -> Path:
     run = out / "run"
     run.write_text(
         f"#!/bin/sh\n# run COMMAND...: with the simulated GPU\nexport LD_PRELOAD='{preload}'\n"
-        f'export LD_LIBRARY_PATH={out} TRITON_LIBCUDA_PATH={out}\nexec "$@"\n'
+        f'export LD_LIBRARY_PATH={out} TRITON_LIBCUDA_PATH={out} GPUSIM_DEVICES=${{GPUSIM_DEVICES:-2}}\nexec "$@"\n'
     )
     run.chmod(0o755)
     return out

@@ -298,8 +298,27 @@ API Status cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   a->devicePointer = b ? (void*)p : nullptr, a->hostPointer = b && b->device < 0 ? (void*)p : nullptr;
   return cudaSuccess;
 }
-static void arrive(void* to, const void* from, size_t n) {  // what is seen of a copy
-  if (!on_device(to)) on_device(from) ? (void)memset(to, 0, n) : (void)memcpy(to, from, n);
+// The exception: DistributedDataParallel sends its plans through the GPU and reads them back. What was copied to the device
+// and then handed over by NCCL to the only process there is comes back as it was.
+static std::map<const void*, string> uploaded, handed_over;
+static void arrive(void* to, const void* from, size_t n) {
+  LOCKED;
+  auto found = handed_over.find(from);
+  bool known = found != handed_over.end() && found->second.size() >= n;
+  if (!on_device(to)) {
+    if (!on_device(from)) memcpy(to, from, n);
+    else if (known) memcpy(to, found->second.data(), n);
+    else memset(to, 0, n);
+  } else if (!on_device(from)) {
+    if (n <= 1 << 16) uploaded[to] = string((const char*)from, n);
+  } else if (known) {
+    handed_over[to] = string(found->second);
+  }
+}
+static int hand_over(const void* from, void* to, void* s, const char* what) {
+  LOCKED;
+  if (uploaded.count(from)) handed_over[to] = uploaded[from];
+  return gpusim_work(s, what);
 }
 API Status cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
   OUTSIDE("cudaMemcpy");
@@ -309,9 +328,9 @@ API Status cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
 API Status cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t s) {
   bool within = on_device(to) && on_device(from);
   if (Status status = gpusim_work(s, within ? "copy" : on_device(to) ? "copy to device" : "copy to host")) return status;
-  Capture* c = at(s)->capture.get();  // CUDA allows it, but the replays would copy from or to what is there by then
-  if (c && !within) return refuse(cudaErrorStreamCaptureUnsupported, "a copy between host and device", c);
-  if (!c) arrive(to, from, n);
+  bool captured = at(s)->capture != nullptr;  // CUDA allows it, but replays would copy from or to what is there by then
+  if (captured && !within) errors.push_back("a captured copy between host and device");
+  if (!captured) arrive(to, from, n);
   return cudaSuccess;
 }
 API Status cudaMemcpyPeerAsync(void*, int, const void*, int, size_t, cudaStream_t s) { return gpusim_work(s, "copy"); }
@@ -530,8 +549,13 @@ API int ncclCommInitRankConfig(void** c, int, NcclId, int, void*) { return make(
 API int ncclCommGetAsyncError(void*, int* e) { *e = 0; return 0; }
 API int ncclCommCount(void*, int* n) { *n = 1; return 0; }
 API int ncclAllReduce(const void*, void*, size_t, int, int, void*, void* s) { return gpusim_work(s, "ncclAllReduce"); }
-API int ncclBroadcast(const void*, void*, size_t, int, int, void*, void* s) { return gpusim_work(s, "ncclBroadcast"); }
-API int ncclAllGather(const void*, void*, size_t, int, void*, void* s) { return gpusim_work(s, "ncclAllGather"); }
+API int ncclBroadcast(const void* from, void* to, size_t, int, int, void*, void* s) {
+  return hand_over(from, to, s, "ncclBroadcast");
+}
+API int ncclBcast(void* p, size_t, int, int, void*, void* s) { return hand_over(p, p, s, "ncclBcast"); }
+API int ncclAllGather(const void* from, void* to, size_t, int, void*, void* s) {
+  return hand_over(from, to, s, "ncclAllGather");
+}
 API int ncclCommDestroy(void*) {  // NCCL waits for the graphs that hold its work
   if (!with_nccl.empty()) refuse(cudaErrorIllegalState, "ncclCommDestroy: a graph with NCCL's work lives, it waits for ever");
   return 0;
