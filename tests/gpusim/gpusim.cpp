@@ -464,7 +464,7 @@ API int cuCtxGetDevice(int* d) { *d = device; return 0; }
 API int cuGetErrorString(int, const char** s) { *s = "error of the driver"; return 0; }
 API int cuModuleLoadData(void** m, const void*) { *m = &context_; return 0; }
 API int cuModuleGetFunction(void** f, void*, const char* name) { *f = new Function{string("triton ") + name}; return 0; }
-API int cuFuncGetAttribute(int* v, int, void*) { *v = 0; return 0; }
+API int cuFuncGetAttribute(int* v, int a, void*) { *v = a == 0 ? 1024 : 0; return 0; }  // 0: threads in a block
 API int cuPointerGetAttribute(void* v, int, unsigned long p) { *(unsigned long*)v = p; return 0; }
 API int cuLaunchKernelEx(const void* config, void* f, void**, void**) {
   return gpusim_work(*(void**)((char*)config + 32), ((Function*)f)->name.c_str());

@@ -1,5 +1,5 @@
-"""Captures on the simulated GPU: what CUDA forbids in them, and what a graph may hold. Numbers are all zero there, so nothing
-here depends on one; what does is in tests/test_gpu.py. Without the simulation all of this skips: `make gpu-sim` runs it."""
+"""Captures on the simulated GPU: what CUDA forbids in them, and what a graph may hold. Numbers are all zero there, so that
+nothing here depends on one; what does is in tests/test_gpu.py. `make gpu-sim` runs this, elsewhere it skips."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a step may cost, seen without a GPU: it runs on fake tensors, which have shapes and no numbers. A step that asks for a
-number (`.item()`, `nonzero`, `if tensor:`) would make a GPU wait for the host, and cannot be captured: here it is an error.
+"""What a step may cost, seen without a GPU: it runs on fake tensors, which have shapes and no numbers. A step that asks for
+a number (`.item()`, `nonzero`, `if tensor:`) would make a GPU wait for the host, and cannot be captured: here it fails.
 How many operators a step calls and how many bytes they read and write has a ceiling, which may only be lowered."""
 
 from __future__ import annotations
