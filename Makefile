@@ -6,15 +6,19 @@ RUN    ?= runs/quickstart
 SUDO   := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+GPUSIM_TORCH ?= 2.11.0
+GPUSIM_TORCHVISION ?= 0.26.0
+GPUSIM ?= $(HOME)/.cache/fastrobust/gpusim-torch-$(GPUSIM_TORCH)
 FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
-.PHONY: help quickstart test stress lint clean gpu-report
+.PHONY: help quickstart test stress lint clean gpu-report gpu-sim
 
 help:
 	@echo "make quickstart   install into $(VENV), train a small robust classifier, attack it, make a page: minutes"
 	@echo "make test         install what the tests need (3 GB with FFCV, DALI, Chromium), run all: 6 to 10 minutes"
 	@echo "make stress       kill runs, fill disks, damage files: 20 minutes"
 	@echo "make gpu-report   on a machine with a GPU: tests and benchmarks, at most 25 minutes"
+	@echo "make gpu-sim      on a simulated GPU, once 5.1 GB for torch's CUDA build: what a capture forbids, 3 minutes"
 	@echo "make lint         format and check the code"
 
 # Train on Fashion-MNIST, evaluate with PGD, make a page about it, show where the files are. A run that was interrupted goes on.
@@ -37,6 +41,22 @@ test: $(VENV)/.test data compiler loaders browser
 # On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in runs/gpu_report (docs/gpu.md).
 gpu-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu_report
+
+# Captures on a simulated GPU (tests/gpusim): torch's CUDA code runs, kernels do nothing, CUDA's rules are enforced. torch's
+# CUDA build has an environment of its own, outside the project, so that other clones find it. Another version:
+# make gpu-sim GPUSIM_TORCH=2.14.1 GPUSIM_TORCHVISION=0.29.1
+gpu-sim: $(GPUSIM)/.ready
+	@$(GPUSIM)/bin/python tests/gpusim/build.py $(GPUSIM)
+	PYTHONPATH=. $(GPUSIM)/gpusim/run $(GPUSIM)/bin/python -m pytest tests/gpusim tests/test_gpu.py
+
+$(GPUSIM)/.ready:
+	@command -v g++ >/dev/null || { echo "gpu-sim needs g++"; exit 1; }
+	@echo "installing torch $(GPUSIM_TORCH)'s CUDA build into $(GPUSIM) (once; 5.1 GB on the disk, minutes)"
+	@$(PYTHON) -m venv --clear $(GPUSIM)
+	@$(GPUSIM)/bin/python -m pip --disable-pip-version-check install -q torch==$(GPUSIM_TORCH) \
+	   torchvision==$(GPUSIM_TORCHVISION) pydantic pyyaml rich safetensors tensorboard pytest
+	@$(GPUSIM)/bin/python -c "import sys, torch; sys.exit(not torch.version.cuda and 'this torch has no CUDA')"
+	@touch $@
 
 # Kill runs, fill disks, damage files: the full counts, about 20 minutes. `make test` does a few of each. As root it mounts
 # small file systems in memory; without, those parts skip.

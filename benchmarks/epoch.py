@@ -18,6 +18,7 @@ from benchmarks.step import METHODS, cifar_config, images, network
 from fastrobust.data.augment import augment
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.runtime import distributed
+from fastrobust.train import engine
 from fastrobust.train.step import build
 
 FULL = 50_000
@@ -50,7 +51,9 @@ def main() -> None:
         config = cifar_config(name, arguments.engine or "auto", precision, batch_size)
         step = build(config, loader, device)
         rows[name] = lambda step=step: one_pass(step)
-    rows["data"] = lambda: one_pass(lambda batch: augment(batch.images, config.data.augment, 32))
+    crop = lambda batch: augment(batch.images, config.data.augment, 32)  # run as the steps are, whose part it is
+    prepared = engine.prepare(step.engine, crop, next(loader.batches(0, 0, batch_size, 0, 1)), step)
+    rows["data"] = lambda: one_pass(prepared)
     usual = usual_loop.UsualLoop(network(), device, half=cuda)
     workers = usual_loop.loader(data.images, data.labels, batch_size, 2, cuda)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import measure
@@ -18,6 +18,12 @@ from fastrobust.runtime import distributed
 from fastrobust.train.step import build
 
 ROWS = 15
+
+
+def kernels(events: list, cuda: bool) -> list:
+    """Those that take time themselves: on a GPU the kernels and copies, without the annotations that span them (an
+    optimiser's step, say)."""
+    return [e for e in events if not cuda or (e.device_type == DeviceType.CUDA and not e.is_user_annotation)]
 
 
 def main() -> None:
@@ -49,8 +55,7 @@ def main() -> None:
             step(batch)
         measure.synchronize(device)
     own = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
-    events = [e for e in profiler.key_averages() if not cuda or e.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=own, reverse=True)
+    events = sorted(kernels(profiler.key_averages(), cuda), key=own, reverse=True)
     busy = sum(map(own, events)) / steps / 1e6
     rows = [
         {"name": e.key, "milliseconds": own(e) / steps / 1e3, "calls": e.count / steps, "share": own(e) / steps / 1e6 / busy}

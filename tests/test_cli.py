@@ -47,6 +47,7 @@ def test_the_summary_is_what_the_trained_model_does(finished_run, bars):
     facts = {
         "attack": "pgd-7-2", "epsilon": 0.1, "alpha": 0.025, "examples": 200, "method": "fgsm", "dataset": "image_folder",
         "name": "bars", "model": "mnist_net", "epochs": 3, "stopped": None, "training_epsilon": 0.05, "seed": 0,
+        "precision": "fp32", "arithmetic": "fp32",
     }  # fmt: skip
     assert {key: summary[key] for key in facts} == facts
     assert summary["versions"]["torch"] == torch.__version__
@@ -129,7 +130,7 @@ def test_evaluate_finds_what_the_summary_says(finished_run, capsys, which, argum
     assert {key: found[key] for key in expected} == expected
     assert expected.keys() == {
         "clean_accuracy", "clean_interval", "robust_accuracy", "robust_interval", "robust_accuracy_after_one_restart",
-        "examples", "resolution", "epsilon", "attack", "alpha",
+        "examples", "resolution", "epsilon", "attack", "alpha", "arithmetic",
     }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""What only a GPU can check: graphs equal eager steps, survive phases and resuming, and half precisions train."""
+"""What only a GPU can check: graphs equal eager steps, survive phases and resuming, and half precisions train. On the
+simulated GPU (tests/gpusim) everything runs up to the comparison of numbers, and no call may be made that CUDA forbids."""
 
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from fastrobust.data import sets
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models.weights import read_weights
 from fastrobust.train import engine
+from tests.gpusim import sim
 
+NUMBERS = not sim.HERE  # the simulated GPU computes none
+needs_numbers = pytest.mark.skipif(sim.HERE, reason="the simulated GPU computes nothing")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -25,6 +29,14 @@ def on_gpu(method: str = "fgsm", precision: str = "fp32"):
 
 def graph(step, batch) -> engine.GraphStep:
     return engine.GraphStep(step.take, batch, step)
+
+
+@pytest.fixture(autouse=True)
+def nothing_forbidden():
+    if sim.HERE:
+        sim.reset()
+    yield
+    assert not sim.HERE or sim.errors() == []
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +53,8 @@ def test_graph_equals_eager(method, precision):
     """20 steps, odd batches included. The schedule is exact; losses agree to 2 %: kernels may be chosen differently."""
     plain = run_steps(on_gpu(method, precision), 20)
     captured = run_steps(on_gpu(method, precision), 20, graph)
+    if not NUMBERS:
+        return
     assert captured.rates == plain.rates
     assert captured.losses[0] == pytest.approx(plain.losses[0], rel=1e-3), "the first replay is the first step"
     assert captured.losses == pytest.approx(plain.losses, rel=2e-2)
@@ -52,9 +66,9 @@ def test_capture_leaves_no_trace():
     before, generator = noise.step.state_dict(), torch.cuda.get_rng_state()
     graph(noise.step, next(noise.batches(1)))
     after = noise.step.state_dict()
-    assert same(before["tensors"], after["tensors"])
-    assert same(before["state"], after["state"]) and before["state"].keys() == {"delta"}
     assert torch.equal(generator, torch.cuda.get_rng_state())
+    assert before["state"].keys() == {"delta"}
+    assert not NUMBERS or (same(before["tensors"], after["tensors"]) and same(before["state"], after["state"]))
 
 
 def test_random_numbers_move_on_in_replays():
@@ -67,7 +81,7 @@ def test_random_numbers_move_on_in_replays():
         learner.reset_sums()
         replay(batch)
         losses.append(learner.read_sums()[0])
-    assert len(set(losses)) == 3
+    assert not NUMBERS or len(set(losses)) == 3
 
 
 def test_graph_goes_on_from_a_restored_state():
@@ -88,9 +102,10 @@ def test_graph_goes_on_from_a_restored_state():
     noise.step.load_state_dict(state)
     torch.cuda.set_rng_state(generator)
     second = rest()
-    assert all(torch.equal(first[name], second[name]) for name in first if "num_batches" not in name)
+    assert not NUMBERS or all(torch.equal(first[name], second[name]) for name in first if "num_batches" not in name)
 
 
+@needs_numbers
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_trains(precision):
     done = run_steps(on_gpu("fgsm", precision), 60, graph)
@@ -98,6 +113,7 @@ def test_half_precision_trains(precision):
     assert all(t.isfinite().all() for t in done.tensors.values() if t.is_floating_point())
 
 
+@needs_numbers
 def test_compiled_graph_trains():
     torch._dynamo.reset()
     plain = run_steps(on_gpu("fgsm", "bf16"), 10)
@@ -119,6 +135,7 @@ def test_steps_do_not_wait_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_numbers
 def test_a_graph_shares_gradients_over_nccl(tmp_path, config_file, few_bars):
     """One process, as torchrun starts it: the reduction is captured with the step, and the weights are those of a process
     without it (to what kernels chosen anew may differ)."""
@@ -135,6 +152,7 @@ def test_a_graph_shares_gradients_over_nccl(tmp_path, config_file, few_bars):
     assert all(torch.allclose(alone[k], joined[k], rtol=0, atol=1e-3) for k in alone)
 
 
+@needs_numbers
 def test_evaluation_agrees_with_the_cpu():
     noise = on_gpu("standard")
     run_steps(noise, 20)

@@ -30,15 +30,18 @@ class Attack(ABC):
 
     One of one's own derives from this class and is named `package.module:Class` where an attack is asked for; numbers
     behind the name (`pgd-50-10`) come as `numbers`. `has_alpha`: whether its verdicts depend on alpha.
-    `tick(share)` may be set: it hears now and then which share of a batch's work is done."""
+    `tick(share)` may be set: it hears now and then which share of a batch's work is done. `fixed`: the model sees batches of
+    one size alone where that can be had, since cuDNN tries out its kernels for every new size."""
 
     tick: Callable[[float], None]
+    fixed: bool = False
     rounds: int = 1
     has_alpha: ClassVar[bool] = False
 
     def __init__(self, setting: Setting, numbers: tuple[int, ...] = ()):
         self.setting, self.model, self.images = setting, setting.model, setting.images
         self.batch_size, self.tick = setting.batch_size, lambda share: None
+        self.fixed = setting.images.is_cuda
 
     @classmethod
     def check(cls, numbers: tuple[int, ...]) -> None:

@@ -36,8 +36,8 @@ def pgd(
     one such point settles it, whatever its loss. Each restart attacks only the examples that are still robust, packed
     into full batches; the noise of an example depends on (seed, restart, its place in the set) and not on which others
     are left. images: uint8, or float in [0, 1], N x C x H x W on the model's device; others raise DataError.
-    `progress(restart, examples)` is called after each batch with the number of examples that it dealt with. Arithmetic is
-    fp32.
+    `progress(restart, examples)` is called after each batch with the number of examples that it dealt with. Clean verdicts
+    are fp32; the steps and what they break are computed as `verdicts.arithmetic` says.
     """
     check_images(images, labels, threat)
     clean = classified(model, images, labels, batch_size)
@@ -57,8 +57,10 @@ class Pgd(Attack):
         super().__init__(setting, numbers)
         self.steps, self.rounds = numbers
         self.threat, self.alpha, self.seed = setting.threat, setting.alpha, setting.seed
-        self.graph: StaticAttack | None = None
-        self.tried = setting.images.device.type != "cuda"
+        self.static: StaticAttack | None = None
+        self.tried = not setting.images.is_cuda
+        if self.fixed:  # so that little of the last batch is filled up
+            self.batch_size = -(-len(setting.images) // -(-len(setting.images) // setting.batch_size))
 
     @classmethod
     def check(cls, numbers: tuple[int, ...]) -> None:
@@ -70,15 +72,17 @@ class Pgd(Attack):
         return float(numbers[0] * numbers[1])
 
     def batches(self, number: int, alive: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.fixed and self.static is None:
+            self.static = StaticAttack(self.model, to_unit(self.images[: self.batch_size]), self.threat, self.alpha)
         if not self.tried and alive.count_nonzero() * (self.rounds - number) >= 4 * self.batch_size:
             self.tried = True
-            self.graph = capture(self.model, self.images[: self.batch_size], self.threat, self.alpha)
+            capture(self.static)
         return _packed(self.images, alive, self.threat, self.batch_size, (self.seed, number))
 
     def run(self, x: Tensor, y: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         delta, found = self.threat.clip(start, x), x.clone()
-        if self.graph is not None:
-            return self.graph.attack(x, y, delta, self.steps, found), found
+        if self.static is not None:
+            return self.static.attack(x, y, delta, self.steps, found), found
         settings = {"threat": self.threat, "alpha": self.alpha, "steps": self.steps}
         return attack(self.model, x, y, delta, **settings, found=found, tick=self.tick), found
 
@@ -127,8 +131,9 @@ def attack(
 
 
 class StaticAttack:
-    """The attack on buffers of one shape: a step can then be recorded. Smaller batches are filled up with their first
-    example; examples that break stay to the end of the run, and the next restart leaves them out."""
+    """The attack on buffers of one shape: cuDNN looks for its fastest kernels once, and a step can be recorded. Smaller
+    batches are filled up with their first example; examples that break stay to the end of the run, and the next restart
+    leaves them out."""
 
     def __init__(self, model: nn.Module, x: Tensor, threat: Threat, alpha: float):
         self.model, self.threat, self.alpha = model, threat, alpha
@@ -164,15 +169,12 @@ class StaticAttack:
         return good
 
 
-def capture(model: nn.Module, images: Tensor, threat: Threat, alpha: float) -> StaticAttack | None:
-    """A StaticAttack whose step is a CUDA graph, or None (said once) where it cannot be captured."""
+def capture(static: StaticAttack) -> None:
+    """Make its step a CUDA graph. Where it cannot be captured that is said, and the step stays as it is."""
     try:
-        static = StaticAttack(model, to_unit(images), threat, alpha)
-        static.run = record(static.run, images.device)
-        return static
+        static.run = record(static.run, static.x.device)
     except RuntimeError as error:
         print(f"warning: no CUDA graph could be captured, attacking eagerly: {first_line(error)}", file=sys.stderr)
-        return None
 
 
 NOISE_CHUNK = 256  # examples whose starts are drawn together

@@ -47,7 +47,8 @@ def run_rounds(
             survived, points = attack.run(x, y, start)
             broken = (~survived).nonzero()[:, 0]
             if threat is not None and len(broken):
-                held = breaks(attack.model, x[broken], y[broken], points[broken], threat)
+                full = attack.batch_size if attack.fixed else 0
+                held = breaks(attack.model, x[broken], y[broken], points[broken], threat, full)
                 survived[broken[~held]] = True
                 refused = int((~held).sum())
                 if found is not None:

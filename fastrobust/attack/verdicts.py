@@ -1,8 +1,10 @@
 """What counts: which images are classified correctly, and which points break a model."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,22 +84,49 @@ def classified(
 
 @contextlib.contextmanager
 def plain_fp32() -> Iterator[None]:
-    """Convolutions on a GPU in full fp32: by default they may round their inputs to TF32's 10 bits."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Full fp32 on a GPU: else convolutions may round their inputs to TF32's 10 bits, and matrix products if told to."""
+    places, name, plain = _tf32()
+    before = [getattr(place, name) for place in places]
+    for place in places:
+        setattr(place, name, plain)
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
+def _tf32() -> tuple[tuple, str, Any]:
+    """Where torch keeps whether convolutions and matrix products may use TF32, under which name, and what means no. Since
+    torch 2.9 the old name cannot be read where the new one was set."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        return (torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul), "fp32_precision", "ieee"
+    return (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
+
+
+def arithmetic(device: torch.device) -> str:
+    """What attack steps, and training with `precision: fp32`, compute in: on a GPU convolutions take TF32, with 10 bits of
+    mantissa, unless that is switched off. Clean accuracy and the check of every success are fp32 whatever this says."""
+    (convolutions, *_), name, _ = _tf32()
+    possible = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    allowed = getattr(convolutions, name) in (True, "tf32") and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0"
+    return "tf32" if possible and allowed else "fp32"
 
 
 TOLERANCE = 1e-6  # of a pixel in [0, 1]: what rounding in fp32 may add to epsilon or to the box, and more than it does
 
 
-def breaks(model: nn.Module, x: Tensor, y: Tensor, points: Tensor, threat: Threat) -> Tensor:
+def breaks(model: nn.Module, x: Tensor, y: Tensor, points: Tensor, threat: Threat, full: int = 0) -> Tensor:
     """Which points count as adversarial examples of x (bool, N), whoever found them. A point further than TOLERANCE from
     the ball or the box is refused; one within it is moved to the ball and the box, and a plain forward pass in fp32
-    must misclassify it there. The model is in eval mode. x, points: float N x C x H x W."""
+    must misclassify it there. The model is in eval mode. x, points: float N x C x H x W. Fewer than `full` are filled up to
+    so many before they pass through the model."""
     with torch.no_grad(), plain_fp32(), torch.autocast(x.device.type, enabled=False):
         x, points = x.float(), points.float()
-        return threat.contains(points, x, TOLERANCE) & ~correct(model(threat.nearest(points, x)), y)
+        logits = model(filled(threat.nearest(points, x), full))[: len(x)]
+        return threat.contains(points, x, TOLERANCE) & ~correct(logits, y)
+
+
+def filled(t: Tensor, size: int) -> Tensor:
+    """t, repeated until it has `size` rows, in its own memory format. It has at least one."""
+    return t[torch.arange(size, device=t.device) % len(t)] if len(t) < size else t

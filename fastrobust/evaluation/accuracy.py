@@ -12,7 +12,7 @@ from fastrobust.attack.autoattack import PARTS
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.rounds import Place, run_rounds
 from fastrobust.attack.threat import Threat
-from fastrobust.attack.verdicts import check_images, classified, evaluating
+from fastrobust.attack.verdicts import arithmetic, check_images, classified, evaluating
 from fastrobust.config.numbers import describe
 from fastrobust.data import sets
 from fastrobust.evaluation import results
@@ -38,9 +38,9 @@ def evaluate(
     overall: Overall | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, in fp32, each with its 95 % confidence
-    interval. epsilon and alpha are in pixels of [0, 1]. The model may be on any device; its mode and gradients are left
-    as they are."""
+    """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, each with its 95 % confidence interval.
+    Clean accuracy and every success are decided in fp32; `arithmetic` says what the attack's steps computed in. epsilon and
+    alpha are in pixels of [0, 1]. The model may be on any device; its mode and gradients are left as they are."""
     name = f"pgd-{steps}-{restarts}"
     settings = {"epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
     return report(name, run_attacks(model, data, [name], **settings, overall=overall, world=world))
@@ -60,6 +60,7 @@ def report(name: str, records: list[results.Record]) -> dict[str, Any]:
         "epsilon": settings["epsilon"],
         "attack": name,
         "alpha": next((r.settings["alpha"] for r in records if "alpha" in r.settings), None),
+        "arithmetic": records[0].facts.get("arithmetic", "fp32" if settings["device"] == "cpu" else None),
         "seconds": round(sum(r.facts["seconds"] for r in records), 3),
     }
     if len(records) == 1 and name.startswith("pgd"):
@@ -128,6 +129,7 @@ def run_attacks(
             "settings": settings,
             "seconds": 0.0,
             "refused": 0,
+            "arithmetic": arithmetic(device),
             "after_one_restart": int(robust.sum()),
             "finished": False,
         }

@@ -216,7 +216,8 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
     if result["data"]:
         print(f"{INDENT}{result['data']}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"
-    print(f"attack           {result['attack']}, epsilon {describe(result['epsilon'])}{alpha}")
+    steps = ", its steps in TF32" if result["arithmetic"] == "tf32" else ""
+    print(f"attack           {result['attack']}, epsilon {describe(result['epsilon'])}{alpha}{steps}")
     print(f"clean accuracy   {result['clean_accuracy']:.2%}{interval(result['clean_interval'])}, n = {n}")
     print(f"robust accuracy  {result['robust_accuracy']:.2%}{interval(result['robust_interval'])}, n = {n}")
     if len(result["attacks"]) > 1:

@@ -71,7 +71,9 @@ class CompiledStep:
 
     def __init__(self, run: Run, owner):
         self.eager, self.owner, self.tried = run, owner, False
-        learner = owner.learner
+        learner, limits = owner.learner, torch._dynamo.config
+        limits.recompile_limit = limits.accumulated_recompile_limit = 4096  # else the ninth step runs eagerly, silently
+        limits.fail_on_recompile_limit_hit = True
         if "forward" not in vars(learner):  # another phase has compiled it
             learner.forward = torch.compile(learner.forward, dynamic=False)
             for name in OUTSIDE:
@@ -85,6 +87,8 @@ class CompiledStep:
         put_back = keep_state(self.owner, batch.images.device)
         try:
             self.run(batch)
+            if not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+                raise RuntimeError("the compiler is switched off (TORCHDYNAMO_DISABLE or TORCH_COMPILE_DISABLE)")
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise

@@ -67,6 +67,7 @@ class Learner:
         on_stream = cuda_graph.on_stream(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with on_stream:  # that of the captures: gradients are accumulated on the stream on which this is built
             self.shared = ddp(_Forward(self), gradient_as_bucket_view=True, **{no_buffers: False})  # torch 2.13 renamed it
+        self.shared._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timing of every 100th pass would end a capture
 
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast:

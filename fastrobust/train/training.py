@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrobust.attack.verdicts import arithmetic
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.data.augment import center_crop
@@ -287,5 +288,6 @@ def summarize(training: Training, evaluations: list[dict]) -> dict[str, Any]:
         "seconds_per_epoch": position.train_seconds / epochs,
         "seed": config.seed,
         "precision": config.precision,
+        "arithmetic": arithmetic(training.device) if config.precision == "fp32" else config.precision,
         **json.loads((training.directory / "environment.json").read_text()),
     }

@@ -395,5 +395,6 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
         "epsilon": 0.07,
         "attack": "pgd-3-2",
         "alpha": 0.01,
+        "arithmetic": "fp32",
     }
     assert 0 < found["robust_accuracy"] < found["clean_accuracy"] < 1

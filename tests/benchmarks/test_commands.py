@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +49,36 @@ def test_a_profile(call):
     assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
     calls = {row["name"]: row["calls"] for row in result["top"]}
     assert calls["aten::convolution_backward"] == 8 * 20  # seven attack passes and the update, of 20 convolutions each
+
+
+def test_annotations_are_no_kernels():
+    """On a GPU the profiler lists an optimiser's step beside the kernels that it spans: counted twice, they would make more
+    than the whole."""
+    from torch.autograd import DeviceType
+
+    event = lambda device, annotation: SimpleNamespace(device_type=device, is_user_annotation=annotation)
+    kernel, copy = event(DeviceType.CUDA, False), event(DeviceType.CUDA, False)
+    events = [kernel, event(DeviceType.CUDA, True), event(DeviceType.CPU, False), copy]
+    assert profile.kernels(events, cuda=True) == [kernel, copy]
+    assert profile.kernels(events, cuda=False) == events
+
+
+def test_an_epoch_prepares_its_images_as_its_steps(call, monkeypatch):
+    """Else what a graph saves in cropping would be subtracted from the update."""
+    prepared, real = [], epoch.engine.prepare
+    monkeypatch.setattr(epoch.engine, "prepare", lambda engine, *rest: prepared.append(engine) or real(engine, *rest))
+    assert call(epoch, "--quick", "--images", 8, "--batch-size", 4)["engine"] == "eager"
+    assert len(prepared) == 3 and set(prepared) == {"eager"}  # two methods, and the cropping alone
+
+
+def test_an_evaluation_needs_no_data_set(call, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(evaluate, "there", lambda name: False)
+    made = evaluate.generated
+    monkeypatch.setattr(evaluate, "generated", lambda count, seed: made(min(count, 4000), seed))
+    result = call(evaluate, "--quick", "--limit", 12)
+    assert (result["examples"], result["dataset"], result["different_verdicts"]) == (12, "generated", 0)
+    one, again, other = (made(50, seed).checksum() for seed in (1, 1, 2))
+    assert one == again != other
 
 
 def test_the_evaluation_agrees_with_a_plain_attack(call, finished_run):

@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from data_files import need
 from loader_batches import collect
 
+from fastrobust.data.loaders.dali import Dali
 from fastrobust.data.prepared import beton, shards
 from fastrobust.runtime.errors import DataError
 
@@ -146,3 +150,22 @@ next(Torch(data, 8, 3, 8, None, torch.device("cpu"), 2).batches(0, 0, 1, 0, 8))
             except BlockingIOError:
                 assert time.monotonic() < deadline, "a worker still holds the lock"
                 time.sleep(0.05)
+
+
+def test_dali_gives_its_batches_on_the_stream_of_the_steps(monkeypatch):
+    """Without a stream `run` waits until the batch is decoded, and the next step is queued only then."""
+    asked = []
+
+    class Pipeline:
+        def run(self, stream=None):
+            asked.append(stream)
+            raise RuntimeError("Error: enough for this test")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    loader = Dali.__new__(Dali)
+    loader.records = SimpleNamespace(files=["shard"])
+    for device in ("cuda:1", "cpu"):
+        loader.device = torch.device(device)
+        with pytest.raises(DataError, match="enough for this test"):
+            loader._take(Pipeline(), deque())
+    assert asked == ["the stream of cuda:1", None]

@@ -14,7 +14,7 @@ from fastrobust.attack.base import Setting
 from fastrobust.attack.pgd import Pgd, StaticAttack
 from fastrobust.attack.rounds import run_rounds
 from fastrobust.attack.threat import Threat
-from fastrobust.attack.verdicts import breaks, evaluating
+from fastrobust.attack.verdicts import arithmetic, breaks, classified, evaluating, filled, plain_fp32
 from fastrobust.data.augment import to_unit
 
 
@@ -81,7 +81,7 @@ def test_a_model_that_gives_no_numbers_at_a_point_is_broken_there():
 class Liar:
     """Says that it broke everything. The points for odd images are far off, those for every fourth are the images."""
 
-    rounds = 2
+    rounds, fixed = 2, False
 
     def __init__(self, model):
         self.model = model
@@ -115,10 +115,111 @@ def test_pgd_hands_over_the_points_that_broke(model, data, static):
     start = torch.empty_like(x).uniform_(-EPSILON, EPSILON, generator=torch.Generator().manual_seed(1))
     pgd = Pgd(Setting(model, data.images, Threat(EPSILON), EPSILON / 4, 32, 0), (9, 1))
     if static:
-        pgd.graph = StaticAttack(model, x, Threat(EPSILON), EPSILON / 4)
+        pgd.static = StaticAttack(model, x, Threat(EPSILON), EPSILON / 4)
     with evaluating(model):
         survived, points = pgd.run(x[:30], y[:30], start[:30])
         assert 3 < survived.sum() < 27
         held = breaks(model, x[:30], y[:30], points, Threat(EPSILON))
     assert torch.equal(held, ~survived)
     assert (points - x[:30]).abs().amax() <= EPSILON + 1e-6
+
+
+class Watched(nn.Module):
+    """A network that remembers how many images it saw at a time, and in which memory format."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.seen = network, []
+
+    def forward(self, x):
+        self.seen.append((len(x), x.is_contiguous(memory_format=torch.channels_last)))
+        return self.network(x)
+
+
+def test_fixed_shapes_change_no_verdict(model, data):
+    """As on a GPU: every batch of the attack and of the check of its successes is filled up to one size. Both networks see
+    what breaks in three rounds; the one with fixed shapes sees batches of one size alone."""
+    images, labels = data.images[:150].contiguous(memory_format=torch.channels_last), data.labels[:150]
+    clean = classified(model, images, labels)
+    found, seen = [], []
+    for fixed in (False, True):
+        watched, robust, refused = Watched(model), clean.clone(), []
+        attack = Pgd(Setting(watched, images, Threat(EPSILON), EPSILON / 4, 25, 0), (5, 3))
+        attack.fixed = fixed
+        with evaluating(watched):
+            note = lambda place, n, number, refused=refused: refused.append(number)
+            run_rounds(attack, images, labels, robust, threat=Threat(EPSILON), after=note)
+        found.append((robust, refused))
+        seen.append(set(watched.seen))
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+    assert 10 < found[0][0].sum() < clean.sum() - 10, "some break and some do not"
+    assert seen[1] == {(25, True)} and len(seen[0]) > 3
+
+
+def test_batches_of_a_fixed_size_are_even():
+    """520 images in batches of at most 500 are two of 260, not one of 500 and one of 20 that is filled up to 500."""
+
+    class OnGpu(Pgd):
+        fixed = property(lambda self: True, lambda self, value: None)
+
+    images = torch.zeros(520, 1, 1, 1, dtype=torch.uint8)
+    for most, size in ((500, 260), (520, 520), (260, 260), (100, 87), (1000, 520)):
+        attack = OnGpu(Setting(Brightness(), images, Threat(0.1), 0.1, most, 0), (1, 1))
+        assert attack.batch_size == size
+        parts = [len(index) for index, _ in attack.batches(0, torch.ones(520, dtype=torch.bool))]
+        assert sum(parts) == 520 and max(parts) <= most and len(parts) == -(-520 // most)
+
+
+@pytest.mark.parametrize("size", [0, 3, 5, 7, 23])
+def test_filled(size):
+    t = torch.rand(5, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    more = filled(t, size)
+    assert len(more) == max(5, size) and torch.equal(more[:5], t)
+    assert more.is_contiguous(memory_format=torch.channels_last)
+
+
+class Asks(nn.Module):
+    """A model that notes whether TF32 is allowed while it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.found = nn.Parameter(torch.ones(())), []
+
+    def forward(self, x):
+        self.found.append(tf32())
+        return torch.zeros(len(x), 2) * self.weight
+
+
+def tf32() -> list:
+    if hasattr(torch.backends.cudnn, "conv"):
+        return [place.fp32_precision for place in (torch.backends.cudnn.conv, torch.backends.cuda.matmul)]
+    return [place.allow_tf32 for place in (torch.backends.cudnn, torch.backends.cuda.matmul)]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_verdicts_are_given_without_tf32(precision):
+    """Whatever is allowed outside, in convolutions (torch's default) and in matrix products; it is the same afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        model, x, y = Asks().eval(), torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+        allowed = tf32()
+        classified(model, x, y)
+        breaks(model, x, y, x, Threat(0.1))
+        assert len(model.found) == 2 and all(word in ("ieee", False) for found in model.found for word in found)
+        assert tf32() == allowed and allowed[0] in ("tf32", True)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_what_the_steps_compute_in_is_said(monkeypatch):
+    assert arithmetic(torch.device("cpu")) == "fp32"
+    for capability, words in (((9, 0), ["tf32", "fp32", "fp32"]), ((7, 5), ["fp32"] * 3)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        found = [arithmetic(torch.device("cuda"))]
+        with plain_fp32():
+            found.append(arithmetic(torch.device("cuda")))
+        with monkeypatch.context() as m:
+            m.setenv("NVIDIA_TF32_OVERRIDE", "0")
+            found.append(arithmetic(torch.device("cuda")))
+        assert found == words

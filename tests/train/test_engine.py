@@ -124,6 +124,57 @@ def test_failed_compilation_says_so_once_and_trains_eagerly_from_the_same_state(
     assert same(failed.tensors, plain.tensors)
 
 
+@pytest.fixture
+def cheap_compiler(monkeypatch):
+    """torch.compile without the compiler behind it: what is traced is run as it is. Gives the number of graphs so far."""
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    with torch._dynamo.config.patch({name: getattr(torch._dynamo.config, name) for name in names}):
+        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def compiled_step():
+    noise = on_noise(side=28)
+    noise.step.engine = "compile"
+    return noise.step, next(noise.batches(1))
+
+
+def test_the_ninth_compiled_step_is_compiled_too(cheap_compiler):
+    """In one process, as in a benchmark of many rows; so is a later phase of a training. The compiler's own limit is 8."""
+    for _ in range(9):
+        step, batch = compiled_step()
+        before = cheap_compiler()
+        step(batch)
+        assert cheap_compiler() > before
+    for size in (15, 14):
+        step.enter_phase(size, 3, 28)
+        before = cheap_compiler()
+        step(Batch(*(t[:size] for t in batch)))
+        assert cheap_compiler() > before
+    assert step.learner.updates.item() == 3
+
+
+def test_a_step_is_never_eager_in_silence(cheap_compiler):
+    """Beyond the compiler's limit its own way is to go on eagerly."""
+    step, batch = compiled_step()
+    step(batch)
+    torch._dynamo.config.recompile_limit = 1
+    with pytest.raises(Exception, match="recompile_limit"):
+        step(Batch(*(t[:7] for t in batch)))
+
+
+def test_a_compiler_that_is_switched_off_is_said(cheap_compiler, capsys):
+    step, batch = compiled_step()
+    with torch._dynamo.config.patch(disable=True):
+        step(batch)
+    message = capsys.readouterr().err
+    assert message.count("warning") == 1 and "switched off" in message and "eagerly" in message
+
+
 def test_static_attack_gives_the_same_verdicts():
     """Through the same start and steps, in a full batch and in one that is filled up."""
     noise = on_noise("standard")

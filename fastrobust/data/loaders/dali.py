@@ -79,8 +79,10 @@ class Dali(Loader):
             yield self._take(pipeline, fed)
 
     def _take(self, pipeline, fed: deque[Job]) -> Batch:
+        # on the stream of the steps: else the host waits here until the batch is decoded, and cannot queue the next step
+        stream = [torch.cuda.current_stream(self.device)] if self.device.type == "cuda" else []
         try:
-            (output,) = pipeline.run()
+            (output,) = pipeline.run(*stream)
         except RuntimeError as error:
             reason = next((line for line in str(error).splitlines() if "rror" in line), "DALI gave no reason")
             where = f"{self.records.files[0]} or a shard beside it"
@@ -93,7 +95,7 @@ class Dali(Loader):
 
             side = self.resolution
             images = torch.empty(len(job.index), side, side, 3, dtype=torch.uint8, device=self.device)
-            feed_ndarray(output.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self.device))
+            feed_ndarray(output.as_tensor(), images, cuda_stream=stream[0])
         else:
             images = torch.from_numpy(np.array(output.as_tensor()))
         images, *numbers = self.finish(images, job)

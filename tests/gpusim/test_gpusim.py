@@ -1,0 +1,211 @@
+"""Captures on the simulated GPU: what CUDA forbids in them, and what a graph may hold. Numbers are all zero there, so that
+nothing here depends on one; what does is in tests/test_gpu.py. `make gpu-sim` runs this, elsewhere it skips."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from training_runs import STEP_METHODS, on_noise
+
+from benchmarks.step import cifar_config, images
+from fastrobust.attack.base import Setting
+from fastrobust.attack.pgd import Pgd
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import evaluating
+from fastrobust.config import reading
+from fastrobust.data.augment import to_unit
+from fastrobust.data.loaders.resident import Resident
+from fastrobust.data.sets import ImageSet
+from fastrobust.models.weights import build_model
+from fastrobust.runtime import distributed
+from fastrobust.runtime.cuda_graph import record
+from fastrobust.train import engine, guard
+from fastrobust.train.learner import Learner
+from fastrobust.train.step import build
+from fastrobust.train.training import Training
+from tests.gpusim import sim
+
+pytestmark = pytest.mark.skipif(not sim.HERE, reason="needs the simulated GPU: make gpu-sim")
+FGSM_NODES = 470  # of the paper's network, batch 128, fp16. It may only be lowered
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def allowed():
+    """No test may make a call that CUDA forbids, unless it says so."""
+    gc.collect()
+    sim.reset()
+    yield
+    assert sim.errors() == []
+
+
+def captured(step, batch) -> list[str]:
+    """The nodes of the step's graph, which is replayed twice."""
+    step.engine = "cuda_graph"
+    step(batch)
+    assert isinstance(step._run, engine.GraphStep), "no graph was captured"
+    step(batch)
+    return sim.graph()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", STEP_METHODS)
+def test_every_method_is_captured_twice(method, precision):
+    """In one process, as two phases, two runs of a sweep or two rows of a benchmark are."""
+    nodes = []
+    for _ in range(2):
+        noise = on_noise(method, precision, "cuda")
+        nodes.append(captured(noise.step, next(noise.batches(1))))
+        noise = None
+    assert nodes[0] == nodes[1] and len(nodes[0]) > 50
+
+
+def test_the_graph_of_fgsm_is_small():
+    config, loader = cifar_config("fgsm", "cuda_graph", "fp16", 128), Resident(images(512), CUDA)
+    step = build(config, loader, CUDA)
+    nodes = captured(step, next(loader.batches(0, 0, 128, 0, 1)))
+    assert len(nodes) <= FGSM_NODES, f"the graph of an FGSM step has grown to {len(nodes)} nodes"
+    assert len(nodes) > FGSM_NODES - 20, f"well done: lower the ceiling to {len(nodes)} nodes"
+
+
+def test_a_replay_is_a_few_copies_and_one_launch():
+    """Per step, the loader included: nothing is allocated or waited for."""
+    noise = on_noise("fgsm", "fp16", "cuda")
+    captured(noise.step, next(noise.batches(1)))
+    for batch in noise.batches(3):
+        noise.step(batch)
+    sim.reset()
+    for batch in noise.batches(3):
+        noise.step(batch)
+    counts = sim.counts()
+    assert counts["graph"] == 3
+    assert not [name for name in counts if "Synchronize" in name or "Malloc" in name or "HostAlloc" in name], counts
+    assert sum(n for name, n in counts.items() if name.startswith("kernel")) <= 10 * 3, counts
+
+
+def test_a_step_that_cannot_be_captured_goes_on_eagerly(capsys):
+    noise = on_noise("fgsm", "fp16", "cuda")
+    step, (batch, other) = noise.step, noise.batches(2)
+    step.engine, take = "cuda_graph", step.take
+
+    def waits(batch):
+        take(batch)
+        step.learner.correct.item()
+
+    step.take = waits
+    step(batch)
+    step(other)
+    said = capsys.readouterr().err
+    assert not isinstance(step._run, engine.GraphStep) and said.count("warning") == 1 and "not permitted" in said
+    assert any("cudaStreamSynchronize" in error for error in sim.errors())
+    sim.reset()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.rand(3, device="cuda")  # the generator does not wait for a replay
+    torch.cuda.empty_cache()
+    later = on_noise("fgsm", "fp16", "cuda")
+    captured(later.step, batch)
+
+
+def test_the_second_device():
+    noise = on_noise("fgsm", "fp16", "cuda:1")
+    captured(noise.step, next(noise.batches(1)))
+    assert torch.cuda.current_device() == 0
+    captured(on_noise("fgsm", "fp16", "cuda:0").step, next(on_noise("fgsm", "fp16", "cuda:0").batches(1)))
+
+
+def config_of(model: str, side: int, **more):
+    settings = {
+        "name": "simulated",
+        "device": "cuda",
+        "engine": "cuda_graph",
+        "loader": "resident",
+        "precision": "bf16",
+        "epsilon": "8/255",
+        "data": {"dataset": "image_folder", "augment": {"crop": "pad", "padding": 2, "flip": True}},
+        "model": {"name": model},
+        "method": {"name": "fgsm"},
+        "optimizer": {"name": "sgd"},
+        "schedule": {"name": "cyclic", "max_lr": 0.05},
+        "phases": [{"epochs": 1, "batch_size": 16, "resolution": side}],
+    }
+    return reading.parse(settings | more, "test")
+
+
+def image_set(side: int) -> ImageSet:
+    pixels = torch.zeros(50, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    return ImageSet(pixels, torch.arange(50) % 10, tuple("0123456789"), "made up")
+
+
+@pytest.mark.parametrize(("model", "side"), [("resnet50", 64), ("convnext_tiny", 64), ("vit_b_16", 224)])
+def test_models_of_torchvision(model, side):
+    loader = Resident(image_set(side), CUDA)
+    step = build(config_of(model, side), loader, CUDA)
+    assert len(captured(step, next(loader.batches(0, 0, 16, 0, 1)))) > 500
+
+
+def test_two_phases_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "trouble", lambda learner: None)  # it asks for numbers
+    monkeypatch.setattr(Learner, "read_sums", lambda self: (1.0, 10, 50))
+    monkeypatch.setattr("fastrobust.data.loaders.Phases.enter", lambda self, index: Resident(image_set(16), CUDA))
+    monkeypatch.setattr("fastrobust.data.loaders.Phases.check_files", lambda self, count: None)
+    phases = [{"epochs": 2, "batch_size": size, "resolution": 16} for size in (25, 10)]
+    training = Training(config_of("preact_resnet18_w16", 16, phases=phases, guard={"action": "off"}), tmp_path, CUDA)
+    training.train()
+    assert isinstance(training.step._run, engine.GraphStep) and len(training.step._run.batch.images) == 10
+    assert sim.counts()["graph"] == 2 * 2 + 2 * 5
+
+
+@pytest.mark.parametrize("method", ["fgsm", "free"])
+def test_gradients_are_shared_within_the_graph(method, monkeypatch):
+    """One process, as torchrun starts it. `free` with 9 replays is at pass 100 when it is captured."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "common_store", lambda world: torch.distributed.HashStore())
+    monkeypatch.setitem(STEP_METHODS, "free", {"name": "free", "replays": 9})
+    with distributed.joined("cuda"):
+        noise = on_noise(method, "fp16", "cuda")
+        noise.step.learner.share_gradients()
+        nodes = captured(noise.step, next(noise.batches(1)))
+        assert nodes.count("ncclAllReduce") >= (9 if method == "free" else 1)
+        assert sim.graphs_with_nccl() == 1
+    assert sim.graphs_with_nccl() == 0
+
+
+def test_an_evaluation_at_two_radii(capsys):
+    """Each attack is captured; its batches have one shape, and so has the last."""
+    model = build_model(config_of("preact_resnet18_w16", 32), tuple("0123456789")).cuda().eval()
+    data = images(70).images.cuda().contiguous(memory_format=torch.channels_last)
+    for epsilon in (4 / 255, 8 / 255):
+        attack = Pgd(Setting(model, data, Threat(epsilon), epsilon / 4, 40, 0), (50, 10))
+        alive = torch.ones(70, dtype=torch.bool)
+        with evaluating(model):
+            list(attack.batches(0, alive))  # on the CPU: what is alive is known there
+            assert attack.static.run.__name__ == "replay" and len(sim.graph()) > 50
+            x, y = to_unit(data[:7]), torch.zeros(7, dtype=torch.int64, device="cuda")
+            survived, found = attack.run(x, y, torch.zeros_like(x))
+        assert len(survived) == len(found) == 7 and attack.batch_size == 35
+    assert "no CUDA graph" not in capsys.readouterr().err
+
+
+def test_the_simulation_forbids_what_cuda_forbids():
+    """Else the tests above would say nothing."""
+    number, event = torch.zeros((), device="cuda"), torch.cuda.Event()
+    event.record()
+    forbidden = {
+        "cudaStreamSynchronize": lambda: number.item(),
+        "cudaDeviceSynchronize": torch.cuda.synchronize,
+        "cudaEventQuery": lambda: event.query(),
+        "a wait for work from outside": lambda: torch.cuda.current_stream().wait_event(event),
+        "Unjoined": lambda: torch.cuda.Stream().wait_stream(torch.cuda.current_stream()),
+    }
+    for what, call in forbidden.items():
+        sim.reset()
+        with pytest.raises(RuntimeError):
+            record(call, CUDA, warm_up=0)
+        assert what in "".join(sim.errors()), (what, sim.errors())
+    sim.reset()
+    record(lambda: number.copy_(torch.zeros(()).pin_memory(), non_blocking=True), CUDA, warm_up=0)
+    assert sim.errors() == ["a captured copy between host and device"]
+    sim.reset()

@@ -1,0 +1,105 @@
+"""What a step may cost, seen without a GPU: it runs on fake tensors, which have shapes and no numbers. A step that asks for
+a number (`.item()`, `nonzero`, `if tensor:`) would make a GPU wait for the host, and cannot be captured: here it fails.
+How many operators a step calls and how many bytes they read and write has a ceiling, which may only be lowered."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from training_runs import STEP_METHODS, Noise, on_noise
+
+from fastrobust.attack.pgd import StaticAttack
+from fastrobust.attack.threat import Threat
+from fastrobust.attack.verdicts import evaluating
+from fastrobust.data.batch import Batch
+
+# of a step on 16 images of 8 x 8 pixels (`fgsm-ibp`: 28 x 28), by method and precision: operators, MB
+CEILINGS = {
+    "standard": {"fp32": (762, 48.5), "bf16": (922, 48.5), "fp16": (952, 51.3)},
+    "fgsm": {"fp32": (1271, 75.1), "bf16": (1487, 66.8), "fp16": (1525, 69.6)},
+    "fgsm-previous": {"fp32": (1268, 75.0), "bf16": (1484, 66.8), "fp16": (1522, 69.6)},
+    "fgsm-ibp": {"fp32": (840, 110.4), "bf16": (924, 104.7), "fp16": (962, 105.3)},
+    "n_fgsm": {"fp32": (1270, 75.1), "bf16": (1486, 66.8), "fp16": (1524, 69.6)},
+    "pgd": {"fp32": (1783, 101.5), "bf16": (2055, 85.0), "fp16": (2101, 87.8)},
+    "free": {"fp32": (1544, 98.0), "bf16": (1876, 98.2), "fp16": (1934, 103.8)},
+}
+SLACK = 1.05  # torch's versions differ by a little; a ceiling further above what is found must be lowered
+VIEWS = {
+    "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "permute", "select", "slice", "squeeze",
+    "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "split", "split_with_sizes",
+    "new_empty_strided", "empty_strided", "is_pinned", "lift_fresh",
+}  # fmt: skip
+
+
+class Count(TorchDispatchMode):
+    """Operators that do work, and the bytes of the tensors that they read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function._overloadpacket._qualified_op_name.split("::")[1] not in VIEWS:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.operators += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
+        return out
+
+
+def on_fakes(noise: Noise, take) -> Count:
+    """`take(batch)` on a batch without numbers: what it costs. What the step keeps is not changed, or is fake as well."""
+    batch = next(noise.batches(1))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, Count() as count, contextlib.ExitStack() as stack:
+        for name in ("cpu", "numpy", "tolist"):
+            stack.enter_context(mock.patch.object(torch.Tensor, name, side_effect=RuntimeError(f"a step calls {name}()")))
+        take(Batch(*(mode.from_tensor(t) for t in batch)))
+    return count
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("method", STEP_METHODS)
+def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
+    noise = on_noise(method, precision)
+    count = on_fakes(noise, noise.step.take)
+    found = count.operators, round(count.bytes / 1e6, 1)
+    for what, value, ceiling in zip(("operators", "MB"), found, CEILINGS[method][precision], strict=True):
+        assert value <= 1.01 * ceiling, f"the step has grown to {value} {what}"
+        assert ceiling <= SLACK * value, f"well done: lower the ceiling to {value} {what}"
+
+
+def test_an_attack_step_waits_for_nothing():
+    noise = on_noise("standard")
+    model, images = noise.step.learner.model, next(noise.batches(1)).images
+    static = StaticAttack(model, images.float() / 255, Threat(0.03), 0.01)
+    with evaluating(model):
+        assert on_fakes(noise, lambda batch: static.run()).operators > 100
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda learner: learner.correct.item(),
+        lambda learner: learner.lr_table.nonzero(),
+        lambda learner: learner.lr_table[learner.lr_table > 0],
+        lambda learner: 1 if learner.loss_sum > 0 else 0,
+        lambda learner: float(learner.lr),
+        lambda learner: learner.updates.tolist(),
+    ],
+    ids=["item", "nonzero", "mask", "if", "float", "tolist"],
+)
+def test_a_step_that_waits_is_found(question):
+    noise = on_noise(side=28)
+
+    def take(batch):
+        noise.step.take(batch)
+        question(noise.step.learner)
+
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError), match=r"aten|calls"):
+        on_fakes(noise, take)
