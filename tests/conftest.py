@@ -216,3 +216,10 @@ def resume(begin):
         return job
 
     return make
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Inside, Triton's kernels run: without a GPU in its interpreter, which must be asked for before they are imported."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
