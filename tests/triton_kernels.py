@@ -22,4 +22,3 @@ def missing() -> str | None:
 
 
 needs_kernels = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-

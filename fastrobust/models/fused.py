@@ -1,7 +1,7 @@
 """BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
 
-Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use the
-kernels of `norm_kernels`, and counts BatchNorm's batches for all layers at once. Names of weights and buffers stay.
+Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
+the kernels of `norm_kernels`, and counts BatchNorm's batches for all layers at once. Names of weights and buffers stay.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """BatchNorm and ReLU (and a residual sum before or after the BatchNorm) on channels-last activations, as Triton kernels.
 
-A training pass reads its input twice and writes once, a backward pass reads input and gradient twice and writes once. Sums are
-fp32, of means and squared distances from them (Chan et al., 1979), so that a large mean costs no digits. The programs that
-sum over a part of the rows leave their parts in memory; the last of them to finish adds all up, always in the same order.
+A training pass reads its input twice and writes once, a backward pass reads input and gradient twice and writes once. Sums
+are fp32, of means and squared distances from them (Chan et al., 1979), so that a large mean costs no digits. The programs
+that sum over a part of the rows leave their parts in memory; the last to finish adds all up, always in the same order.
 
 Importing this needs Triton; `fastrobust.models.fused` does it where there is one.
 """
@@ -38,7 +38,8 @@ def _statistics(
     p, programs = tl.program_id(0), tl.num_programs(0)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside, end = c < C, tl.minimum((p + 1) * rows, M)
-    mu, m2 = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+    # every place of the tile has a mean and squared distances of its own: nothing is exchanged between threads on the way
+    means, m2s, tiles = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32), 0.0
     for m in range(p * rows, end, BM):
         i = m + tl.arange(0, BM)
         at, ok = i[:, None] * C + c[None, :], (i < end)[:, None] & inside[None, :]
@@ -47,12 +48,13 @@ def _statistics(
             v = (v + tl.load(add + at, ok, 0.0).to(tl.float32)).to(z.dtype.element_ty)
             tl.store(z + at, v, ok)
             v = v.to(tl.float32)
-        before, here = (m - p * rows).to(tl.float32), tl.minimum(BM, end - m).to(tl.float32)
-        tile = tl.sum(v, 0) / here
-        distance = tl.where(ok, v - tile[None, :], 0.0)
-        both = before + here
-        m2 += tl.sum(distance * distance, 0) + (tile - mu) * (tile - mu) * (before * here / both)
-        mu += (tile - mu) * (here / both)
+        tiles += 1.0
+        distance = tl.where(ok, v - means, 0.0)
+        means += distance / tiles
+        m2s += distance * (v - means)
+    taken = tl.maximum((end - p * rows - tl.arange(0, BM) + BM - 1) // BM, 0).to(tl.float32)[:, None]
+    mu = tl.sum(taken * means, 0) / (end - p * rows)
+    m2 = tl.sum(m2s + taken * (means - mu[None, :]) * (means - mu[None, :]), 0)
     tl.store(part + 2 * p * C + c, mu, inside)
     tl.store(part + (2 * p + 1) * C + c, m2, inside)
     if _last(counter, programs):
@@ -128,25 +130,25 @@ def _sums_of_gradients(
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     inside, end = c < C, tl.minimum((p + 1) * rows, M)
     mu, rs, a, b = _channels(mean, spread, weight, bias, c, inside, eps, TRAIN)
-    s, t = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+    s, t = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
     for m in range(p * rows, end, BM):
         i = m + tl.arange(0, BM)
         at, ok = i[:, None] * C + c[None, :], (i < end)[:, None] & inside[None, :]
         v = tl.load(x + at, ok, 0.0).to(tl.float32)
         d = _through_relu(v, dy, y, at, ok, a, b, AFTER)
-        s += tl.sum(d, 0)
-        t += tl.sum(d * (v - mu[None, :]) * rs[None, :], 0)
-    tl.store(part + 2 * p * C + c, s, inside)
-    tl.store(part + (2 * p + 1) * C + c, t, inside)
+        s += d
+        t += d * (v - mu[None, :])
+    tl.store(part + 2 * p * C + c, tl.sum(s, 0), inside)
+    tl.store(part + (2 * p + 1) * C + c, tl.sum(t, 0) * rs, inside)
     if _last(counter, programs):
-        s, t = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+        db, dw = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
         for q in range(0, programs, BP):
             i = q + tl.arange(0, BP)
             at, ok = 2 * i[:, None] * C + c[None, :], (i < programs)[:, None] & inside[None, :]
-            s += tl.sum(tl.load(part + at, ok, 0.0, cache_modifier=".cg"), 0)
-            t += tl.sum(tl.load(part + at + C, ok, 0.0, cache_modifier=".cg"), 0)
-        tl.store(dbias + c, s, inside)
-        tl.store(dweight + c, t, inside)
+            db += tl.sum(tl.load(part + at, ok, 0.0, cache_modifier=".cg"), 0)
+            dw += tl.sum(tl.load(part + at + C, ok, 0.0, cache_modifier=".cg"), 0)
+        tl.store(dbias + c, db, inside)
+        tl.store(dweight + c, dw, inside)
 
 
 @triton.jit
@@ -210,7 +212,7 @@ def norm_relu(
         part = torch.empty(grid[0], 2, c, device=x.device)
         _statistics[grid](
             x, given, z, part, _counter(x, columns), mean, rstd, running_mean, running_var,
-            m, c, rows, eps, momentum, m / (m - 1), ADD=before, BM=ROWS, BC=bc, BP=PARTS,
+            m, c, rows, eps, momentum, m / (m - 1), ADD=before, BM=ROWS, BC=bc, BP=PARTS, num_warps=8,
         )  # fmt: skip
         seen = z if before else x
     _normalise[triton.cdiv(m, ROWS), columns](
@@ -235,8 +237,8 @@ def norm_relu_backward(
     x: Tensor, dy: Tensor, dz: Tensor | None, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, spread: Tensor,
     eps: float, train: bool, sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dx, dadd, dweight, dbias). x: what was normalised; y: given where the sum came after; dadd is empty elsewhere. spread:
-    1 / standard deviation, or the running variance without `train`. The last two are empty unless `sums`."""
+    """(dx, dadd, dweight, dbias). x: what was normalised; y: given where the sum came after; dadd is empty elsewhere.
+    spread: 1 / standard deviation, or the running variance without `train`. The last two are empty unless `sums`."""
     m, c, bc = _shape(x)
     dx, dadd, dweight, dbias = _gradients(x, y, sums)
     columns, after = triton.cdiv(c, bc), y is not None
@@ -246,7 +248,7 @@ def norm_relu_backward(
         part = torch.empty(grid[0], 2, c, device=x.device)
         _sums_of_gradients[grid](
             x, dy, y if after else x, part, _counter(x, columns), mean, spread, weight, bias, dweight, dbias,
-            m, c, rows, eps, TRAIN=train, AFTER=after, BM=ROWS, BC=bc, BP=PARTS,
+            m, c, rows, eps, TRAIN=train, AFTER=after, BM=ROWS, BC=bc, BP=PARTS, num_warps=8,
         )  # fmt: skip
     _gradient[triton.cdiv(m, ROWS), columns](
         x, dy, x if dz is None else dz, y if after else x, dx, dadd, mean, spread, weight, bias, dweight, dbias,

@@ -36,8 +36,8 @@ def pixels(shape, dtype, seed: int, offset: float = 0.0) -> torch.Tensor:
 
 
 def reference(layer, x, add, dy, where, dz=None, stored=None):
-    """Results and gradients by name in fp64, by torch's own operations. `where` the sum comes: before, after, nowhere. stored:
-    the sum as the kernel rounded it, which goes on from there."""
+    """Results and gradients by name in fp64, by torch's own operations. `where` the sum comes: before, after, nowhere.
+    stored: the sum as the kernel rounded it, which goes on from there."""
     exact = copy.deepcopy(layer).double()
     exact.kernels = None
     x = x.double().requires_grad_()
