@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from fastrobust.runtime.distributed import ALONE
 from fastrobust.train import start
 from fastrobust.train.training import Training
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU kernels run in its interpreter
 torch.set_num_threads(1)  # the models here are too small to gain from more
 
 
@@ -216,10 +219,3 @@ def resume(begin):
         return job
 
     return make
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    """Inside, Triton's kernels run: without a GPU in its interpreter, which must be asked for before they are imported."""
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")

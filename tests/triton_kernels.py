@@ -1,4 +1,4 @@
-"""Where Triton's kernels can be tested: on a GPU, or in Triton's interpreter on a CPU."""
+"""Where Triton's kernels can be tested: on a GPU, or in Triton's interpreter on a CPU (see conftest.py)."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ class Step:
 
     def __call__(self, batch: Batch) -> None:
         if self._run is None:
+            self.learner.refresh()
             self._run = engine.prepare(self.engine, self.take, batch, self)
         self._run(batch)
 
@@ -105,6 +106,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE) ->
         schedules.lr_table(config, len(loader)),
         precision=config.precision,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
+        kernels=engine.wants_kernels(config.engine, device),
     )
     if world.joined:
         learner.share_gradients()

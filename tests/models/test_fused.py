@@ -65,7 +65,7 @@ def relative(found, expected) -> float:
 @pytest.mark.parametrize("where", ["nowhere", "before", "after"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 9), (4, 64, 5, 5), (2, 80, 12, 13)], ids=str)
-def test_kernels_are_torch_in_fp64(kernels, dtype, where, train, shape):
+def test_kernels_are_torch_in_fp64(dtype, where, train, shape):
     """Odd sizes, channels that fill no tile, two tiles of channels; values and every gradient."""
     layer = norm(shape[1], True, train)
     x, dy = pixels(shape, dtype, 0, 0.5).requires_grad_(), pixels(shape, dtype, 1)
@@ -93,7 +93,7 @@ def test_kernels_are_torch_in_fp64(kernels, dtype, where, train, shape):
 
 
 @needs_kernels
-def test_a_large_mean_costs_no_digits(kernels):
+def test_a_large_mean_costs_no_digits():
     """The mean is 1,000 standard deviations: sums of squares would lose the variance in fp32."""
     layer, x, dy = norm(5, True), pixels((8, 5, 9, 9), torch.float32, 0, 1000.0), pixels((8, 5, 9, 9), torch.float32, 1)
     expected = reference(layer, x, None, dy, "nowhere")
@@ -102,7 +102,7 @@ def test_a_large_mean_costs_no_digits(kernels):
 
 
 @needs_kernels
-def test_an_attack_asks_for_no_gradient_of_weights(kernels):
+def test_an_attack_asks_for_no_gradient_of_weights():
     layer = norm(5, True).requires_grad_(False)
     x = pixels((2, 5, 4, 4), torch.float32, 0).requires_grad_()
     (gradient,) = torch.autograd.grad(norm_relu(layer, x)[1].square().sum(), x)
@@ -113,7 +113,7 @@ def test_an_attack_asks_for_no_gradient_of_weights(kernels):
 
 
 @needs_kernels
-def test_numbers_that_are_none_stay_so(kernels):
+def test_numbers_that_are_none_stay_so():
     """Divergence must not hide behind the ReLU."""
     layer, x = norm(5, True), pixels((2, 5, 4, 4), torch.float32, 0)
     x[1, 2, 3, 3] = torch.nan
@@ -133,7 +133,7 @@ def networks():
 
 @needs_kernels
 @pytest.mark.parametrize(("name", "plain_norms"), [("ours", 0), ("paper", 0), ("basic", 3), ("bottleneck", 4)])
-def test_a_network_with_kernels_is_the_network(kernels, monkeypatch, name, plain_norms):
+def test_a_network_with_kernels_is_the_network(monkeypatch, name, plain_norms):
     """Logits, the gradients of every weight and of the input, and the whole state are as near to those in fp64 as torch's
     are. A BatchNorm in a shortcut has no ReLU."""
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_a_network_with_kernels_is_the_network(kernels, monkeypatch, name, plain
 
 
 @needs_kernels
-def test_compiled_kernels_are_those(kernels):
+def test_compiled_kernels_are_those():
     """torch.compile sees the kernels as operations that it leaves alone."""
     torch._dynamo.reset()
     found = []
