@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # elements for each program
+BLOCK = 2048  # elements for each program
 
 
 @triton.jit
