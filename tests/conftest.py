@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -22,6 +23,8 @@ from fastrobust.runtime.distributed import ALONE
 from fastrobust.train import start
 from fastrobust.train.training import Training
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU kernels run in its interpreter
 torch.set_num_threads(1)  # the models here are too small to gain from more
 
 

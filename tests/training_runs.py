@@ -117,8 +117,15 @@ class Noise(NamedTuple):
         return self.loader.batches(0, 0, 16, 0, count)
 
 
-def on_noise(method: str = "fgsm", precision: str = "fp32", device: str = "cpu", warmup: float = 0, side: int = 8) -> Noise:
-    """A step at its start, run eagerly. side: of the images, in pixels; small ones still use all of the network."""
+def on_noise(
+    method: str = "fgsm",
+    precision: str = "fp32",
+    device: str = "cpu",
+    warmup: float = 0,
+    side: int = 8,
+    engine: str = "eager",
+) -> Noise:
+    """A step at its start. side: of the images, in pixels; small ones still use all of the network."""
     side = 28 if method == "fgsm-ibp" else side
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -126,7 +133,7 @@ def on_noise(method: str = "fgsm", precision: str = "fp32", device: str = "cpu",
     settings = {
         "name": "noise",
         "device": device,
-        "engine": "eager",
+        "engine": engine,
         "loader": "resident",
         "precision": precision,
         "epsilon": "8/255",

@@ -161,7 +161,7 @@ class Config(Section):
     output: Place = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph"] = "auto"
+    engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = "auto"
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastrobust.models.fused import norm_relu
 
 
 class PaperPreActBlock(nn.Module):
     """BatchNorm-ReLU-conv twice. A strided or widening block projects its shortcut from the block's raw input; in He et al.
-    (2016), and in `preact_resnet18`, it is projected from the activated input."""
+    (2016), and in `preact_resnet18`, it is projected from the activated input. Input and output are pairs (x, what is to be
+    added to x or None): the next BatchNorm adds."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -20,9 +22,10 @@ class PaperPreActBlock(nn.Module):
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(F.relu(self.bn1(x)))
-        return self.conv2(F.relu(self.bn2(out))) + self.shortcut(x)
+    def forward(self, pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        x, out = norm_relu(self.bn1, *pair)
+        _, out = norm_relu(self.bn2, self.conv1(out))
+        return self.conv2(out), self.shortcut(x)
 
 
 class PaperPreActResNet18(nn.Module):
@@ -40,8 +43,9 @@ class PaperPreActResNet18(nn.Module):
         self.linear = nn.Linear(512, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear((out if self.bn is None else F.relu(self.bn(out))).mean((2, 3)))
+        pair = self.layer4(self.layer3(self.layer2(self.layer1((self.conv1(x), None)))))
+        out = sum(pair) if self.bn is None else norm_relu(self.bn, *pair)[1]
+        return self.linear(out.mean((2, 3)))
 
 
 def preact_resnet18_paper(channels: int = 3, classes: int = 10) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastrobust.models.fused import norm_relu
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm-ReLU-conv twice; a strided or widening block projects its shortcut after the first activation."""
+    """BatchNorm-ReLU-conv twice; a strided or widening block projects its shortcut after the first activation. Input and
+    output are pairs (x, what is to be added to x or None): the next BatchNorm adds."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -19,11 +21,11 @@ class PreActBlock(nn.Module):
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
+    def forward(self, pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        x, out = norm_relu(self.bn1, *pair)
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        out = self.conv1(out)
-        return self.conv2(F.relu(self.bn2(out))) + shortcut
+        _, out = norm_relu(self.bn2, self.conv1(out))
+        return self.conv2(out), shortcut
 
 
 class PreActResNet18(nn.Module):
@@ -42,7 +44,7 @@ class PreActResNet18(nn.Module):
         self.linear = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn(self.blocks(self.conv(x))))
+        _, out = norm_relu(self.bn, *self.blocks((self.conv(x), None)))
         return self.linear(out.mean((2, 3)))
 
 

@@ -5,6 +5,7 @@ sums are over all processes, and what else process r has of its own (random gene
 state of the method) is stored as `rank{r}.…`, for r = 0 plainly.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,13 +61,26 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "format": 3,
         "config": training.config.to_dict(),
         "position": training.position.model_dump(by_alias=True),
-        "history": training.history,
+        "history": list(training.history),
         "scaler": stored["scaler"],
         "good_epoch": training.good_epoch,
         "data": training.data_checksum,
         "examples": len(training.loader),
         "processes": world.size,
     }
+
+
+def to_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """(the tensors in the host's memory, a function that waits until they are there). The copies are begun in the order of
+    the device's work and nothing waits for them: what comes later can change the tensors."""
+    devices = {t.device for t in tensors.values() if t.is_cuda}
+    if not devices:
+        return tensors, lambda: None
+    copies = {}
+    for name, t in tensors.items():
+        copies[name] = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) if t.is_cuda else t
+    events = [torch.cuda.current_stream(device).record_event() for device in devices]
+    return copies, lambda: [event.synchronize() for event in events] and None
 
 
 def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:

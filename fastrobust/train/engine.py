@@ -1,4 +1,5 @@
-"""How a training step is run: eagerly, compiled, or captured whole as one CUDA graph. The step is the same function.
+"""How a training step is run: eagerly, compiled, or captured whole as one CUDA graph; `fused` means kernels of our own
+(`models/fused.py`, `shadow.py`). The step is the same function.
 
 A step takes a batch and changes tensors in place; nothing else leaves it. So it can be run on static buffers,
 recorded once on a CUDA stream, and replayed: learning rate, loss scale, random numbers and sums are device tensors that
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from fastrobust.data.batch import Batch
+from fastrobust.models.fused import have_kernels
 from fastrobust.runtime.cuda_graph import record
 from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
@@ -33,9 +35,15 @@ def choose(engine: str, device: torch.device) -> str:
 
 def available(engine: str, device: torch.device) -> str:
     """The engine of a run that is resumed on this device: a run begun on a GPU goes on without graphs on a CPU."""
-    return (
-        engine.replace("compile+cuda_graph", "compile").replace("cuda_graph", "eager") if device.type != "cuda" else engine
-    )
+    return engine.replace("+cuda_graph", "").replace("cuda_graph", "eager") if device.type != "cuda" else engine
+
+
+def wants_kernels(engine: str, device: torch.device) -> bool:
+    """Whether the engine asks for Triton's kernels; where there are none it is said, and torch's do the same work."""
+    if "fused" in engine and not have_kernels(device):
+        why = "they need a GPU" if device.type != "cuda" else "they need Triton, which is not installed"
+        print(f"warning: engine {engine} goes on without kernels of its own: {why}", file=sys.stderr)
+    return "fused" in engine
 
 
 def set_deterministic(on: bool) -> None:

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.attack.gradient import frozen
+from fastrobust.models import fused
 from fastrobust.runtime import cuda_graph
 from fastrobust.train import interval_bounds
 from fastrobust.train.averaging import Average
 from fastrobust.train.optimizers import set_rates
+from fastrobust.train.shadow import Shadow
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +31,9 @@ class Learner:
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
     be lost. The sign of a gradient does not depend on the scale. Weights and sums are fp32 in every precision.
+
+    kernels: BatchNorm and ReLU run as Triton's kernels where there are any; in half precisions with SGD the passes use
+    half-precision weights beside the fp32 ones (`shadow.py`), and an update is a few kernels.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Learner:
         label_smoothing: float = 0.0,
         clip_gradients: float | None = None,
         averaging: float | None = None,
+        kernels: bool = False,
     ):
         self.model = model
         self.device = next(model.parameters()).device
@@ -58,10 +64,16 @@ class Learner:
         self.shared: nn.Module | None = None
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
         self.average = None if averaging is None else Average(model, averaging)
+        self.shadow: Shadow | None = None
+        self.count = fused.prepare(model, kernels) if kernels or self.device.type == "cuda" else lambda: None
+        plain_sgd = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None
+        if kernels and precision != "fp32" and plain_sgd and all(g["factor"] == 1 for g in self.optimizer.param_groups):
+            self.shadow = Shadow(model, self.optimizer, DTYPES[precision])
 
     def share_gradients(self) -> None:
         """From here on weight gradients are averaged over all processes, while the backward pass of an update is still
         going on. Attack passes use the bare model and exchange nothing."""
+        self.shadow = None  # gradients are exchanged in the fp32 weights' own buckets
         ddp = nn.parallel.DistributedDataParallel
         no_buffers = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
         on_stream = cuda_graph.on_stream(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -71,7 +83,9 @@ class Learner:
 
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast:
-            return self.model(x).float()
+            logits = (self.shadow or self.model)(x).float()
+        self.count()
+        return logits
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, of attack and update."""
@@ -83,7 +97,7 @@ class Learner:
         if self.batchnorm_in_attack == "eval":
             self.model.eval()
         try:
-            with frozen(self.model):
+            with frozen(self.model), frozen(self.shadow or self.model):
                 x = x.detach().requires_grad_()
                 logits = self.forward(x)
                 loss = self.scaler.scale(self.loss(logits, y))
@@ -95,6 +109,8 @@ class Learner:
     def update(self, x: Tensor, y: Tensor, box: tuple[Tensor, Tensor] | None = None, ibp_weight: float = 0.0) -> None:
         """One optimiser step on the loss at x; adds to the running sums. With a box (lower and upper pixels) a part
         `ibp_weight` of the loss is its bound over the box, in fp32 whatever the precision."""
+        if box is not None:
+            self.shadow = None  # the bound goes through the fp32 weights
         logits = self._forward_of_update(x.detach())
         bound = None if box is None else F.cross_entropy(interval_bounds.worst_differences(self.model, *box, y), y)
         self._step(logits, y, bound, ibp_weight)
@@ -102,25 +118,32 @@ class Learner:
     def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor:
         """`update`, and the gradient with respect to x out of the same backward pass."""
         x = x.detach().requires_grad_()
-        self._step(self._forward_of_update(x), y)
+        self._step(self._forward_of_update(x), y, x=x)
         return x.grad
 
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
 
-    def _step(self, logits: Tensor, y: Tensor, bound: Tensor | None = None, ibp_weight: float = 0.0) -> None:
+    def _step(self, logits: Tensor, y: Tensor, bound: Tensor | None = None, ibp_weight: float = 0.0, x=None) -> None:
         loss = self.loss(logits, y)
         if bound is not None:
             loss = torch.lerp(loss, bound, ibp_weight)
         self.lr.copy_(self.now(self.lr_table))
-        set_rates(self.optimizer, self.lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.clip_gradients is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.shadow is None:
+            set_rates(self.optimizer, self.lr)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss).backward()
+            if self.clip_gradients is not None:
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            wanted = self.shadow.differentiated() + ([] if x is None else [x])
+            gradients = list(torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True))
+            if x is not None:
+                x.grad = gradients.pop()
+            self.shadow.update(gradients, self.lr, self.scaler)
         if self.average is not None:
             self.average.update(self.updates)
         self.updates.add_(1)
@@ -166,9 +189,15 @@ class Learner:
         with torch.no_grad():
             for name, t in mine.items():
                 t.copy_(state["tensors"][name])
+            self.refresh()
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
             self.scaler.load_state_dict(state["scaler"])
+
+    def refresh(self) -> None:
+        """After the model's weights were written from outside."""
+        if self.shadow is not None:
+            self.shadow.refresh()
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -58,6 +58,7 @@ class Step:
 
     def __call__(self, batch: Batch) -> None:
         if self._run is None:
+            self.learner.refresh()
             self._run = engine.prepare(self.engine, self.take, batch, self)
         self._run(batch)
 
@@ -109,6 +110,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         label_smoothing=config.label_smoothing,
         clip_gradients=config.clip_gradients,
         averaging=None if config.averaging is None else config.averaging.decay,
+        kernels=engine.wants_kernels(config.engine, device),
     )
     if world.joined:
         learner.share_gradients()

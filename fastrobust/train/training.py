@@ -1,5 +1,6 @@
 """A run: epochs, metrics, the guard, checkpoints and signals, around a `Step`."""
 
+import contextlib
 import json
 import signal
 import time
@@ -16,6 +17,7 @@ from fastrobust.data.augment import center_crop
 from fastrobust.data.held_out import evenly_spaced
 from fastrobust.data.order import end_of_pass
 from fastrobust.runtime import memory, run_directory
+from fastrobust.runtime.background import Background
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.interrupt import Interrupted, handled
@@ -57,6 +59,7 @@ class Training:
         self.asked: int | None = None  # the signal that this process got
         self.signum: int | None = None  # the one that all processes stop for
         self.saved = time.monotonic()
+        self.writer = Background()  # of checkpoints
 
     # state
 
@@ -72,8 +75,18 @@ class Training:
         self.guarded = self.robust_before = None
 
     def save(self) -> None:
+        """Begins to write a checkpoint of this moment, when the one before is written; training goes on meanwhile. Raises
+        what went wrong with the one before."""
+        self.world.first(self.writer.wait)
         tensors, facts = checkpoint.pack(self)
-        self.world.first(lambda: run_directory.save_checkpoint(self.directory, tensors, facts))
+        if self.world.rank == 0:
+            tensors, arrive = checkpoint.to_host(tensors)
+
+            def write() -> None:
+                arrive()
+                run_directory.save_checkpoint(self.directory, tensors, facts)
+
+            self.writer.start(write)
         self.saved = time.monotonic()
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -84,7 +97,16 @@ class Training:
 
     def train(self) -> None:
         """Train from where the run stands to its end. Raises Interrupted after a signal, and FastrobustError when the loss
-        is no longer a number."""
+        is no longer a number. The last checkpoint is on disk when this returns or raises."""
+        try:
+            self._train()
+        except BaseException:
+            with contextlib.suppress(FastrobustError):  # the first error is the one to tell
+                self.writer.wait()
+            raise
+        self.world.first(self.writer.wait)
+
+    def _train(self) -> None:
         config, position = self.config, self.position
         steps = [schedules.steps_in(config, phase, len(self.loader)) for phase in config.phases]
         done = sum(steps[: position.phase]) + position.step
@@ -243,12 +265,15 @@ class Training:
         long ago. Under torchrun they ask each other at some steps only; this does not wait for a GPU."""
         if self.world.joined and step % AGREE_EVERY:
             return False
+        if not self.world.joined:
+            self.writer.check()
         found = self.world.gather((self.asked, time.monotonic() - self.saved > CHECKPOINT_SECONDS))
         self.signum = next((asked for asked, _ in found if asked is not None), None)
         return self.signum is not None or any(late for _, late in found)
 
     def _stop_if_asked(self) -> None:
         if self.signum is not None:
+            self.world.first(self.writer.wait)
             raise Interrupted(self.signum, self.directory)
 
     def _save_within_epoch(self) -> None:

@@ -148,10 +148,10 @@ def test_a_block_of_the_paper_whose_branch_is_silent_gives_its_projected_input()
     nn.init.zeros_(block.conv2.weight)
     x = torch.randn(3, 2, 8, 8)
     projected = torch.einsum("nchw,oc->nohw", x[:, :, ::2, ::2], block.shortcut[0].weight[:, :, 0, 0])
-    torch.testing.assert_close(block(x), projected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum(block((x, None))), projected, rtol=1e-5, atol=1e-6)
     plain = PaperPreActBlock(4, 4, 1).eval()
     nn.init.zeros_(plain.conv2.weight)
-    assert torch.equal(plain(projected), projected) and (projected < 0).any()
+    assert torch.equal(sum(plain((projected, None))), projected) and (projected < 0).any()
 
 
 @pytest.mark.parametrize(("name", "classes"), [("preact_resnet18_w16", 7), ("preact_resnet18_paper", 3), ("resnet18", 5)])

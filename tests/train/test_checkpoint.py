@@ -3,9 +3,12 @@ bits as a run that nothing disturbed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -277,3 +280,65 @@ def test_a_long_epoch_is_saved_in_its_middle(config_of, begin, resume, monkeypat
     assert job.position.step == 6
     job.train()
     assert_same_end(job, reference)
+
+
+# ---- written beside the training
+
+
+def test_a_checkpoint_is_of_its_moment_however_long_it_takes(config_of, begin, monkeypatch):
+    """Training goes on while the first is written: two more steps are taken before its tensors are read."""
+    written, stepped, save = {"reference": [], "run": []}, threading.Event(), run_directory.save_checkpoint
+
+    def slow(directory, tensors, facts):
+        if directory.name == "run" and not written["run"]:
+            assert stepped.wait(60)
+        written[directory.name].append(({name: t.clone() for name, t in tensors.items()}, json.loads(json.dumps(facts))))
+        save(directory, tensors, facts)
+
+    monkeypatch.setattr(run_directory, "save_checkpoint", slow)
+    reference = begin(config_of(), "reference")
+    reference.train()
+    job = begin(config_of())
+    before_step(job, 6, stepped.set)  # the first is of 4 steps
+    job.train()
+    for (tensors, facts), (expected, expected_facts) in zip(written["run"], written["reference"], strict=True):
+        assert same(tensors, expected) and len(facts["history"]) == len(expected_facts["history"])
+    assert_same_end(job, reference)
+
+
+@pytest.mark.parametrize("error", [RunError("no space left"), ZeroDivisionError()], ids=["of the disk", "of the program"])
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(config_of, begin, monkeypatch, error):
+    job, fifth, taken = begin(config_of()), threading.Event(), []
+
+    def fail(*arguments):
+        fifth.wait(60)
+        raise error
+
+    monkeypatch.setattr(run_directory, "save_checkpoint", fail)
+    before_step(job, 5, lambda: fifth.set() or job.writer._thread.join())
+    take = job.step.take
+    job.step.take = lambda batch: taken.append(1) or take(batch)
+    with pytest.raises(type(error)):
+        job.train()
+    assert len(taken) == 5, "four in the first epoch, and the one that was under way"
+
+
+def test_the_last_checkpoint_is_on_disk_when_training_ends_or_breaks_off(config_of, begin, monkeypatch):
+    save = run_directory.save_checkpoint
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        save(*arguments)
+
+    monkeypatch.setattr(run_directory, "save_checkpoint", slow)
+    job, broken, stopped = (begin(config_of(), name) for name in ("whole", "broken", "stopped"))
+    job.train()
+    assert run_directory.load_checkpoint(job.directory)[1]["position"]["phase"] == 1
+    before_step(broken, 5, crash)
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    assert run_directory.load_checkpoint(broken.directory)[1]["position"]["pass"] == 1
+    stop_at(stopped, 6)
+    with pytest.raises(Interrupted):
+        stopped.train()
+    assert run_directory.load_checkpoint(stopped.directory)[1]["position"]["step"] == 6

@@ -85,7 +85,13 @@ def test_choose():
 
 @pytest.mark.parametrize(
     ("begun", "on_a_cpu"),
-    [("cuda_graph", "eager"), ("compile+cuda_graph", "compile"), ("compile", "compile"), ("eager", "eager")],
+    [
+        ("cuda_graph", "eager"),
+        ("compile+cuda_graph", "compile"),
+        ("compile", "compile"),
+        ("eager", "eager"),
+        ("fused+cuda_graph", "fused"),
+    ],
 )
 def test_a_run_that_was_begun_on_a_gpu_has_an_engine_on_a_cpu(begun, on_a_cpu):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")

@@ -1,0 +1,137 @@
+"""BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
+
+Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
+the kernels of `norm_kernels`, and counts BatchNorm's batches for all layers at once. Names of weights and buffers stay.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def have_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels can run there: on a GPU, or anywhere in its interpreter, which shows numbers and no speed."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class CountedNorm(nn.BatchNorm2d):
+    """A BatchNorm2d that notes that it has seen a batch instead of counting at once (`prepare`)."""
+
+    waiting: list[Tensor]
+    kernels: str | None  # the kind of device on which the kernels are used
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler puts the counting beside other work
+            return super().forward(x)
+        self.note()
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+        )
+
+    def note(self) -> None:
+        if self.training:
+            self.waiting.append(self.num_batches_tracked)
+
+
+class CountedNormRelu(CountedNorm):
+    """The same with the ReLU that follows it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_relu(self, x)[1]
+
+
+def norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(z, relu(norm(z))) of z = x + add, or of z = x. x, add: N x C x H x W."""
+    if _fits(norm, x, add):
+        z, y = _kernels(norm, x, add, after=False)
+        return (x if add is None else z), y
+    z = x if add is None else x + add
+    return z, F.relu(_plain(norm, z))
+
+
+def norm_add_relu(norm: nn.Module, x: Tensor, add: Tensor) -> Tensor:
+    """relu(norm(x) + add)."""
+    return _kernels(norm, x, add, after=True)[1] if _fits(norm, x, add) else F.relu(_plain(norm, x) + add)
+
+
+def _plain(norm: nn.Module, x: Tensor) -> Tensor:
+    return CountedNorm.forward(norm, x) if isinstance(norm, CountedNorm) else norm(x)
+
+
+def _fits(norm: nn.Module, x: Tensor, add: Tensor | None) -> bool:
+    """Whether the kernels can do this."""
+    if getattr(norm, "kernels", None) != x.device.type or x.dtype not in DTYPES or not x.numel() < 2**31 - 2**16:
+        return False
+    alike = add is None or (add.shape == x.shape and add.dtype == x.dtype)
+    given = (x,) if add is None else (x, add)
+    flat = all(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in given)
+    return alike and flat and x.numel() > x.shape[1]
+
+
+def _kernels(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool) -> tuple[Tensor, Tensor]:
+    from fastrobust.models.norm_kernels import NormRelu
+
+    if norm.training and torch.compiler.is_compiling():
+        norm.num_batches_tracked.add_(1)
+    else:
+        norm.note()
+    averages = norm.running_mean, norm.running_var, norm.momentum, norm.eps
+    return NormRelu.apply(x, add, norm.weight, norm.bias, *averages, norm.training, after)
+
+
+def prepare(model: nn.Module, kernels: bool = False) -> Callable[[], None]:
+    """Lets the BatchNorm2d of a model note their batches, and with `kernels` run as kernels where a ReLU follows: in our
+    networks and in torchvision's ResNets. Returns a function that counts what was noted, with one kernel: call it after each
+    forward pass. The module is changed; names and values of its state are not."""
+    waiting: list[Tensor] = []
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm2d, CountedNorm) and _usual(module):
+            device = module.weight.device
+            module.kernels = device.type if kernels and have_kernels(device) else None
+            module.__class__, module.waiting = CountedNorm, waiting
+    for module in model.modules() if kernels else ():
+        if type(module).__module__ == "torchvision.models.resnet":
+            _resnet(module)
+
+    def count() -> None:
+        if waiting:
+            times = Counter(map(id, waiting))
+            each = list({id(t): t for t in waiting}.values())
+            torch._foreach_add_(each, [times[id(t)] for t in each])
+            waiting.clear()
+
+    return count
+
+
+def _usual(norm: nn.BatchNorm2d) -> bool:
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
+
+
+def _resnet(module: nn.Module) -> None:
+    """One of torchvision's modules for ResNets: blocks add before their last ReLU, the first BatchNorm has a ReLU too."""
+    kind = type(module).__name__
+    if kind in ("Bottleneck", "BasicBlock"):
+        module.forward = MethodType(_block, module)
+    elif kind == "ResNet" and type(module.bn1) is CountedNorm:
+        module.bn1.__class__, module.relu = CountedNormRelu, nn.Identity()
+
+
+def _block(block: nn.Module, x: Tensor) -> Tensor:
+    shortcut = x if block.downsample is None else block.downsample(x)
+    _, out = norm_relu(block.bn1, block.conv1(x))
+    if not hasattr(block, "conv3"):
+        return norm_add_relu(block.bn2, block.conv2(out), shortcut)
+    _, out = norm_relu(block.bn2, block.conv2(out))
+    return norm_add_relu(block.bn3, block.conv3(out), shortcut)
