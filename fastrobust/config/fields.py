@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from fastrobust.config.numbers import parse_number
 
 
-def _pixels(value: float) -> float:
-    if value > 1:
+def _pixels(value: float, info: ValidationInfo) -> float:
+    if value > 1 and (info.context or {}).get("norm") != "l2":  # distances between images in L2 are often above 1
         raise ValueError(f"{value:g} is larger than the pixel range [0, 1]; did you mean {value:g}/255?")
     return value
 

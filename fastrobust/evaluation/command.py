@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fastrobust.config.numbers import describe
+from fastrobust.attack.threat import ball
+from fastrobust.config.numbers import ball_in_words
 from fastrobust.evaluation import masking, results
 from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
 from fastrobust.evaluation.trained import Trained, open_trained
@@ -32,6 +33,13 @@ def evaluate_in(world, device, arguments) -> int:
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
     attack, radii = as_named(attack), arguments.epsilon or [settings.epsilon[0]]
     names = attack_names(attack)
+    norm = arguments.norm or trained.config.norm
+    if norm != trained.config.norm and not arguments.epsilon:
+        raise ConfigError(f"--norm {norm} needs --epsilon: the run's own radius is of the norm {trained.config.norm}")
+    for option, values in (("--epsilon", radii), ("--alpha", [arguments.alpha or 0])):
+        if norm == "linf" and max(values) > 1:
+            meant = f"did you mean {max(values):g}/255? Only with --norm l2 it may be larger"
+            raise ConfigError(f"{option} is outside the pixel range [0, 1]; {meant}")
     if arguments.transfer and not arguments.sanity:
         raise ConfigError("--transfer is one of the checks of --sanity: give both")
     if arguments.sanity and 0 in radii:
@@ -44,27 +52,29 @@ def evaluate_in(world, device, arguments) -> int:
     folder = world.first(lambda: keeping(trained.path))
     if folder:
         world.first(lambda: results.take_over(folder, trained.digest, data))
-    found = [at_radius(world, arguments, trained, data, epsilon, attack, names, folder) for epsilon in radii]
+    found = [at_radius(world, arguments, trained, data, norm, epsilon, attack, names, folder) for epsilon in radii]
     if arguments.json:
         print(json.dumps(found[0] if len(found) == 1 else {"evaluations": found}))
     return 0
 
 
-def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder) -> dict:
+def at_radius(world, arguments, trained: Trained, data, norm, epsilon: float, attack: str, names, folder) -> dict:
     """Evaluate at one radius: what is printed, and what --json gives."""
     config, settings = trained.config, trained.config.evaluation
+    alpha = settings.alpha_at(epsilon) if norm == config.norm else epsilon / 4
     seed = config.seed if arguments.seed is None else arguments.seed
     batch_size = arguments.batch_size or settings.batch_size
-    other = other_model(arguments.transfer, trained, data, epsilon, seed) if arguments.sanity else None
-    earlier = results.stored(folder, trained.digest, data.checksum(), epsilon) if folder else []
+    other = other_model(arguments.transfer, trained, data, ball(norm, epsilon), seed) if arguments.sanity else None
+    earlier = results.stored(folder, trained.digest, data.checksum(), epsilon, norm) if folder else []
     records = run_attacks(
         trained.model,
         data,
         names,
         epsilon=epsilon,
-        alpha=settings.alpha_at(epsilon) if arguments.alpha is None else arguments.alpha,
+        alpha=alpha if arguments.alpha is None else arguments.alpha,
         batch_size=batch_size,
         seed=seed,
+        norm=norm,
         folder=folder,
         fresh=arguments.fresh,
         notes={"data": arguments.data},
@@ -84,12 +94,12 @@ def at_radius(world, arguments, trained: Trained, data, epsilon: float, attack: 
     }
     show(result, config.data.dataset, folder)
     if other is not None:
-        result["sanity"] = check_sanity(trained, other, result, epsilon, batch_size, seed, folder)
+        result["sanity"] = check_sanity(trained, other, result, norm, epsilon, batch_size, seed, folder)
     return result
 
 
 def check_sanity(
-    trained: Trained, other, result: dict, epsilon: float, batch_size: int, seed: int, folder: Path | None
+    trained: Trained, other, result: dict, norm: str, epsilon: float, batch_size: int, seed: int, folder: Path | None
 ) -> dict:
     """Prints the checks as they are done, then the verdict, and writes them beside the records."""
     data = trained.images(min(result["examples"], SANITY_IMAGES))
@@ -99,13 +109,14 @@ def check_sanity(
             bar.line(f"{'ok  ' if check.passed else 'FAIL'} {check.name:<16} {check.says}")
             bar.advance(1, check.name if bar.due() else None)
 
-        common = {"epsilon": epsilon, "batch_size": batch_size, "seed": seed}
+        common = {"norm": norm, "epsilon": epsilon, "batch_size": batch_size, "seed": seed}
         checks = masking.check_all(trained.model, data, **common, surrogate=other, tell=tell)
     failed = [check.name for check in checks if not check.passed]
     found = {
         "verdict": masking.verdict(checks),
         "failed": failed,
         "examples": len(data.labels),
+        "norm": norm,
         "epsilon": epsilon,
         "weights": trained.digest,
         "images": data.checksum(),
@@ -117,17 +128,17 @@ def check_sanity(
     else:
         print(f"verdict          healthy: all {len(checks)} checks passed on {len(data.labels)} images")
     if folder:
-        write_json(folder / f"sanity_epsilon-{epsilon:.6g}.json", found)
+        write_json(folder / f"sanity_{'' if norm == 'linf' else f'{norm}-'}epsilon-{epsilon:.6g}.json", found)
     return found
 
 
-def other_model(transfer: str | None, trained: Trained, data, epsilon: float, seed: int):
+def other_model(transfer: str | None, trained: Trained, data, threat, seed: int):
     """The model of --transfer, or a small one trained on 3,000 training images."""
     device = next(trained.model.parameters()).device
     if transfer is None:
         train = trained.training_images(3000)
         print(f"training a small model on {len(train.labels)} training images, for the transfer attack", flush=True)
-        return masking.train_surrogate(train, epsilon, len(train.classes), device, seed)
+        return masking.train_surrogate(train, threat, len(train.classes), device, seed)
     other = open_trained(transfer, device=device)
     if other.classes != data.classes:
         theirs, ours = (", ".join(classes[:5]) for classes in (other.classes, data.classes))
@@ -167,7 +178,7 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
     of = f"({n} test images of {dataset}, {result['resolution']} pixels wide)"
     print(f"clean accuracy   {result['clean_accuracy']:.2%}  {of}{clean}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"
-    attack = f"({result['attack']}, epsilon {describe(result['epsilon'])}{alpha})"
+    attack = f"({result['attack']}, {ball_in_words(result['epsilon'], result['norm'])}{alpha})"
     print(f"robust accuracy  {result['robust_accuracy']:.2%}  {attack}{robust}, n = {n}")
     if len(result["attacks"]) > 1:
         left = round(result["clean_accuracy"] * n)

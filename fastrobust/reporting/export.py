@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fastrobust.config import parts
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.models import Normalized
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.models.weights import read_weights, weights_digest
@@ -162,6 +162,12 @@ def write_onnx(path: Path, model, images) -> float | None:
     return difference
 
 
+REACH = {
+    "linf": "every pixel by at most epsilon (L-infinity)",
+    "l2": "the image by at most epsilon in the L2 norm over all pixels and channels",
+}
+
+
 def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
     images = facts.summary.get("training_images")
@@ -170,18 +176,18 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     paragraphs = [
         f"# {config.name}",
         f"An image classifier ({config.model.name}, {len(classes)} classes) trained with fastrobust to withstand "
-        f"adversarial examples of radius {describe(config.epsilon)}.",
+        f"adversarial examples at {ball_in_words(config.epsilon, config.norm)}.",
         "## Data",
         f"Trained on {config.data.dataset} ({used}), evaluated on its test images, {side} x {side} pixels.\n"
         f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.",
         "## Threat model",
-        "Pixels are in [0, 1]. An attacker knows the model and may change every pixel by at most epsilon (L-infinity), and\n"
+        f"Pixels are in [0, 1]. An attacker knows the model and may change {REACH[config.norm]}, and\n"
         "the changed image stays in [0, 1]. Nothing is claimed about other changes (other norms, rotations, blur,\n"
         "corruptions), larger radii, or other data.",
         "## Accuracy",
         accuracy_table(facts.accuracies),
         *(
-            f"Checks for masked gradients at epsilon {describe(m.epsilon)} ({m.examples} images): {m.in_words()}."
+            f"Checks for masked gradients at {ball_in_words(m.epsilon, m.norm)} ({m.examples} images): {m.in_words()}."
             for m in facts.masking
         ),
         *(["Checks for masked gradients were not made."] if not facts.masking else []),
@@ -219,8 +225,8 @@ def training(config, summary: dict) -> str:
 
     plain = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
     settings = "".join(f", {key} {plain(value)}" for key, value in vars(config.method).items() if key != "name")
-    radius = describe(config.epsilon)
-    lines = [f"Method {config.method.name}{settings}; epsilon {radius}, {config.epochs} epochs, seed {config.seed}."]
+    radius = ball_in_words(config.epsilon, config.norm)
+    lines = [f"Method {config.method.name}{settings}; {radius}, {config.epochs} epochs, seed {config.seed}."]
     if summary.get("stopped"):
         lines.append(f"It was {summary['stopped']}.")
     if "train_seconds" in summary and "hardware" in summary:
@@ -253,5 +259,5 @@ def robustbench(config, facts: Known) -> dict[str, Any]:
         "clean_acc": percent(clean),
         "reported": percent(summary.get("robust_accuracy")),
         "autoattack_acc": percent(auto.accuracy if auto else None),
-        "footnote": f"Measured on {n} test images." if n else None,
+        "footnote": f"Measured on {n} test images, {ball_in_words(epsilon, config.norm)}." if n else None,
     }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastrobust.attack.gradient import ascend, input_gradient
 from fastrobust.attack.pgd import pgd
-from fastrobust.attack.threat import Threat
+from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
@@ -48,6 +48,7 @@ class Inspection:
     robust: Tensor
     labels: Tensor
     pictures: list[Picture]
+    norm: str = "linf"
     source: str = ""
     checksum: str = ""
 
@@ -58,6 +59,7 @@ def inspect(
     *,
     epsilon: float,
     seed: int = 0,
+    norm: str = "linf",
     progress: Callable[[int], None] = lambda examples: None,
 ) -> Inspection:
     """Attacks every image of `data` with PGD-10, one restart and steps of a quarter of the radius, at each radius."""
@@ -71,7 +73,7 @@ def inspect(
             model,
             images,
             labels,
-            threat=Threat(radius),
+            threat=ball(norm, radius),
             alpha=radius / 4,
             steps=STEPS,
             restarts=1,
@@ -91,7 +93,8 @@ def inspect(
         clean=clean.cpu(),
         robust=robust.cpu(),
         labels=data.labels,
-        pictures=take_pictures(model, images[chosen], labels[chosen], epsilon),
+        pictures=take_pictures(model, images[chosen], labels[chosen], ball(norm, epsilon)),
+        norm=norm,
         source=data.source,
         checksum=data.checksum(),
     )
@@ -105,14 +108,13 @@ def one_of_each(labels: Tensor, count: int) -> list[int]:
     return [int((labels == c).nonzero()[0, 0]) for c in spread]
 
 
-def take_pictures(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> list[Picture]:
+def take_pictures(model: nn.Module, images: Tensor, labels: Tensor, threat: Threat) -> list[Picture]:
     """The perturbations are those of PGD-10 from the image itself; images: uint8 N x C x H x W on the model's device."""
     x = to_unit(images)
     with evaluating(model):
-        threat = Threat(epsilon)
         logits, first_gradient = input_gradient(model, x, labels)
         before = logits.softmax(1).max(1)
-        delta = ascend(model, x, labels, torch.zeros_like(x), threat, epsilon / 4, STEPS)
+        delta = ascend(model, x, labels, torch.zeros_like(x), threat, threat.radius / 4, STEPS)
         with torch.no_grad():
             after = model(x + delta).float().softmax(1).max(1)
     return [

@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastrobust.attack import autoattack
-from fastrobust.config.numbers import describe
+from fastrobust.attack.threat import NORMS
+from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.evaluation import results
 from fastrobust.evaluation.results import wilson
 from fastrobust.runtime.errors import RunError
@@ -31,7 +33,7 @@ EXACT_NOTE = (
 class Accuracy:
     """So many of `examples` test images are robust: classified correctly at all points that an attack tried, or, for an
     exact verification, proved to be so at every point of the ball. `undecided`: images that ran out of time there.
-    `data`: the --data that the images were read from, if any."""
+    `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`."""
 
     attack: str
     epsilon: float
@@ -39,10 +41,12 @@ class Accuracy:
     examples: int
     undecided: int | None = None
     data: str | None = None
+    norm: str = "linf"
 
     def __post_init__(self):
         counts_fit = 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples and self.examples > 0
-        if not (isinstance(self.attack, str) and 0 <= self.epsilon <= 1 and counts_fit):
+        radius_fits = self.norm in NORMS and 0 <= self.epsilon <= (1 if self.norm == "linf" else math.inf)
+        if not (isinstance(self.attack, str) and radius_fits and counts_fit):
             raise ValueError(f"there is no such result: {self}")
 
     @property
@@ -64,8 +68,8 @@ class Accuracy:
         return f"{share} verified ({self.robust} of {self.examples}; {self.undecided} undecided)"
 
     def to_dict(self) -> dict[str, Any]:
-        row = {"attack": self.attack, "epsilon": self.epsilon, "accuracy": self.accuracy, "interval": list(self.interval)}
-        row["examples"] = self.examples
+        row = {"attack": self.attack, "norm": self.norm, "epsilon": self.epsilon, "accuracy": self.accuracy}
+        row |= {"interval": list(self.interval), "examples": self.examples}
         return row | {key: value for key in ("undecided", "data") if (value := getattr(self, key)) is not None}
 
 
@@ -77,6 +81,7 @@ class Masking:
     verdict: str
     failed: tuple[str, ...]
     examples: int
+    norm: str = "linf"
 
     def in_words(self) -> str:
         failed = f": {', '.join(self.failed)} failed" if self.failed else ", all passed"
@@ -122,7 +127,7 @@ def read_summary(known: Known, file: Path) -> None:
         for e in known.summary.get("evaluations", []):
             n = e["examples"]
             known.add(Accuracy(NONE, 0.0, round(e["clean_accuracy"] * n), n))
-            known.add(Accuracy(e["attack"], e["epsilon"], round(e["robust_accuracy"] * n), n))
+            known.add(Accuracy(e["attack"], e["epsilon"], round(e["robust_accuracy"] * n), n, norm=results.norm_of(e)))
 
 
 def read_evaluations(known: Known, folder: Path, weights: str) -> None:
@@ -131,29 +136,30 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
     for record in results.read_all(folder):
         s = record.settings
         if s["weights"] == weights and record.facts["finished"]:
-            groups.setdefault((s["epsilon"], s["examples"], s["data"]), []).append(record)
-    wanted = known.summary.get("epsilon")
-    for (epsilon, n, _), records in sorted(groups.items()):
+            groups.setdefault((results.norm_of(s), s["epsilon"], s["examples"], s["data"]), []).append(record)
+    trained_in, wanted = results.norm_of(known.summary), known.summary.get("epsilon")
+    for (norm, epsilon, n, _), records in sorted(groups.items()):
         clean, data = int(records[0].clean.sum()), records[0].facts.get("data")
         known.add(Accuracy(NONE, 0.0, clean, n, data=data))
         for record in records:
             if bool((record.attacked == record.clean).all()):
                 robust = int((record.clean & ~record.broken).sum())
-                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data))
+                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data, norm=norm))
         if len(records) > 1:
             name = f"worst case over {', '.join(sorted({r.settings['attack'] for r in records}))}"
-            known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data))
+            known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data, norm=norm))
         whole = autoattack_of(records)
         if whole is not None:
-            row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data))
-            if known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted):
+            row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data, norm=norm))
+            if norm == trained_in and (known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)):
                 known.autoattack, known.autoattack_clean = row, clean / n
     for file in sorted(folder.glob("sanity_*.json")):
         found = read_json(file)
         with damaged(file):
             if found["weights"] == weights:
                 failed = tuple(map(str, found["failed"]))
-                known.masking.append(Masking(float(found["epsilon"]), str(found["verdict"]), failed, int(found["examples"])))
+                told = float(found["epsilon"]), str(found["verdict"]), failed, int(found["examples"]), results.norm_of(found)
+                known.masking.append(Masking(*told))
 
 
 def rank(row: Accuracy, epsilon: float | None) -> tuple:
@@ -215,4 +221,5 @@ def damaged(path: Path) -> Iterator[None]:
 
 
 def radius(row: Accuracy) -> str:
-    return "0" if row.attack == NONE else describe(row.epsilon)
+    words = describe(row.epsilon) if row.norm == "linf" else ball_in_words(row.epsilon, row.norm)
+    return "0" if row.attack == NONE else words

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastrobust.config.numbers import describe
+from fastrobust.attack.threat import NORMS
+from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.config.reading import flatten
 from fastrobust.evaluation.results import wilson
 from fastrobust.evaluation.trained import open_trained
@@ -91,6 +92,7 @@ def look_at(one: Run, directory: str, count: int, device, data: str | None) -> N
             images,
             epsilon=epsilon,
             seed=config.seed,
+            norm=config.norm,
             progress=lambda n: bar.advance(n, "several radii" if bar.due() else None),
         )
 
@@ -140,11 +142,11 @@ def summary_table(runs: list[Run]) -> str:
         put("method", i, escape(config.in_words()))
         put("data and model", i, f"{escape(config.data.dataset)}, {escape(config.model.name)}")
         for row in one.known.accuracies:
-            name = "clean accuracy" if row.attack == NONE else f"{row.attack}, epsilon {describe(row.epsilon)}"
+            name = "clean accuracy" if row.attack == NONE else f"{row.attack}, {ball_in_words(row.epsilon, row.norm)}"
             put(name, i, share(row))
         for m in one.known.masking:
             told = f"{escape(m.in_words())} <small>({m.examples:,} images)</small>"
-            put(f"masked gradients, epsilon {describe(m.epsilon)}", i, told)
+            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, told)
         if one.summary:
             put("training", i, f"{one.summary.epochs} epochs in {duration(one.summary.train_seconds)}")
         elif one.history:
@@ -188,34 +190,42 @@ def curves(runs: list[Run]) -> str:
     return f'<h2>Training</h2>{told}<div class="grid">{"".join(found)}</div>' if found else ""
 
 
-def robustness(runs: list[Run]) -> str:
-    """Accuracy against epsilon, and by class."""
-
+def against_epsilon(runs: list[Run], norm: str) -> str:
+    """The chart of all runs that were attacked in this norm: radii of different norms share no axis."""
     lines, marks = [], {}
-    small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for one in runs)
+    small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for one in runs if one.config.norm == norm)
     unit = 255 if small else 1  # of the axis: radii that were given in 255ths are shown so
     for i, one in enumerate(runs):
-        if one.seen:
+        if one.seen and one.seen.norm == norm:
             n = one.seen.count
             band = [(e * unit, *wilson(k, n)) for e, k in one.seen.radii]
             lines.append(Line(one.name, [(e * unit, k / n) for e, k in one.seen.radii], i, band))
             if one.config.method.attacks:
                 marks[one.config.epsilon * unit] = "trained at"
+    if not lines:
+        return ""
+    axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
+    axis = axis if norm == "linf" else f"{norm.upper()}, {axis}"
+    along = list(marks.items())
+    return chart(
+        "Images still classified correctly", lines, x=axis, percent=True, y_range=(0.0, 1.0), marks=along, keys=False
+    )
+
+
+def robustness(runs: list[Run]) -> str:
+    """Accuracy against epsilon, and by class."""
+
+    drawn = "".join(against_epsilon(runs, norm) for norm in NORMS)
     missing = "".join(
         f'<p class="note">{escape(o.name)} was not attacked here: {escape(o.unseen)}</p>' for o in runs if o.unseen
     )
-    if not lines:
+    if not drawn:
         return missing
     counts = " or ".join(str(n) for n in sorted({one.seen.count for one in runs if one.seen}))
     text = (
         f"PGD-{STEPS}, one restart, on {counts} test images, evenly spaced over the test set; the band is the 95 % Wilson "
         "interval. So weak an attack gives an upper bound, and so few images a rough one: the figures to quote are the "
         "summary's."
-    )
-    axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
-    along = list(marks.items())
-    drawn = chart(
-        "Images still classified correctly", lines, x=axis, percent=True, y_range=(0.0, 1.0), marks=along, keys=False
     )
     cards = drawn + "".join(class_card(one, i, len(runs) > 1) for i, one in enumerate(runs) if one.seen)
     return (
@@ -231,7 +241,7 @@ def class_card(one: Run, colour: int, titled: bool) -> str:
         n = int(mine.sum())
         if n:
             rows.append((name, n, int(one.seen.clean[mine].sum()), int(one.seen.robust[mine].sum())))
-    note = f"light: clean; dark: PGD at epsilon {describe(one.seen.epsilon)}"
+    note = f"light: clean; dark: PGD at {ball_in_words(one.seen.epsilon, one.seen.norm)}"
     if len(rows) > MANY_CLASSES:
         note += f"; the {LISTED} of {len(rows)} classes with the fewest robust images"
         rows = sorted(rows, key=lambda row: row[3] / row[1])[:LISTED]
@@ -265,8 +275,10 @@ def pictures(runs: list[Run]) -> str:
 
 def picture_card(one: Run, chosen: list, titled: bool) -> str:
 
-    epsilon = one.seen.epsilon
-    cells = ["<b>image</b>", f"<b>change</b> ×{0.5 / epsilon:.3g}", "<b>sum</b>", "<b>gradient</b>"]
+    epsilon = largest = one.seen.epsilon  # that a pixel changes by
+    if one.seen.norm != "linf":
+        largest = max(p.delta.abs().max().item() for p in chosen) or 1.0
+    cells = ["<b>image</b>", f"<b>change</b> ×{0.5 / largest:.3g}", "<b>sum</b>", "<b>gradient</b>"]
     cells = [f"<div>{cell}</div>" for cell in cells]
     for p in chosen:
         x, truth = p.image.float() / 255, one.classes[p.label]
@@ -282,13 +294,12 @@ def picture_card(one: Run, chosen: list, titled: bool) -> str:
 
         before, after = told(p.predicted, p.sure), told(p.adversarial, p.adversarial_sure)
         cells.append(cell(x, "test image", before, p.predicted != p.label))
-        cells.append(cell(0.5 + p.delta / (2 * epsilon), "perturbation"))
+        cells.append(cell(0.5 + p.delta / (2 * largest), "perturbation"))
         cells.append(cell(x + p.delta, "adversarial image", after, p.adversarial != p.label))
         cells.append(cell(0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), "gradient"))
     title = f"<h3>{escape(one.name)}</h3>" if titled else ""
-    note = (
-        f"epsilon {describe(epsilon)}; below the images: prediction, its probability; red where wrong, with the true class"
-    )
+    note = f"{ball_in_words(epsilon, one.seen.norm)}; below the images: prediction, its probability; "
+        "red where wrong, with the true class"
     return f'<div class="card">{title}<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div></div>'
 
 
@@ -298,7 +309,7 @@ def where_time_went(runs: list[Run]) -> str:
     for i, one in enumerate(runs):
         parts = [("training", sum(r.seconds for r in one.history))]
         for e in one.summary.evaluations if one.summary else []:
-            parts.append((f"{e.attack}, epsilon {describe(e.epsilon)}", e.seconds))
+            parts.append((f"{e.attack}, {ball_in_words(e.epsilon, e.norm)}", e.seconds))
         total = sum(seconds for _, seconds in parts)
         if not total:
             continue

@@ -36,6 +36,7 @@ class Epoch(Stored):
 
 class Evaluation(Stored):
     attack: str
+    norm: str = "linf"
     epsilon: float
     robust_accuracy: Annotated[float, Field(ge=0, le=1)]
     examples: Annotated[int, Field(gt=0)]

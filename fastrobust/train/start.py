@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.config import reading
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.evaluation.accuracy import evaluate
@@ -180,7 +180,7 @@ def finish(training: Training) -> dict[str, Any]:
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
     evaluations = [
-        evaluate(model, test, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
+        evaluate(model, test, norm=config.norm, epsilon=epsilon, alpha=alpha, seed=config.seed, world=world, **common)
         for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
     ]
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
@@ -208,7 +208,8 @@ def table_of(summary: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading == "images" else "right")
     table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
     for e in summary["evaluations"]:
-        table.add_row(f"{e['attack']}, epsilon {describe(e['epsilon'])}", f"{e['robust_accuracy']:.2%}", str(e["examples"]))
+        words = ball_in_words(e["epsilon"], e.get("norm", "linf"))
+        table.add_row(f"{e['attack']}, {words}", f"{e['robust_accuracy']:.2%}", str(e["examples"]))
     return table
 
 

@@ -302,7 +302,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> dict[tuple, list[Run
     text = io.StringIO()
     axes = [axis for axis, _ in everything[0].labels]
     writer = csv.writer(text)
-    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "epsilon"]
+    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "norm", "epsilon"]
     writer.writerow([*axes, "seed", *evaluated, "epochs", "train_seconds", "stopped", "run"])
     for labels, runs in results.items():
         for one in runs:
@@ -312,6 +312,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> dict[tuple, list[Run
                 e.robust_accuracy,
                 e.examples,
                 e.attack,
+                e.norm,
                 e.epsilon,
                 s.epochs,
                 s.train_seconds,
