@@ -298,8 +298,8 @@ def picture_card(one: Run, chosen: list, titled: bool) -> str:
         cells.append(cell(x + p.delta, "adversarial image", after, p.adversarial != p.label))
         cells.append(cell(0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), "gradient"))
     title = f"<h3>{escape(one.name)}</h3>" if titled else ""
-    note = f"{ball_in_words(epsilon, one.seen.norm)}; below the images: prediction, its probability; "
-        "red where wrong, with the true class"
+    below = "below the images: prediction, its probability; red where wrong, with the true class"
+    note = f"{ball_in_words(epsilon, one.seen.norm)}; {below}"
     return f'<div class="card">{title}<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div></div>'
 
 
