@@ -246,6 +246,7 @@ def robustbench(config, facts: Known) -> dict[str, Any]:
     }
     clean = facts.autoattack_clean if auto else summary.get("clean_accuracy")
     n = auto.examples if auto else summary.get("examples")
+    norm = "" if config.norm == "linf" else f", in the {config.norm.upper()} norm"
     return {
         "link": None,
         "name": config.name,
@@ -259,5 +260,5 @@ def robustbench(config, facts: Known) -> dict[str, Any]:
         "clean_acc": percent(clean),
         "reported": percent(summary.get("robust_accuracy")),
         "autoattack_acc": percent(auto.accuracy if auto else None),
-        "footnote": f"Measured on {n} test images, {ball_in_words(epsilon, config.norm)}." if n else None,
+        "footnote": f"Measured on {n} test images{norm}." if n else None,
     }
