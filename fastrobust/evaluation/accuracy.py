@@ -209,7 +209,8 @@ def _run(attack, record: results.Record, images: Tensor, labels: Tensor, folder:
                 state.update(round=at.round, base=at.round * each)
             state["base"] += examples
             bar.done = state["base"]
-            rounds = f"restart {at.round + 1} of {attack.rounds}, " if attack.rounds > 1 else ""
+            word = "restart" if isinstance(attack, Pgd) else "round"
+            rounds = f"{word} {at.round + 1} of {attack.rounds}, " if attack.rounds > 1 else ""
             bar.advance(0, f"{rounds}{int(robust.sum())} of {len(labels)} still robust" if bar.due() else None)
             record.place = at
             record.facts["refused"] += refused
