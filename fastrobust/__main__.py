@@ -32,8 +32,9 @@ WORK = {  # command: (where its work is, what it does)
     "configs": ("fastrobust.config.packaged", "list the configs that come with fastrobust, or show one"),
 }
 ATTACKS = (
-    "pgd-50-10 (steps, restarts), apgd-ce, apgd-t, fab-t, square, autoattack (these four in turn), your own "
-    "package.module:Class, or several with commas between them: each attacks what the ones before left robust"
+    "pgd-50-10 (steps, restarts), pgd-t-50-1 (targeted), apgd-ce, apgd-t, fab-t, square, autoattack (these four in "
+    "turn), your own package.module:Class, or several with commas between them: each attacks what the ones before "
+    "left robust"
 )
 EXAMPLES = {
     "train": """\
@@ -132,8 +133,19 @@ def pixels(text: str) -> float:
     return value
 
 
+def distance(text: str) -> float:
+    """A radius or step size, whose largest value depends on the norm: what `evaluate` refuses later."""
+    try:
+        value = float(parse_number(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
+    return value
+
+
 def radii(text: str) -> list[float]:
-    return [pixels(part.strip()) for part in text.split(",")]
+    return [distance(part.strip()) for part in text.split(",")]
 
 
 def positive(text: str) -> float:
@@ -216,8 +228,9 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     add_run(p)
     told = "radius in pixels of [0, 1], such as 8/255, or several with commas (default: the run's first)"
     p.add_argument("--epsilon", type=radii, action="extend", metavar="RADII", help=told)
+    p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball (default: the run's)")
     p.add_argument("--attack", metavar="NAMES", help=f"{ATTACKS} (default: pgd with --steps and --restarts)")
-    p.add_argument("--alpha", type=pixels, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
+    p.add_argument("--alpha", type=distance, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
     add_limit(p, "the run's")
@@ -242,6 +255,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
 def verify(p: argparse.ArgumentParser) -> None:
     add_run(p)
     p.add_argument("--epsilon", type=pixels, required=True, action=Once, help="radius, such as 0.1 or 8/255")
+    p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball: linf (default: the run's)")
     add_limit(p)
     p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for one image (default: 60)")
     add_workers(p, "processes")

@@ -130,7 +130,7 @@ def test_evaluate_finds_what_the_summary_says(finished_run, capsys, which, argum
     assert {key: found[key] for key in expected} == expected
     assert expected.keys() == {
         "clean_accuracy", "clean_interval", "robust_accuracy", "robust_interval", "robust_accuracy_after_one_restart",
-        "examples", "resolution", "epsilon", "attack", "alpha", "arithmetic",
+        "examples", "resolution", "norm", "epsilon", "attack", "alpha", "arithmetic",
     }  # fmt: skip
 
 

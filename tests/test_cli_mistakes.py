@@ -135,7 +135,10 @@ def test_resuming_with_the_same_config_is_fine(quick, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("case", ["absent", "folder", "no weights", "damaged", "no data", "no gpu", "no device"])
+@pytest.mark.parametrize(
+    "case",
+    ["absent", "folder", "no weights", "damaged", "no data", "no gpu", "no device", "too large", "too long", "other norm"],
+)
 def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case):
     argv, message = {
         "absent": ([str(tmp_path / "absent.safetensors")], "there are no weights at"),
@@ -143,6 +146,9 @@ def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case
         "no weights": ([str(copied_run)], f"the run is not finished: `--resume {copied_run}`"),
         "damaged": ([str(copied_run)], "model.safetensors is damaged"),
         "no data": ([str(copied_run), "--data", str(tmp_path / "absent")], "image_folder was not found"),
+        "too large": ([str(copied_run), "--epsilon", "8"], "did you mean 8/255?"),
+        "too long": ([str(copied_run), "--alpha", "2"], "did you mean 2/255?"),
+        "other norm": ([str(copied_run), "--norm", "l2"], "--norm l2 needs --epsilon"),
         "no gpu": ([str(copied_run), "--device", "cuda:99"], "cuda:99 is not there"),
         "no device": ([str(copied_run), "--device", "gpu"], "gpu"),
     }[case]
@@ -156,7 +162,7 @@ def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--epsilon", "8"], "did you mean 8/255?"),
+        (["--epsilon", "inf"], "inf is not a number from 0"),
         (["--epsilon", "x"], "not a number"),
         (["--steps", "0"], "'0' is not a whole number of at least 1"),
         (["--restarts", "ten"], "'ten' is not a whole number"),

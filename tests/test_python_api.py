@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -214,13 +215,29 @@ class Pair(Net):
         (Net(), TEST[0].float(), TEST[1], {}, "divide them by 255"),
         (Net(), TEST[0], TEST[1] + 1, {}, "label 10 is none of the model's 10 classes"),
         (Net(), *TEST, {"epsilon": 8}, "did you mean 8/255"),
-        (Net(), *TEST, {"attack": "pgd50"}, "'pgd50' is not one of pgd, apgd-ce"),
+        (Net(), *TEST, {"attack": "pgd50"}, "'pgd50' is not one of pgd, pgd-t, apgd-ce"),
         (lambda x: x, *TEST, {}, "must be an nn.Module with parameters, it is a function"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(network, images, labels, options, says):
     with pytest.raises(FastrobustError, match=says):
         fastrobust.evaluate(network, images, labels, **{"epsilon": 0.05} | options)
+
+
+def test_the_l2_norm_gives_the_commands_figures(tmp_path, capsys):
+    """Trained in L2 by fit, evaluated by the command, and by the function from a file of images alone."""
+    trained = fit("mnist_net", tmp_path, epsilon=1.5, config=FEW | {"norm": "l2"})
+    assert trained.summary["norm"] == "l2" and "at L2, epsilon 1.5, 100 test images" in repr(trained)
+    assert cli(["evaluate", str(trained.directory), "--json", "--device", "cpu"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = fastrobust.evaluate(trained.model, *TEST, epsilon=1.5, norm="l2", attack="pgd-5-1")
+    for key in ("clean_accuracy", "robust_accuracy", "norm", "epsilon", "attack", "weights"):
+        assert getattr(found, key) == told[key]
+    assert found.robust_accuracy == trained.summary["robust_accuracy"] < found.clean_accuracy
+    with pytest.raises(FastrobustError, match=r"did you mean 1\.5/255"):
+        fastrobust.evaluate(trained.model, *TEST, epsilon=1.5)
+    with pytest.raises(ConfigError, match="norm: 'l3' is not one of linf, l2"):
+        fastrobust.evaluate(trained.model, *TEST, epsilon=1.5, norm="l3")
 
 
 def test_evaluate_agrees_with_torchattacks_on_a_model_of_fit(run):

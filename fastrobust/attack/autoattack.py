@@ -49,7 +49,7 @@ class Part(Attack):
         logging.getLogger("auto-attack").setLevel(logging.ERROR)
         self.passes = 0
         options = {"version": "standard", "seed": setting.seed, "device": None}
-        whole = AutoAttack(self._forward, eps=setting.threat.radius, norm=setting.threat.norm, **options)
+        whole = AutoAttack(self._forward, eps=setting.threat.radius, norm=setting.threat.norm.capitalize(), **options)
         whole.apgd.loss = "ce"
         whole.fab.targeted = True
         whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = min(TARGETS, classes - 1)

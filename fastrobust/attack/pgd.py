@@ -77,7 +77,7 @@ class Pgd(Attack):
         if not self.tried and alive.count_nonzero() * (self.rounds - number) >= 4 * self.batch_size:
             self.tried = True
             capture(self.static)
-        return _packed(self.images, alive, self.threat, self.batch_size, (self.seed, number))
+        return packed(self.images, alive, self.threat, self.batch_size, (self.seed, number))
 
     def run(self, x: Tensor, y: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         delta, found = self.threat.clip(start, x), x.clone()
@@ -188,7 +188,7 @@ def start_noise(images: Tensor, first: int, threat: Threat, seed: tuple[int, int
     return noise.contiguous(memory_format=torch.channels_last)
 
 
-def _packed(
+def packed(
     images: Tensor, alive: Tensor, threat: Threat, batch_size: int, seed: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(indices, starts) of the alive examples, in batches of batch_size; the last may be smaller."""

@@ -2,13 +2,14 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from fastrobust.config.numbers import parse_number
 
 
-def _pixels(value: float) -> float:
-    if value > 1:
+def _pixels(value: float, info: ValidationInfo) -> float:
+    distance = info.field_name != "mean" and (info.context or {}).get("norm") == "l2"  # between images: often above 1
+    if value > 1 and not distance:
         raise ValueError(f"{value:g} is larger than the pixel range [0, 1]; did you mean {value:g}/255?")
     return value
 

@@ -18,6 +18,16 @@ def parse_number(value: Any) -> Any:
     return value
 
 
+def radius_in_words(epsilon: float, norm: str = "linf") -> str:
+    """8/255 -> `8/255`; in another norm than L-infinity `L2 0.5`."""
+    return f"{'' if norm == 'linf' else f'{norm.upper()} '}{describe(epsilon)}"
+
+
+def ball_in_words(epsilon: float, norm: str = "linf") -> str:
+    """8/255 -> `epsilon 8/255`; in another norm than L-infinity `L2, epsilon 0.5`."""
+    return f"{'' if norm == 'linf' else f'{norm.upper()}, '}epsilon {describe(epsilon)}"
+
+
 def describe(epsilon: float) -> str:
     """0.3 -> `0.3`, 8/255 -> `8/255`."""
     scaled = epsilon * 255

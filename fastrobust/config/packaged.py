@@ -35,7 +35,7 @@ def command(arguments) -> int:
     """The configs command: all of them in a few lines each, or one as it stands in its file."""
     from fastrobust.config import reading
     from fastrobust.config.hints import did_you_mean
-    from fastrobust.config.numbers import describe
+    from fastrobust.config.numbers import radius_in_words
     from fastrobust.runtime.errors import ConfigError
 
     if arguments.name:
@@ -47,7 +47,7 @@ def command(arguments) -> int:
     for name in names():
         config = reading.load(name)
         data = config.data.dataset + (f" ({config.data.limit:,} images)" if config.data.limit else "")
-        radius = f" at {describe(config.epsilon)}" if config.method.attacks else ""
+        radius = f" at {radius_in_words(config.epsilon, config.norm)}" if config.method.attacks else ""
         trains = f"{data}, {config.model.name}, {config.method.name}{radius}, {config.epochs} epochs"
         print(name)
         for text in (trains, about(find(name))):

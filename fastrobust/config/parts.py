@@ -53,6 +53,7 @@ LOADERS = {
 }
 ATTACKS = {
     "pgd": "fastrobust.attack.pgd:Pgd",
+    "pgd-t": "fastrobust.attack.pgd_targeted:PgdT",
     "apgd-ce": "fastrobust.attack.autoattack:ApgdCe",
     "apgd-t": "fastrobust.attack.autoattack:ApgdT",
     "fab-t": "fastrobust.attack.autoattack:FabT",

@@ -13,11 +13,20 @@ import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, SerializeAsAny, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fastrobust.config import datasets, parts
 from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section, some
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import ball_in_words
 from fastrobust.runtime.errors import ConfigError
 
 
@@ -57,7 +66,7 @@ def _loader(value: str) -> str:
 def named(key: str, table: dict[str, str]) -> Any:
     """The type of a section whose `name` says which class of a table it is, or a class of the user's own."""
 
-    def read(value: Any) -> Section:
+    def read(value: Any, info: ValidationInfo) -> Section:
         if isinstance(value, Section):
             return value
         name = value.get("name") if isinstance(value, dict) else None
@@ -67,7 +76,7 @@ def named(key: str, table: dict[str, str]) -> Any:
             kind = parts.find_class(key, table, name)
         except ConfigError as error:
             raise ValueError(str(error).removeprefix(f"{key}: ")) from None
-        return kind.model_validate(value)
+        return kind.model_validate(value, context=info.context)
 
     return Annotated[SerializeAsAny[Section], PlainValidator(read)]
 
@@ -165,6 +174,7 @@ class Config(Section):
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept
+    norm: Literal["linf", "l2"] = "linf"  # of the ball; epsilon and all alpha are in its units
     epsilon: Pixels
     epsilon_warmup: NonNegative = 0.0  # epochs over which epsilon and alpha grow linearly from 0
     data: Data
@@ -188,6 +198,8 @@ class Config(Section):
         self.method.resolve(self.epsilon)
         if self.method.attacks and self.epsilon == 0:
             raise ValueError("epsilon is 0: use `method: {name: standard}` for training without an attack")
+        if self.norm != "linf" and self.method.needs_box:
+            raise ValueError(f"norm is {self.norm}, but method.ibp_weight bounds the L-infinity ball alone: use norm: linf")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
         if self.guard.alpha is None:
@@ -225,8 +237,21 @@ class Config(Section):
                     f"phases.{i}: a resolution of {phase.resolution} out of images of {phase.resize} needs "
                     "data.augment.crop: random_resized"
                 )
+        if problem := self._too_far():
+            raise ValueError(problem)
         self.schedule.check(self.epochs)
         return self
+
+    def _too_far(self) -> str:
+        """What is wrong with a radius in L2: no two images are further apart than the diagonal of the pixel box. Where the
+        number of channels is not known yet, they may have 3."""
+        side = max(phase.resolution for phase in self.phases)
+        widest = math.sqrt((self.facts.channels or 3) * side * side)
+        for key, radius in (("epsilon", self.epsilon), ("evaluation.epsilon", max(self.evaluation.epsilon))):
+            if self.norm == "l2" and radius > widest:
+                apart = f"no two images of {side} x {side} pixels are further apart than {widest:.4g} in L2"
+                return f"{key} is {radius:g}, but {apart}; did you mean {radius:g}/255?"
+        return ""
 
     def _asked_channels(self) -> int | None:
         """How many channels the model's section speaks of: torchvision's models take 3."""
@@ -242,10 +267,12 @@ class Config(Section):
             self.model.std = self.facts.std if self.model.std is None else self.model.std
 
     def with_channels(self, channels: int) -> Config:
-        """The config for images that turned out to have so many channels."""
+        """The config for images that turned out to have so many channels. Raises ConfigError."""
         changed = {"data": self.data.model_copy(update={"channels": channels}), "model": self.model.model_copy()}
         config = self.model_copy(update=changed)
         config._normalise()
+        if problem := config._too_far():
+            raise ConfigError(problem)
         return config
 
     @property
@@ -268,7 +295,7 @@ class Config(Section):
 
     def in_words(self) -> str:
         """The method, its hyperparameters and the radius."""
-        radius = f", epsilon {describe(self.epsilon)}" if self.method.attacks else ""
+        radius = f", {ball_in_words(self.epsilon, self.norm)}" if self.method.attacks else ""
         if radius and self.epsilon_warmup:
             radius += f", reached from 0 in {self.epsilon_warmup:g} epochs"
         return self.method.describe() + radius

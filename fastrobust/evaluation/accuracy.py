@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fastrobust.attack import base
 from fastrobust.attack.autoattack import PARTS
-from fastrobust.attack.pgd import pgd
+from fastrobust.attack.pgd import Pgd, pgd
 from fastrobust.attack.rounds import Place, run_rounds
-from fastrobust.attack.threat import Threat
+from fastrobust.attack.threat import ball
 from fastrobust.attack.verdicts import arithmetic, check_images, classified, evaluating
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import radius_in_words
 from fastrobust.data import sets
 from fastrobust.evaluation import results
 from fastrobust.models.weights import weights_digest
@@ -35,14 +35,16 @@ def evaluate(
     restarts: int,
     batch_size: int,
     seed: int = 0,
+    norm: str = "linf",
     overall: Overall | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, each with its 95 % confidence interval.
     Clean accuracy and every success are decided in fp32; `arithmetic` says what the attack's steps computed in. epsilon and
-    alpha are in pixels of [0, 1]. The model may be on any device; its mode and gradients are left as they are."""
+    alpha are in pixels of [0, 1], in the norm `linf` or `l2`. The model may be on any device; its mode and gradients are
+    left as they are."""
     name = f"pgd-{steps}-{restarts}"
-    settings = {"epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
+    settings = {"norm": norm, "epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
     return report(name, run_attacks(model, data, [name], **settings, overall=overall, world=world))
 
 
@@ -57,13 +59,14 @@ def report(name: str, records: list[results.Record]) -> dict[str, Any]:
         "robust_interval": list(results.wilson(robust, n)),
         "examples": n,
         "resolution": settings["resolution"],
+        "norm": results.norm_of(settings),
         "epsilon": settings["epsilon"],
         "attack": name,
         "alpha": next((r.settings["alpha"] for r in records if "alpha" in r.settings), None),
         "arithmetic": records[0].facts.get("arithmetic", "fp32" if settings["device"] == "cpu" else None),
         "seconds": round(sum(r.facts["seconds"] for r in records), 3),
     }
-    if len(records) == 1 and name.startswith("pgd"):
+    if len(records) == 1 and base.parse(name)[0] is Pgd:
         found["robust_accuracy_after_one_restart"] = records[0].facts["after_one_restart"] / n
     return found
 
@@ -94,6 +97,7 @@ def run_attacks(
     alpha: float,
     batch_size: int,
     seed: int = 0,
+    norm: str = "linf",
     folder: Path | None = None,
     fresh: bool = False,
     notes: dict[str, Any] | None = None,
@@ -111,7 +115,7 @@ def run_attacks(
     device = next(model.parameters()).device
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
-    check_images(images, labels, Threat(epsilon))
+    check_images(images, labels, ball(norm, epsilon))
     about = {"weights": weights_digest(model), "data": data.checksum()}
     kinds = {name: base.parse(name)[0] for name in names}
     with Progress("clean accuracy", len(labels)) as bar:
@@ -122,6 +126,8 @@ def run_attacks(
     records = []
     for name in names:
         settings = {"attack": name, "epsilon": epsilon, "examples": len(labels), "batch_size": batch_size, "seed": seed}
+        if norm != "linf":  # records without a norm are of L-infinity, those of earlier versions too
+            settings["norm"] = norm
         if kinds[name].has_alpha:
             settings["alpha"] = alpha
         settings |= {"resolution": images.shape[-1], "device": device.type, "made_by": kinds[name].made_by(), **about}
@@ -181,7 +187,7 @@ def _put_together(record: results.Record, parts: list[results.Record]) -> result
 def build(model: nn.Module, images: Tensor, settings: dict[str, Any]) -> base.Attack:
     """The attack that a record's settings describe. Raises ConfigError."""
     kind, numbers = base.parse(settings["attack"])
-    threat, alpha = Threat(settings["epsilon"]), settings.get("alpha", 0.0)
+    threat, alpha = ball(results.norm_of(settings), settings["epsilon"]), settings.get("alpha", 0.0)
     return kind(base.Setting(model, images, threat, alpha, settings["batch_size"], settings["seed"]), numbers)
 
 
@@ -195,13 +201,13 @@ def _run(
     overall: Overall | None,
 ) -> None:
     """Run the attack to the end, from where the record stands, which is updated and saved on the way."""
-    name, epsilon = record.settings["attack"], record.settings["epsilon"]
+    name, threat = record.settings["attack"], attack.setting.threat
     robust = (record.attacked & ~record.broken).to(images.device)
     place, earlier, began = record.place, record.facts["seconds"], time.monotonic()
     if place is not None:
         place = Place(place.round, place.batches, place.alive.to(images.device))
     each = int(record.attacked.sum())  # examples in a round, at most
-    saved, label = began, f"{name.upper()} at {describe(epsilon)}"
+    saved, label = began, f"{name.upper()} at {radius_in_words(threat.radius, threat.norm)}"
     base = _examples_done(attack, place, each)
     with Progress(label, attack.rounds * each, base, overall) as bar:
 
@@ -212,7 +218,8 @@ def _run(
         def after(at: Place, examples: int, refused: int) -> None:
             nonlocal saved, base
             bar.done = base = _examples_done(attack, at, each)
-            rounds = f"restart {at.round + 1}/{attack.rounds}, " if attack.rounds > 1 else ""
+            word = "restart" if isinstance(attack, Pgd) else "round"
+            rounds = f"{word} {at.round + 1}/{attack.rounds}, " if attack.rounds > 1 else ""
             bar.advance(0, f"{rounds}{int(robust.sum())} robust" if bar.due() else None)
             record.place = at
             record.facts["refused"] += refused
@@ -232,14 +239,14 @@ def _run(
                 record.save(folder)
 
         def one_step(images: Tensor, labels: Tensor) -> None:
-            settings = {"threat": Threat(epsilon), "alpha": epsilon / 4, "steps": 1, "restarts": 1}
+            settings = {"threat": threat, "alpha": threat.radius / 4, "steps": 1, "restarts": 1}
             pgd(attack.model, images, labels, **settings, batch_size=len(images))
 
         attack.tick = tick
         try:
             batch = images[: attack.batch_size], labels[: attack.batch_size]
             with memory.explained("evaluation", "evaluation.batch_size", one_step, *batch):
-                run_rounds(attack, images, labels, robust, threat=Threat(epsilon), place=place, found=found, after=after)
+                run_rounds(attack, images, labels, robust, threat=threat, place=place, found=found, after=after)
             record.facts["finished"] = True
             record.facts["seconds"] = earlier + time.monotonic() - began
             record.place = None

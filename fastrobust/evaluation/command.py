@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.attack import base
-from fastrobust.attack.threat import Threat
-from fastrobust.config.numbers import describe
+from fastrobust.attack.threat import ball
+from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import images_file, masking, results
@@ -42,6 +42,13 @@ def evaluate_in(world, device, arguments) -> int:
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
     attack, radii = as_named(attack), arguments.epsilon or [settings.epsilon[0]]
     names = attack_names(attack)
+    norm = arguments.norm or trained.config.norm
+    if norm != trained.config.norm and not arguments.epsilon:
+        raise ConfigError(f"--norm {norm} needs --epsilon: the run's own radius is of the norm {trained.config.norm}")
+    for option, values in (("--epsilon", radii), ("--alpha", [arguments.alpha or 0])):
+        if norm == "linf" and max(values) > 1:
+            meant = f"did you mean {max(values):g}/255? Only with --norm l2 it may be larger"
+            raise ConfigError(f"{option} is outside the pixel range [0, 1]; {meant}")
     if arguments.transfer and not arguments.sanity:
         raise ConfigError("--transfer is one of the checks of --sanity: give both")
     if arguments.sanity and 0 in radii:
@@ -65,7 +72,7 @@ def evaluate_in(world, device, arguments) -> int:
         if folder:
             world.first(lambda data=data: results.take_over(folder, trained.digest, data))
         for epsilon in radii:
-            found.append(at_radius(world, arguments, one, data, epsilon, attack, names, folder, place, overall))
+            found.append(at_radius(world, arguments, one, data, norm, epsilon, attack, names, folder, place, overall))
     if len(found) > 1:
         show_all(found)
     if arguments.json:
@@ -83,28 +90,30 @@ def opened(arguments, place: str | None, device) -> Trained:
         raise ConfigError("--model needs --dataset NAME (such as cifar10) and --epsilon (such as 8/255)")
     from fastrobust.evaluation.foreign import open_foreign
 
-    options = {"data": place, "resolution": arguments.resolution, "device": device}
+    options = {"norm": arguments.norm or "linf", "data": place, "resolution": arguments.resolution, "device": device}
     return open_foreign(arguments.run, arguments.model, arguments.dataset, epsilon=arguments.epsilon[0], **options)
 
 
 def at_radius(
-    world, arguments, trained: Trained, data, epsilon: float, attack: str, names: list[str], folder, place, overall
+    world, arguments, trained: Trained, data, norm: str, epsilon: float, attack: str, names, folder, place, overall
 ) -> dict:
     """Evaluate on one test set at one radius: what is printed, and what --json gives."""
     config, settings = trained.config, trained.config.evaluation
+    alpha = settings.alpha_at(epsilon) if norm == config.norm else epsilon / 4
     seed = config.seed if arguments.seed is None else arguments.seed
     batch_size = arguments.batch_size or settings.batch_size
-    other = other_model(arguments.transfer, trained, data, epsilon, seed) if arguments.sanity else None
-    earlier = results.stored(folder, trained.digest, data.checksum(), epsilon) if folder else []
+    other = other_model(arguments.transfer, trained, data, ball(norm, epsilon), seed) if arguments.sanity else None
+    earlier = results.stored(folder, trained.digest, data.checksum(), epsilon, norm) if folder else []
     adversarial = to_unit(data.images).clone() if arguments.save_images else None
     records = run_attacks(
         trained.model,
         data,
         names,
         epsilon=epsilon,
-        alpha=settings.alpha_at(epsilon) if arguments.alpha is None else arguments.alpha,
+        alpha=alpha if arguments.alpha is None else arguments.alpha,
         batch_size=batch_size,
         seed=seed,
+        norm=norm,
         folder=folder,
         fresh=arguments.fresh or adversarial is not None,
         notes={"data": place, "chosen": data.chosen},
@@ -127,17 +136,17 @@ def at_radius(
     }
     show(result, config.data.dataset, folder)
     if adversarial is not None:
-        keys = ("attack", "epsilon", "alpha", "weights", "images", "chosen", "data")
-        about = {key: result[key] for key in keys} | {"norm": Threat.norm, "dataset": config.data.dataset, "seed": seed}
+        keys = ("attack", "norm", "epsilon", "alpha", "weights", "images", "chosen", "data")
+        about = {key: result[key] for key in keys} | {"dataset": config.data.dataset, "seed": seed}
         left = images_file.write(Path(arguments.save_images), trained.model, data, adversarial, batch_size, about)
         print(f"images           {arguments.save_images} ({left} of {len(data.labels)} still classified correctly)")
     if other is not None:
-        result["sanity"] = check_sanity(trained, other, result, epsilon, batch_size, seed, folder)
+        result["sanity"] = check_sanity(trained, other, result, norm, epsilon, batch_size, seed, folder)
     return result
 
 
 def check_sanity(
-    trained: Trained, other, result: dict, epsilon: float, batch_size: int, seed: int, folder: Path | None
+    trained: Trained, other, result: dict, norm: str, epsilon: float, batch_size: int, seed: int, folder: Path | None
 ) -> dict:
     """Prints the checks as they are done, then the verdict, and writes them beside the records."""
     data = trained.images(min(result["examples"], SANITY_IMAGES))
@@ -147,13 +156,14 @@ def check_sanity(
             bar.line(wrapped(f"{'ok  ' if check.passed else 'FAIL'} {check.name:<16} ", check.says))
             bar.advance(1, check.name if bar.due() else None)
 
-        common = {"epsilon": epsilon, "batch_size": batch_size, "seed": seed}
+        common = {"norm": norm, "epsilon": epsilon, "batch_size": batch_size, "seed": seed}
         checks = masking.check_all(trained.model, data, **common, surrogate=other, tell=tell)
     failed = [check.name for check in checks if not check.passed]
     found = {
         "verdict": masking.verdict(checks),
         "failed": failed,
         "examples": len(data.labels),
+        "norm": norm,
         "epsilon": epsilon,
         "weights": trained.digest,
         "images": data.checksum(),
@@ -166,17 +176,18 @@ def check_sanity(
         print(f"verdict          healthy: all {len(checks)} checks passed on {len(data.labels)} images")
     if folder:
         of = f"_{found['images'][:8]}" if result["data"] else ""
-        write_json(folder / f"sanity_epsilon-{epsilon:.6g}{of}.json", found)
+        kind = "" if norm == "linf" else f"{norm}-"
+        write_json(folder / f"sanity_{kind}epsilon-{epsilon:.6g}{of}.json", found)
     return found
 
 
-def other_model(transfer: str | None, trained: Trained, data, epsilon: float, seed: int):
+def other_model(transfer: str | None, trained: Trained, data, threat, seed: int):
     """The model of --transfer, or a small one trained on 3,000 training images."""
     device = next(trained.model.parameters()).device
     if transfer is None:
         train = trained.training_images(3000)
         print(f"training a small model on {len(train.labels)} training images, for the transfer attack", flush=True)
-        return masking.train_surrogate(train, epsilon, len(train.classes), device, seed)
+        return masking.train_surrogate(train, threat, len(train.classes), device, seed)
     other = open_trained(transfer, device=device)
     if other.classes != data.classes:
         theirs, ours = (", ".join(classes[:5]) for classes in (other.classes, data.classes))
@@ -217,7 +228,7 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
         print(f"{INDENT}{result['data']}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"
     steps = ", its steps in TF32" if result["arithmetic"] == "tf32" else ""
-    print(f"attack           {result['attack']}, epsilon {describe(result['epsilon'])}{alpha}{steps}")
+    print(f"attack           {result['attack']}, {ball_in_words(result['epsilon'], result['norm'])}{alpha}{steps}")
     print(f"clean accuracy   {result['clean_accuracy']:.2%}{interval(result['clean_interval'])}, n = {n}")
     print(f"robust accuracy  {result['robust_accuracy']:.2%}{interval(result['robust_interval'])}, n = {n}")
     if len(result["attacks"]) > 1:
@@ -238,7 +249,8 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
 
 def show_all(found: list[dict]) -> None:
     """One row for each test set and radius."""
-    table = Table("test images", "n", "epsilon", "clean", "robust", "worst case", box=None, pad_edge=False)
+    radius = "epsilon" if found[0]["norm"] == "linf" else f"{found[0]['norm'].upper()}, epsilon"
+    table = Table("test images", "n", radius, "clean", "robust", "worst case", box=None, pad_edge=False)
     for result in found:
         accuracies = (result["clean_accuracy"], result["robust_accuracy"], result["worst_case"]["robust_accuracy"])
         shares = [f"{accuracy:.2%}" for accuracy in accuracies]

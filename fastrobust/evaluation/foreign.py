@@ -28,6 +28,7 @@ def open_foreign(
     dataset: str,
     *,
     epsilon: float,
+    norm: str = "linf",
     data: str | None = None,
     resolution: int | None = None,
     device: torch.device | str = "cpu",
@@ -36,7 +37,7 @@ def open_foreign(
     holds is taken; of a file without one, that of some usual ones is taken with which the model classifies most of 500 test
     images correctly, and all are printed. Raises RunError, ConfigError or DataError."""
     tensors, section = foreign.read(path)
-    config = config_of(path, model, dataset, epsilon, data, resolution)
+    config = config_of(path, model, dataset, epsilon, norm, data, resolution)
     classes = config.facts.classes or sets.list_images(dataset, "test", config.data.path).classes
     channels = config.facts.channels
     about = {"channels": channels, "classes": len(classes)}
@@ -55,7 +56,7 @@ def open_foreign(
 
 
 def config_of(
-    path: str | Path, model: str, dataset: str, epsilon: float, data: str | None, resolution: int | None
+    path: str | Path, model: str, dataset: str, epsilon: float, norm: str, data: str | None, resolution: int | None
 ) -> Config:
     """The config of a run that would have left these weights, as far as an evaluation asks for it."""
     facts = datasets.facts(dataset, data)
@@ -63,6 +64,7 @@ def config_of(
     config = reading.parse(
         {
             "name": re.sub(r"[^A-Za-z0-9._-]|^\W", "_", Path(path).stem)[:100] or "weights",
+            "norm": norm,
             "epsilon": epsilon,
             "data": {"dataset": dataset, "path": data, "channels": facts.channels or 3},
             "model": {"name": model, "weights": str(path)},

@@ -30,6 +30,7 @@ class Evaluation:
     robust_interval: tuple[float, float]
     examples: int
     attack: str
+    norm: str
     epsilon: float
     clean: Tensor = field(repr=False)
     robust: Tensor = field(repr=False)
@@ -44,6 +45,7 @@ def evaluate(
     labels: Any = None,
     *,
     epsilon: float,
+    norm: str = "linf",
     attack: str = "pgd-50-10",
     alpha: float | None = None,
     batch_size: int = 500,
@@ -53,15 +55,16 @@ def evaluate(
 
     model: takes N x C x H x W, pixels in [0, 1], and gives logits N x classes; its normalisation is inside. images: uint8 or
     float in [0, 1], N x C x H x W; labels: N whole numbers; or a Dataset of (image, label) in place of both. epsilon: radius
-    in pixels of [0, 1]. attack: one or several with commas, each on what the ones before left robust, as for the evaluate
-    command: "pgd-50-10,autoattack". alpha: step size of PGD, by default epsilon / 4. Raises FastrobustError."""
+    in pixels of [0, 1], in the norm "linf" or "l2". attack: one or several with commas, each on what the ones before left
+    robust, as for the evaluate command: "pgd-50-10,autoattack". alpha: step size of PGD, by default epsilon / 4. Raises
+    FastrobustError."""
     names, data = attack_names(attack), image_set(images, labels)
     check_model(model, data.images[:1])
-    options = {"epsilon": float(epsilon), "alpha": epsilon / 4 if alpha is None else alpha, "batch_size": batch_size}
-    records = run_attacks(model, data, names, **options, seed=seed)
+    options = {"norm": norm, "epsilon": float(epsilon), "alpha": epsilon / 4 if alpha is None else alpha}
+    records = run_attacks(model, data, names, **options, batch_size=batch_size, seed=seed)
     found = report(as_named(attack), records)
     return Evaluation(
-        **{key: found[key] for key in ("clean_accuracy", "robust_accuracy", "examples", "attack", "epsilon")},
+        **{key: found[key] for key in ("clean_accuracy", "robust_accuracy", "examples", "attack", "norm", "epsilon")},
         clean_interval=tuple(found["clean_interval"]),
         robust_interval=tuple(found["robust_interval"]),
         clean=records[0].clean,

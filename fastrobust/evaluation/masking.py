@@ -7,7 +7,7 @@ with its figures. All counts are of images; an attack's points count as `attack.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from fastrobust.attack.base import Setting
 from fastrobust.attack.gradient import ascend, cross_entropy, frozen, input_gradient, margin
 from fastrobust.attack.pgd import Pgd
 from fastrobust.attack.rounds import run_rounds
-from fastrobust.attack.threat import Threat
+from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import breaks, classified, correct, evaluating
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
@@ -45,9 +45,9 @@ class Check:
 class Subject:
     """A model and the images that it is checked on, in batches. Everything here is called in eval mode, frozen."""
 
-    def __init__(self, model: nn.Module, data: ImageSet, epsilon: float, batch_size: int, seed: int):
-        self.model, self.epsilon, self.batch_size, self.seed = model, epsilon, batch_size, seed
-        self.threat = Threat(epsilon)
+    def __init__(self, model: nn.Module, data: ImageSet, threat: Threat, batch_size: int, seed: int):
+        self.model, self.epsilon, self.batch_size, self.seed = model, threat.radius, batch_size, seed
+        self.threat = threat
         device = next(model.parameters()).device
         self.images = data.images.to(device).contiguous(memory_format=torch.channels_last)
         self.x, self.y = to_unit(self.images), data.labels.to(device)
@@ -65,13 +65,17 @@ class Subject:
     def share(self, mask: Tensor) -> float:
         return mask.count_nonzero().item() / self.n
 
-    def uniform(self, radius: float) -> Tensor:
-        noise = torch.rand(self.x.shape, generator=self.generator, device=self.x.device) * 2 - 1
-        return (noise * radius).contiguous(memory_format=torch.channels_last)
+    def uniform(self) -> Tensor:
+        """Random perturbations, uniform in the ball."""
+        return self.threat.noise(self.x.shape, self.generator).contiguous(memory_format=torch.channels_last)
+
+    def edge(self, way: Tensor) -> Tensor:
+        """The perturbations as far along `way` as the ball reaches: its corners, or points of its sphere."""
+        return self.threat.step(torch.zeros_like(way), way, self.epsilon)
 
     def pgd(self, steps: int, restarts: int, epsilon: float | None = None, alpha: float | None = None) -> Tensor:
         """Which examples PGD leaves robust (bool, N), each point checked again."""
-        threat = self.threat if epsilon is None else Threat(epsilon)
+        threat = self.threat if epsilon is None else replace(self.threat, radius=epsilon)
         alpha, robust = threat.radius / 4 if alpha is None else alpha, self.clean.clone()
         setting = Setting(self.model, self.images, threat, alpha, self.batch_size, self.seed)
         run_rounds(Pgd(setting, (steps, restarts)), self.images, self.y, robust, threat=threat)
@@ -98,6 +102,7 @@ def check_all(
     epsilon: float,
     batch_size: int,
     seed: int = 0,
+    norm: str = "linf",
     surrogate: nn.Module | None = None,
     tell: Callable[[Check], None] = lambda check: None,
 ) -> list[Check]:
@@ -107,7 +112,7 @@ def check_all(
         raise ConfigError("--sanity needs a radius above 0: --epsilon 8/255")
     found: list[Check] = []
     with evaluating(model):
-        subject = Subject(model, data, epsilon, batch_size, seed)
+        subject = Subject(model, data, ball(norm, epsilon), batch_size, seed)
         if not subject.clean.any():
             raise ConfigError(f"the model classifies none of the {subject.n} images correctly: there is nothing to check")
         other = [] if surrogate is None else [partial(transfer, surrogate=surrogate)]
@@ -126,7 +131,7 @@ def single_step(s: Subject) -> Check:
     """Catastrophic overfitting: one large step is beaten, many small ones are not."""
     moved_from = lambda x, y, d, alpha: s.threat.project(s.threat.step(d, s.gradient(x + d, y), alpha), x)
     zero = s.map(lambda x, y: moved_from(x, y, torch.zeros_like(x), s.epsilon), s.x, s.y)
-    start = s.threat.clip(s.uniform(s.epsilon), s.x)
+    start = s.threat.clip(s.uniform(), s.x)
     moved = s.map(lambda x, y, d: moved_from(x, y, d, 1.25 * s.epsilon), s.x, s.y, start)
     accuracy = {
         "fgsm_zero_start": s.share(s.clean & ~s.broken_at(s.x + zero, s.clean)),
@@ -154,23 +159,23 @@ def more_steps(s: Subject) -> Check:
 
 def growing_epsilon(s: Subject) -> Check:
     """Robust accuracy falls to 0 as the ball grows to the whole box."""
-    radii = [s.epsilon / 2]
-    while radii[-1] < 1:
-        radii.append(min(1.0, 2 * radii[-1]))
+    radii, widest = [s.epsilon / 2], s.threat.widest(s.x.shape[1:])
+    while radii[-1] < widest:
+        radii.append(min(widest, 2 * radii[-1]))
     accuracy = {e: s.share(s.pgd(STEPS, 1, epsilon=e)) for e in radii}
     values = list(accuracy.values())
     rises = max(b - a for a, b in itertools.pairwise(values))
     says = ", ".join(f"{e:.3g}: {a:.1%}" for e, a in accuracy.items())
-    says = f"accuracy by radius {says}; may rise by {NOISE:.0%}, and {NOISE:.0%} may be left at 1"
+    says = f"accuracy by radius {says}; may rise by {NOISE:.0%}, and {NOISE:.0%} may be left at {widest:.4g}"
     return Check("growing epsilon", rises <= NOISE and values[-1] <= NOISE, says, {"accuracy": accuracy})
 
 
 def random_points(s: Subject) -> Check:
-    """Points drawn without the gradient, half of them in the ball and half at its corners."""
+    """Points drawn without the gradient, half of them in the ball and half at its corners or on its sphere."""
     left = s.clean.clone()
     for i in range(NOISY_POINTS):
-        delta = s.uniform(s.epsilon)
-        delta = delta if i % 2 else s.epsilon * delta.sign()
+        delta = s.uniform()
+        delta = delta if i % 2 else s.edge(delta)
         left &= ~s.broken_at(s.x + s.threat.clip(delta, s.x), left)
     return no_better(s, "random points", f"{NOISY_POINTS} random points", left)
 
@@ -191,7 +196,7 @@ def black_box(s: Subject) -> Check:
 def transfer(s: Subject, surrogate: nn.Module) -> Check:
     """Adversarial examples of another model."""
     with frozen(surrogate):
-        start = s.threat.clip(s.uniform(s.epsilon), s.x)
+        start = s.threat.clip(s.uniform(), s.x)
         points = s.map(lambda x, y, d: x + ascend(surrogate, x, y, d, s.threat, s.epsilon / 4, 20), s.x, s.y, start)
         fooled = correct(s.map(surrogate, s.x), s.y) & ~correct(s.map(surrogate, points), s.y)
     left = s.clean & ~s.broken_at(points, s.clean)
@@ -209,7 +214,7 @@ def no_better(s: Subject, name: str, attack: str, left: Tensor) -> Check:
 
 def gradients(s: Subject) -> Check:
     """What PGD left robust is not left for want of a gradient, nor because cross-entropy saturates."""
-    start = s.threat.clip(s.uniform(s.epsilon), s.x)
+    start = s.threat.clip(s.uniform(), s.x)
     largest = lambda x, y, loss: input_gradient(s.model, x, y, loss)[1].abs().flatten(1).amax(1)
     at_image = s.map(lambda x, y: largest(x, y, cross_entropy), s.x, s.y)
     at_start = s.map(lambda x, y: largest(x, y, margin), s.x + start, s.y)
@@ -232,15 +237,15 @@ def gradients(s: Subject) -> Check:
 
 
 def landscape(s: Subject) -> Check:
-    """The loss on the way along the gradient's sign and along random signs, to the edge of the ball."""
+    """The loss on the way up the gradient and in a random direction, to the edge of the ball."""
     ways = {
-        "gradient": s.map(lambda x, y: s.gradient(x, y).sign(), s.x, s.y),
-        "random": s.uniform(1.0).sign(),
+        "gradient": s.edge(s.map(s.gradient, s.x, s.y)),
+        "random": s.edge(s.uniform()),
     }
     shares = torch.linspace(0, 1, 11).tolist()
     figures: dict[str, Any] = {"share_of_epsilon": [round(t, 1) for t in shares]}
     for name, way in ways.items():
-        delta = s.threat.clip(s.epsilon * way, s.x)
+        delta = s.threat.clip(way, s.x)
         with torch.no_grad():
             logits = [s.map(lambda x, d: s.model(x + d).float(), s.x, t * delta) for t in shares]
         losses = torch.stack([cross_entropy(at, s.y) for at in logits])[:, s.clean]
@@ -248,7 +253,7 @@ def landscape(s: Subject) -> Check:
         figures[f"loss_{name}"] = losses.mean(1).tolist()
         figures[f"nonlinearity_{name}"] = nonlinearity(losses)
         figures[f"interior_{name}"] = s.share(s.clean & right[-1] & ~right.all(0))
-    near = s.x + s.threat.clip(s.uniform(s.epsilon), s.x)
+    near = s.x + s.threat.clip(s.uniform(), s.x)
     align = lambda x, z, y: F.cosine_similarity(s.gradient(x, y).flatten(1), s.gradient(z, y).flatten(1))
     figures["gradient_alignment"] = s.map(align, s.x, near, s.y)[s.clean].mean().item()
     interior = figures["interior_gradient"]
@@ -270,10 +275,10 @@ def nonlinearity(losses: Tensor) -> float:
     return ((losses - line).abs().amax(0) / span.clamp(min=1e-12)).mean().item()
 
 
-def train_surrogate(data: ImageSet, epsilon: float, classes: int, device: torch.device, seed: int = 0) -> nn.Module:
-    """A small network trained for 2 passes on one-step adversarial examples of a quarter of epsilon, which is little enough
-    for it to learn something: a source of transfer attacks."""
-    ball = Threat(epsilon / 4)
+def train_surrogate(data: ImageSet, threat: Threat, classes: int, device: torch.device, seed: int = 0) -> nn.Module:
+    """A small network trained for 2 passes on one-step adversarial examples of a quarter of the radius, which is little
+    enough for it to learn something: a source of transfer attacks."""
+    quarter = replace(threat, radius=threat.radius / 4)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = nn.Sequential(
@@ -285,7 +290,7 @@ def train_surrogate(data: ImageSet, epsilon: float, classes: int, device: torch.
             for index in torch.randperm(len(data.labels)).split(50):
                 x, y = to_unit(data.images[index].to(device)), data.labels[index].to(device)
                 with frozen(model):
-                    delta = ascend(model, x, y, ball.start(x), ball, ball.radius, 1)
+                    delta = ascend(model, x, y, quarter.start(x), quarter, quarter.radius, 1)
                 optimizer.zero_grad()
                 F.cross_entropy(model(x + delta), y).backward()
                 optimizer.step()

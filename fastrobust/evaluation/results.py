@@ -54,7 +54,8 @@ class Record:
     def path(self, folder: Path) -> Path:
         s = self.settings
         key = hashlib.sha256(json.dumps(s, sort_keys=True).encode() + self.attacked.numpy().tobytes()).hexdigest()
-        return folder / f"{s['attack']}_epsilon-{s['epsilon']:.6g}_{key[:12]}.safetensors"
+        norm = "" if norm_of(s) == "linf" else f"{norm_of(s)}-"
+        return folder / f"{s['attack']}_{norm}epsilon-{s['epsilon']:.6g}_{key[:12]}.safetensors"
 
     def save(self, folder: Path) -> None:
         tensors = {"clean": self.clean, "attacked": self.attacked, "broken": self.broken}
@@ -87,10 +88,15 @@ def read_all(folder: Path) -> list[Record]:
     return [read(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
-def stored(folder: Path, weights: str, data: str, epsilon: float) -> list[Record]:
-    """The records in a folder that are about these weights, this data and this radius. RunError."""
+def norm_of(settings: dict[str, Any]) -> str:
+    """The norm of a record's ball: L-infinity unless it says another."""
+    return settings.get("norm", "linf")
+
+
+def stored(folder: Path, weights: str, data: str, epsilon: float, norm: str = "linf") -> list[Record]:
+    """The records in a folder that are about these weights, this data, this radius and norm. RunError."""
     wanted = {"weights": weights, "data": data, "epsilon": epsilon}
-    return [r for r in read_all(folder) if wanted.items() <= r.settings.items()]
+    return [r for r in read_all(folder) if wanted.items() <= r.settings.items() and norm_of(r.settings) == norm]
 
 
 def take_over(folder: Path, weights: str, data: ImageSet) -> None:
@@ -118,10 +124,10 @@ def digest_of_version_0_1(data: ImageSet) -> str:
 
 def worst_case(records: list[Record]) -> Tensor:
     """Which examples (bool, N) every record leaves robust: classified correctly, and broken by no attack. The records are
-    of one model, data set and radius. ValueError if they are not."""
-    about = {tuple(r.settings[key] for key in ("weights", "data", "epsilon")) for r in records}
+    of one model, data set, radius and norm. ValueError if they are not."""
+    about = {(*(r.settings[key] for key in ("weights", "data", "epsilon")), norm_of(r.settings)) for r in records}
     if len(about) != 1:
-        raise ValueError(f"records of {len(about)} different models, data sets or radii cannot be merged")
+        raise ValueError(f"records of {len(about)} different models, data sets, radii or norms cannot be merged")
     robust = records[0].clean.clone()
     for record in records:
         robust &= record.clean & ~record.broken

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fastrobust.config import parts
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import ball_in_words, describe, radius_in_words
 from fastrobust.models import Normalized
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
@@ -162,27 +162,33 @@ def write_onnx(path: Path, model, images) -> float | None:
     return difference
 
 
+REACH = {
+    "linf": "every pixel by at most epsilon (L-infinity)",
+    "l2": "the image by at most epsilon in the L2 norm over all pixels and channels",
+}
+
+
 def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
     images = facts.summary and facts.summary.training_images  # version 0.1 did not count them
     used = f"{images:,} training images" if images else "its training images"
-    tested = facts.summary.get("tested_on", "")
+    tested = getattr(facts.summary, "tested_on", "")
     tested = tested if "held-out" in tested else "its test images"
     side = config.phases[-1].resolution
     paragraphs = [
         f"# {config.name}",
         f"An image classifier ({config.model.name}, {len(classes)} classes) trained with fastrobust to withstand "
-        f"adversarial examples of radius {describe(config.epsilon)}.",
+        f"adversarial examples at {ball_in_words(config.epsilon, config.norm)}.",
         "## Data",
         f"Trained on {config.data.dataset} ({used}), evaluated on {tested}, {side} x {side} pixels.\n"
         f"Classes: {', '.join(classes[:20])}{', ...' if len(classes) > 20 else ''}.",
         "## Threat model",
-        "Pixels are in [0, 1]. An attacker knows the model and may change every pixel by at most epsilon (L-infinity), and\n"
+        f"Pixels are in [0, 1]. An attacker knows the model and may change {REACH[config.norm]}, and\n"
         "the changed image stays in [0, 1]. Nothing is claimed about other changes (other norms, rotations, blur,\n"
         "corruptions), larger radii, or other data.",
         "## Accuracy",
         accuracy_table(facts.accuracies),
-        *(f"{CHECKS} at epsilon {describe(m.epsilon)} ({m.examples} images): {m.in_words()}." for m in facts.masking),
+        *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.examples} images): {m.in_words()}." for m in facts.masking),
         *([] if facts.masking else [f"{CHECKS} were not made."]),
         "## Training",
         training(config, facts.summary),
@@ -201,7 +207,7 @@ def accuracy_table(rows: list[Accuracy]) -> str:
     for row in rows:
         low, high = row.interval
         images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
-        cells = [row.attack, describe(row.epsilon), row.in_words(), f"{low:.2%} to {high:.2%}", images]
+        cells = [row.attack, radius_in_words(row.epsilon, row.norm), row.in_words(), f"{low:.2%} to {high:.2%}", images]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -216,8 +222,8 @@ def accuracy_table(rows: list[Accuracy]) -> str:
 def training(config, summary: Summary | None) -> str:
     plain = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
     settings = "".join(f", {key} {plain(value)}" for key, value in vars(config.method).items() if key != "name")
-    radius = describe(config.epsilon)
-    lines = [f"Method {config.method.name}{settings}; epsilon {radius}, {config.epochs} epochs, seed {config.seed}."]
+    radius = ball_in_words(config.epsilon, config.norm)
+    lines = [f"Method {config.method.name}{settings}; {radius}, {config.epochs} epochs, seed {config.seed}."]
     if summary and summary.stopped:
         lines.append(f"It was {summary.stopped}.")
     if summary and "device" in summary.hardware:
@@ -234,6 +240,7 @@ def robustbench(config, facts: Known) -> dict[str, Any]:
         "preact_resnet18": "PreActResNet-18",
         "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
     }
+    norm = "" if config.norm == "linf" else f", in the {config.norm.upper()} norm"
     return {
         "link": None,
         "name": config.name,
@@ -247,5 +254,5 @@ def robustbench(config, facts: Known) -> dict[str, Any]:
         "clean_acc": percent(facts.autoattack_clean if auto else first and first.clean_accuracy),
         "reported": percent(first and first.robust_accuracy),
         "autoattack_acc": percent(auto and auto.accuracy),
-        "footnote": f"Measured on {quoted.examples} test images." if quoted else None,
+        "footnote": f"Measured on {quoted.examples} test images{norm}." if quoted else None,
     }

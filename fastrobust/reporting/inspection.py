@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastrobust.attack.gradient import ascend, input_gradient
 from fastrobust.attack.pgd import pgd
-from fastrobust.attack.threat import Threat
+from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
@@ -46,6 +46,7 @@ class Inspection:
     robust: Tensor
     labels: Tensor
     pictures: list[Picture]
+    norm: str = "linf"
     source: str = ""
     checksum: str = ""
 
@@ -56,6 +57,7 @@ def inspect(
     *,
     epsilon: float,
     seed: int = 0,
+    norm: str = "linf",
     progress: Callable[[int], None] = lambda examples: None,
 ) -> Inspection:
     """Attacks every image of `data` with PGD-10, one restart and steps of a quarter of the radius, at each radius."""
@@ -63,7 +65,7 @@ def inspect(
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
     common = {"steps": STEPS, "restarts": 1, "seed": seed, "progress": lambda restart, examples: progress(examples)}
-    found = {f: pgd(model, images, labels, threat=Threat(f * epsilon), alpha=f * epsilon / 4, **common) for f in FACTORS}
+    found = {f: pgd(model, images, labels, threat=ball(norm, f * epsilon), alpha=f * epsilon / 4, **common) for f in FACTORS}
     clean, robust = found[1.0].clean, found[1.0].robust
     radii = [(0.0, int(clean.sum())), *((f * epsilon, int(verdicts.robust.sum())) for f, verdicts in found.items())]
     chosen = one_of_each(data.labels, PICTURES)
@@ -74,7 +76,8 @@ def inspect(
         clean=clean.cpu(),
         robust=robust.cpu(),
         labels=data.labels,
-        pictures=take_pictures(model, images[chosen], labels[chosen], epsilon),
+        pictures=take_pictures(model, images[chosen], labels[chosen], ball(norm, epsilon)),
+        norm=norm,
         source=data.source,
         checksum=data.checksum(),
     )
@@ -88,14 +91,13 @@ def one_of_each(labels: Tensor, count: int) -> list[int]:
     return [int((labels == c).nonzero()[0, 0]) for c in spread]
 
 
-def take_pictures(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> list[Picture]:
+def take_pictures(model: nn.Module, images: Tensor, labels: Tensor, threat: Threat) -> list[Picture]:
     """The perturbations are those of PGD-10 from the image itself; images: uint8 N x C x H x W on the model's device."""
     x = to_unit(images)
     with evaluating(model):
-        threat = Threat(epsilon)
         logits, first_gradient = input_gradient(model, x, labels)
         before = logits.softmax(1).max(1)
-        delta = ascend(model, x, labels, torch.zeros_like(x), threat, epsilon / 4, STEPS)
+        delta = ascend(model, x, labels, torch.zeros_like(x), threat, threat.radius / 4, STEPS)
         with torch.no_grad():
             after = model(x + delta).float().softmax(1).max(1)
     return [

@@ -10,7 +10,7 @@ from fastrobust.attack import autoattack
 from fastrobust.evaluation import results
 from fastrobust.evaluation.results import wilson
 from fastrobust.reporting import stored
-from fastrobust.reporting.stored import Images, Share, Stored, Summary
+from fastrobust.reporting.stored import Images, InBall, Share, Stored, Summary
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.run_directory import SUMMARY, WEIGHTS
 from fastrobust.verification.store import FOLDER as VERIFICATION
@@ -26,7 +26,7 @@ EXACT_NOTE = (
 class Accuracy:
     """So many of `examples` test images are robust: classified correctly at all points that an attack tried, or, for an
     exact verification, proved to be so at every point of the ball. `undecided`: images that ran out of time there.
-    `data`: the --data that the images were read from, if any."""
+    `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`."""
 
     attack: str
     epsilon: float
@@ -34,6 +34,7 @@ class Accuracy:
     examples: int
     undecided: int | None = None
     data: str | None = None
+    norm: str = "linf"
 
     def __post_init__(self):
         if not 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples or not self.examples:
@@ -56,16 +57,15 @@ class Accuracy:
         return f"{self.accuracy:.2%}" + ("" if self.undecided is None else counts)
 
     def to_dict(self) -> dict[str, Any]:
-        row = {"attack": self.attack, "epsilon": self.epsilon, "accuracy": self.accuracy, "interval": list(self.interval)}
-        row["examples"] = self.examples
+        row = {"attack": self.attack, "norm": self.norm, "epsilon": self.epsilon, "accuracy": self.accuracy}
+        row |= {"interval": list(self.interval), "examples": self.examples}
         return row | {key: value for key in ("undecided", "data") if (value := getattr(self, key)) is not None}
 
 
-class Masking(Stored):
+class Masking(InBall):
     """The verdict of the checks for masked gradients (`evaluate --sanity`), and the names of the checks that failed."""
 
     weights: str
-    epsilon: float
     verdict: str
     failed: list[str]
     examples: int
@@ -113,7 +113,7 @@ def read(run: Path, weights: str | None) -> Known:
     known = Known(stored.read(run / SUMMARY, Summary))
     for e in known.summary.evaluations if known.summary else []:
         known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
-        known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples))
+        known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, norm=e.norm))
     if weights is not None:
         read_evaluations(known, run / results.FOLDER, weights)
         read_verification(known, run, weights)
@@ -126,22 +126,23 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
     for record in results.read_all(folder):
         s = record.settings
         if s["weights"] == weights and record.facts["finished"]:
-            groups.setdefault((s["epsilon"], s["examples"], s["data"]), []).append(record)
-    wanted = known.summary.evaluations[0].epsilon if known.summary else None
-    for (epsilon, n, _), records in sorted(groups.items()):
+            groups.setdefault((results.norm_of(s), s["epsilon"], s["examples"], s["data"]), []).append(record)
+    first = known.summary and known.summary.evaluations[0]
+    trained_in, wanted = (first.norm, first.epsilon) if first else ("linf", None)
+    for (norm, epsilon, n, _), records in sorted(groups.items()):
         clean, data = int(records[0].clean.sum()), records[0].facts.get("data")
         known.add(Accuracy(NONE, 0.0, clean, n, data=data))
         for record in records:
             if bool((record.attacked == record.clean).all()):
                 robust = int((record.clean & ~record.broken).sum())
-                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data))
+                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data, norm=norm))
         if len(records) > 1:
             name = f"worst case over {', '.join(sorted({r.settings['attack'] for r in records}))}"
-            known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data))
+            known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data, norm=norm))
         whole = autoattack_of(records)
         if whole is not None:
-            row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data))
-            if known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted):
+            row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data, norm=norm))
+            if norm == trained_in and (known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)):
                 known.autoattack, known.autoattack_clean = row, clean / n
     found = [stored.read(file, Masking) for file in sorted(folder.glob("sanity_*.json"))]
     known.masking += [checks for checks in found if checks.weights == weights]

@@ -4,7 +4,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from fastrobust.config.numbers import describe
+from fastrobust.attack.threat import NORMS
+from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.config.reading import flatten
 from fastrobust.evaluation.results import wilson
 from fastrobust.evaluation.trained import open_trained
@@ -88,7 +89,8 @@ def look_at(one: Run, directory: Path, count: int, device, data: str | None) -> 
         return
     with Progress(f"attack {one.name}", len(inspection.FACTORS) * len(images.labels)) as bar:
         told = lambda n: bar.advance(n, "several radii" if bar.due() else None)
-        one.seen = inspection.inspect(trained.model, images, epsilon=epsilon, seed=config.seed, progress=told)
+        common = {"epsilon": epsilon, "norm": config.norm, "seed": config.seed, "progress": told}
+        one.seen = inspection.inspect(trained.model, images, **common)
 
 
 def render(runs: list[Run]) -> str:
@@ -121,10 +123,10 @@ def summary_table(runs: list[Run]) -> str:
         for row in one.known.accuracies:
             low, high = row.interval
             images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}"
-            name = "clean accuracy" if row.attack == NONE else f"{row.attack}, epsilon {describe(row.epsilon)}"
+            name = "clean accuracy" if row.attack == NONE else f"{row.attack}, {ball_in_words(row.epsilon, row.norm)}"
             put(name, i, row.in_words(), f"{low * 100:.1f} to {high * 100:.1f}, {images}")
         for m in one.known.masking:
-            put(f"masked gradients, epsilon {describe(m.epsilon)}", i, m.in_words(), f"{m.examples:,} images")
+            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), f"{m.examples:,} images")
         times = [r.seconds for r in one.history]
         if times:
             span = f"; {duration(min(times))} to {duration(max(times))}" if len(times) > 1 else ""
@@ -134,7 +136,7 @@ def summary_table(runs: list[Run]) -> str:
             done = f"{one.history[-1].epoch}{of or ' epochs'} in {duration(taken)}"
             put("training", i, done, f"a pass over the data: {duration(statistics.median(times))}{span}")
         for e in one.summary.evaluations if one.summary else []:
-            put("evaluation", i, duration(e.seconds), f"{e.attack}, epsilon {describe(e.epsilon)}")
+            put("evaluation", i, duration(e.seconds), f"{e.attack}, {ball_in_words(e.epsilon, e.norm)}")
         speeds = [record.images_per_second for record in one.history if record.images_per_second]
         if speeds:
             put("images per second", i, f"{statistics.median(speeds):,.0f}", "median of the epochs")
@@ -168,30 +170,39 @@ def curves(runs: list[Run]) -> str:
     return f'<h2>Training</h2><p class="note">{note}</p><div class="grid">{"".join(found)}</div>' if found else ""
 
 
-def robustness(runs: list[Run]) -> str:
-    """Accuracy against epsilon, and by class."""
-    small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for one in runs)
+def against_epsilon(runs: list[Run], norm: str) -> str:
+    """The chart of all runs that were attacked in this norm: radii of different norms share no axis."""
+    seen = [(i, one) for i, one in enumerate(runs) if one.seen and one.seen.norm == norm]
+    small = all("/" in describe(one.config.epsilon) and one.config.epsilon < 0.15 for _, one in seen)
     unit = 255 if small else 1  # of the axis: radii that were given in 255ths are shown so
-    told = [f"{one.name} was not attacked here: {one.unseen.splitlines()[0]}" for one in runs if one.unseen]
-    missing = "".join(f'<p class="note">{escape(text)}</p>' for text in told)
-    seen = [(i, one) for i, one in enumerate(runs) if one.seen]
-    if not seen:
-        return missing
     lines = []
     for i, one in seen:
         n, radii = one.seen.count, [(e * unit, k) for e, k in one.seen.radii]
         lines.append(Line(one.name, [(e, k / n) for e, k in radii], i, [(e, *wilson(k, n)) for e, k in radii]))
-    counts = " or ".join(str(n) for n in sorted({one.seen.count for _, one in seen}))
+    axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
+    title = "Images still classified correctly"
+    if norm != "linf":
+        title, axis = f"{title}, {norm.upper()}", f"{norm.upper()}, {axis}"
+    trained = {one.config.epsilon * unit for _, one in seen if one.config.method.attacks}
+    marks = [(radius, "trained at") for radius in trained]
+    return chart(title, lines, x=axis, percent=True, marks=marks) if lines else ""
+
+
+def robustness(runs: list[Run]) -> str:
+    """Accuracy against epsilon, and by class."""
+    told = [f"{one.name} was not attacked here: {one.unseen.splitlines()[0]}" for one in runs if one.unseen]
+    missing = "".join(f'<p class="note">{escape(text)}</p>' for text in told)
+    seen = [one for one in runs if one.seen]
+    if not seen:
+        return missing
+    counts = " or ".join(str(n) for n in sorted({one.seen.count for one in seen}))
     text = (
         f"PGD-{STEPS}, one restart, on {counts} test images, evenly spaced over the test set; the band is the 95 % Wilson "
         "interval. So weak an attack gives an upper bound, and so few images a rough one: the figures to quote are the "
         "summary's."
     )
-    axis = "epsilon, in 255ths" if small else "epsilon, pixels in [0, 1]"
-    trained = {one.config.epsilon * unit for _, one in seen if one.config.method.attacks}
-    marks = [(radius, "trained at") for radius in trained]
-    drawn = chart("Images still classified correctly", lines, x=axis, percent=True, marks=marks)
-    cards = drawn + "".join(class_card(one) for _, one in seen)
+    drawn = "".join(against_epsilon(runs, norm) for norm in NORMS)
+    cards = drawn + "".join(class_card(one) for one in seen)
     return (
         f'<h2>Accuracy against epsilon and by class</h2><p class="note">{text}</p>{missing}<div class="grid">{cards}</div>'
     )
@@ -203,7 +214,7 @@ def class_card(one: Run) -> str:
         mine = one.seen.labels == label
         if n := int(mine.sum()):
             rows.append((name, n, int(one.seen.clean[mine].sum()) / n, int(one.seen.robust[mine].sum()) / n))
-    note = f"robust: under PGD-{STEPS} at epsilon {describe(one.seen.epsilon)}"
+    note = f"robust: under PGD-{STEPS} at {ball_in_words(one.seen.epsilon, one.seen.norm)}"
     if len(rows) > MANY_CLASSES:
         note += f"; the {LISTED} of {len(rows)} classes with the fewest robust images"
         rows = sorted(rows, key=lambda row: row[3])[:LISTED]
@@ -228,15 +239,17 @@ def pictures(runs: list[Run]) -> str:
 
 
 def picture_card(one: Run, chosen: list[inspection.Picture]) -> str:
-    epsilon = one.seen.epsilon
-    heading = ["<b>image</b>", f"<b>change</b> ×{0.5 / epsilon:.3g}", "<b>sum</b>", "<b>gradient</b>"]
+    epsilon = largest = one.seen.epsilon  # that a pixel changes by
+    if one.seen.norm != "linf":
+        largest = max(p.delta.abs().max().item() for p in chosen) or 1.0
+    heading = ["<b>image</b>", f"<b>change</b> ×{0.5 / largest:.3g}", "<b>sum</b>", "<b>gradient</b>"]
     cells = [f"<div>{cell}</div>" for cell in heading]
     for p in chosen:
         x, truth = p.image.float() / 255, one.classes[p.label]
         scale = p.gradient.abs().flatten().quantile(0.99).clamp(min=1e-30)
         for what, pixels, predicted, sure in (
             ("test image", x, p.predicted, p.sure),
-            ("perturbation", 0.5 + p.delta / (2 * epsilon), None, 0),
+            ("perturbation", 0.5 + p.delta / (2 * largest), None, 0),
             ("adversarial image", x + p.delta, p.adversarial, p.adversarial_sure),
             ("gradient", 0.5 + 0.5 * (p.gradient / scale).clamp(-1, 1), None, 0),
         ):
@@ -245,7 +258,7 @@ def picture_card(one: Run, chosen: list[inspection.Picture]) -> str:
             wrong = predicted not in (None, p.label)
             below = f'<div class="wrong">{escape(f"{text} (is {truth})")}</div>' if wrong else escape(text)
             cells.append(f"<div>{picture(shown, f'{what} of {truth}')}{below}</div>")
-    note = f"epsilon {describe(epsilon)}; below the images: prediction, its probability; red where wrong"
+    note = f"{ball_in_words(epsilon, one.seen.norm)}; below the images: prediction, its probability; red where wrong"
     pictures = f'<div class="pictures">{"".join(cells)}</div><div class="note">{note}</div>'
     return f"<div><h3>{escape(one.name)}</h3>{pictures}</div>"
 

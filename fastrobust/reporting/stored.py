@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import RunError
@@ -34,9 +34,21 @@ class Epoch(Stored):
     warning: str | None = None
 
 
-class Evaluation(Stored):
+class InBall(Stored):
+    """A result that is about a ball. Of earlier versions it has no norm, and is of L-infinity."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+    @model_validator(mode="after")
+    def _in_box(self):
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError(f"epsilon {self.epsilon:g} is outside the pixel range [0, 1]")
+        return self
+
+
+class Evaluation(InBall):
     attack: str
-    epsilon: Share
     clean_accuracy: Share
     robust_accuracy: Share
     examples: Images

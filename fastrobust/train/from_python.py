@@ -16,6 +16,7 @@ from torch import nn
 
 from fastrobust.config import parts, reading
 from fastrobust.config.datasets import DATASETS
+from fastrobust.config.numbers import ball_in_words
 from fastrobust.data import arrays, given
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
@@ -41,7 +42,8 @@ class Run:
     def __repr__(self) -> str:
         s = self.summary
         clean, robust = f"{s['clean_accuracy']:.1%} clean", f"{s['robust_accuracy']:.1%} under {s['attack']}"
-        return f"Run({self.directory}: {clean}, {robust} at epsilon {s['epsilon']:.4g}, {s['examples']} test images)"
+        ball = ball_in_words(s["epsilon"], s.get("norm", "linf"))
+        return f"Run({self.directory}: {clean}, {robust} at {ball}, {s['examples']} test images)"
 
 
 def fit(
@@ -71,7 +73,7 @@ def fit(
     epsilon: radius in pixels of [0, 1]. method: a name, or a dict of the config's section. lr: the highest learning rate of
     SGD with the cyclic schedule. mean, std: normalisation by a first layer before the network; default: none for a network,
     the data set's for a name. resolution: side in pixels, for folders. name, output: the run goes to OUTPUT/NAME.
-    resume: go on with the run that is there. config: other keys, such as {"precision": "bf16", "phases.0.epochs": 5}; see
+    resume: go on with the run that is there. config: other keys, such as {"norm": "l2", "phases.0.epochs": 5}; see
     docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated by itself.
 
     Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""

@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.attack.pgd import attack
-from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import evaluating
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.runtime.distributed import ALONE, World
@@ -65,12 +64,10 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
         console.print(line, soft_wrap=True)
     evaluation = len(settings.epsilon) * settings.restarts * settings.steps * len(test.labels) * attack_step / world.size
     where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
-    radii = ", ".join(describe(e) for e in settings.epsilon)
+    radii = ball_in_words(settings.epsilon[0], config.norm) + "".join(f", {describe(e)}" for e in settings.epsilon[1:])
     console.print(f"training about {duration(total)} on {where}, as measured over a few steps")
     console.print(f"evaluation at most {duration(evaluation)}: examples that break early are left alone")
-    console.print(
-        f"  PGD-{settings.steps}-{settings.restarts} at epsilon {radii}, {len(test.labels)} images", soft_wrap=True
-    )
+    console.print(f"  PGD-{settings.steps}-{settings.restarts} at {radii}, {len(test.labels)} images", soft_wrap=True)
     console.print(f"files would go to {Path(config.output) / config.name}/; nothing was written", soft_wrap=True)
 
 
@@ -94,11 +91,12 @@ def seconds_per_attack_step(training_step: step.Step, test, settings, tick: Call
     """The mean time that one step of the evaluation's attack takes for one image."""
     learner, count = training_step.learner, min(settings.batch_size, len(test.labels))
     x = test.images[:count].to(learner.device).float().div(255).contiguous(memory_format=torch.channels_last)
+    threat = training_step.threat.scaled(0.0)
     y, delta = test.labels[:count].to(learner.device), torch.zeros_like(x)
     with evaluating(learner.model):
-        attack(learner.model, x, y, delta, threat=Threat(0.0), alpha=0.0, steps=1, tick=tick)
+        attack(learner.model, x, y, delta, threat=threat, alpha=0.0, steps=1, tick=tick)
         learner.read_sums()
         began = time.perf_counter()
-        attack(learner.model, x, y, delta, threat=Threat(0.0), alpha=0.0, steps=TIMED, tick=tick)
+        attack(learner.model, x, y, delta, threat=threat, alpha=0.0, steps=TIMED, tick=tick)
         learner.read_sums()
     return (time.perf_counter() - began) / TIMED / count

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.config import reading
-from fastrobust.config.numbers import describe
+from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.data.formats import Unusable
@@ -219,7 +219,7 @@ def finish(training: Training) -> dict[str, Any]:
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
-    common |= {"overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
+    common |= {"norm": config.norm, "overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
 
     def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
         world.first(lambda: save_weights(directory, model, config, training.loader.classes, file))
@@ -263,9 +263,10 @@ def table_of(summary: dict[str, Any]) -> Table:
         table.add_column(heading, justify="left" if heading == "images" else "right")
     table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
     for e in summary["evaluations"]:
-        table.add_row(f"{e['attack']}, epsilon {describe(e['epsilon'])}", f"{e['robust_accuracy']:.2%}", str(e["examples"]))
+        words = f"{e['attack']}, {ball_in_words(e['epsilon'], e.get('norm', 'linf'))}"
+        table.add_row(words, f"{e['robust_accuracy']:.2%}", str(e["examples"]))
     for e in summary.get("evaluations_of_live_weights", []):
-        words = f"weights before averaging: {e['attack']}, epsilon {describe(e['epsilon'])}"
+        words = f"weights before averaging: {e['attack']}, {ball_in_words(e['epsilon'], e.get('norm', 'linf'))}"
         table.add_row(words, f"{e['robust_accuracy']:.2%}", str(e["examples"]))
     return table
 

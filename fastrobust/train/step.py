@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust.attack.threat import Threat
+from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.schema import Augment, Config
 from fastrobust.data.augment import augment, to_unit
@@ -118,7 +118,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     step = Step(
         learner,
         config.method,
-        Threat(config.epsilon),
+        ball(config.norm, config.epsilon),
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,

@@ -300,7 +300,7 @@ def summarize(training: Training, evaluations: list[dict]) -> dict[str, Any]:
         "model": config.model.name,
         **{
             key: first[key]
-            for key in ("clean_accuracy", "robust_accuracy", "attack", "epsilon", "alpha", "examples", "resolution")
+            for key in ("clean_accuracy", "robust_accuracy", "attack", "norm", "epsilon", "alpha", "examples", "resolution")
         },
         "evaluations": evaluations,
         "training_epsilon": config.epsilon,

@@ -240,7 +240,7 @@ def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]
             rows[-1] += [
                 spread([s.clean_accuracy for s in summaries]),
                 spread([s.evaluations[0].robust_accuracy for s in summaries]),
-                f"{first.attack}, n = {first.examples:,}",
+                f"{first.attack}{'' if first.norm == 'linf' else f' in {first.norm.upper()}'}, n = {first.examples:,}",
                 duration(statistics.fmean(s.train_seconds for s in summaries)),
                 str(sum(s.stopped is not None for s in summaries) or ""),
             ]
@@ -277,7 +277,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> tuple[list[str], lis
     """`results.csv`, a row per finished run, and `results.html`. Gives what `rows_of` does."""
     results, text = gather(everything), io.StringIO()
     writer = csv.writer(text)
-    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "epsilon"]
+    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "norm", "epsilon"]
     axes = [axis for axis, _ in everything[0].labels]
     writer.writerow([*axes, "seed", *evaluated, "epochs", "train_seconds", "stopped", "run"])
     for labels, runs in results.items():
@@ -288,6 +288,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> tuple[list[str], lis
                 e.robust_accuracy,
                 e.examples,
                 e.attack,
+                e.norm,
                 e.epsilon,
                 s.epochs,
                 s.train_seconds,

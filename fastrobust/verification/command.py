@@ -31,6 +31,9 @@ def command(arguments) -> int:
     if arguments.epsilon == 0 or not 0 < arguments.timeout < 1e7:
         raise FastrobustError("--epsilon and --timeout must be larger than 0")
     trained = open_trained(arguments.run, arguments.data)
+    if (norm := arguments.norm or trained.config.norm) != "linf":
+        why = "it was trained in it: --norm linf verifies it in L-infinity" if arguments.norm is None else "use --norm linf"
+        raise FastrobustError(f"verification is exact in the L-infinity norm alone, not in {norm}; {why}")
     weights = trained.path / run_directory.WEIGHTS if trained.path.is_dir() else trained.path
     data = trained.images()
     extract(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified

@@ -14,7 +14,7 @@ from conftest import bar_images
 from torch import nn
 
 import fastrobust
-from fastrobust.attack.pgd import _packed, pgd
+from fastrobust.attack.pgd import packed, pgd
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import Verdicts, classified
 from fastrobust.data.augment import to_unit
@@ -78,7 +78,7 @@ def slow_pgd(model, images, labels, *, epsilon, alpha, steps, restarts, seed=0):
     robust = clean.clone()
     everyone = torch.ones_like(clean)
     for restart in range(restarts):
-        ((index, delta),) = _packed(images, everyone, Threat(epsilon), len(labels), (seed, restart))
+        ((index, delta),) = packed(images, everyone, Threat(epsilon), len(labels), (seed, restart))
         assert index.tolist() == list(range(len(labels)))
         delta = (x + delta).clamp(0, 1) - x
         for step in range(steps + 1):
@@ -237,7 +237,7 @@ def test_points_lie_in_the_ball_and_the_box_and_start_at_the_noise(model, data):
     assert torch.equal(seen[0], x)
     for restart in range(2):
         points = seen[1 + 5 * restart : 6 + 5 * restart]
-        ((_, noise),) = _packed(images, torch.ones(40, dtype=torch.bool), Threat(0.1), 40, (0, restart))
+        ((_, noise),) = packed(images, torch.ones(40, dtype=torch.bool), Threat(0.1), 40, (0, restart))
         torch.testing.assert_close(points[0], (x + noise).clamp(0, 1), rtol=0, atol=1e-6)
         for before, after in itertools.pairwise(points):
             assert (after - before).abs().max() <= 0.04 + 1e-6
@@ -392,6 +392,7 @@ def test_evaluate_reports_the_verdicts_of_the_attack(model, data, capsys):
         / 300,
         "resolution": 14,
         "examples": 300,
+        "norm": "linf",
         "epsilon": 0.07,
         "attack": "pgd-3-2",
         "alpha": 0.01,

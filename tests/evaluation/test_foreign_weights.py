@@ -36,6 +36,10 @@ def test_the_accuracies_are_those_of_the_run(theirs, finished_run, bars, capsys)
     other = evaluate(capsys, theirs, *model, *common)
     keys = ("clean_accuracy", "robust_accuracy", "examples", "weights", "images")
     assert {key: own[key] for key in keys} == {key: other[key] for key in keys}
+    common = ("--epsilon", "1.5", "--norm", "l2", *common[2:])
+    own, other = evaluate(capsys, finished_run, *common), evaluate(capsys, theirs, *model, *common)
+    assert {key: own[key] for key in (*keys, "norm")} == {key: other[key] for key in (*keys, "norm")}
+    assert other["norm"] == "l2"
 
 
 def test_the_normalisation_is_found_and_all_that_was_tried_is_shown(theirs, bars, finished_run, capsys):

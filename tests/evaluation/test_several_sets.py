@@ -114,7 +114,7 @@ def test_saved_images_give_the_accuracies_again(run, bars, tmp_path, capsys, kin
     whole = fastrobust_images(run)
     assert torch.equal(whole.images[arrays["numbers"]].float() / 255, x)
     assert torch.equal(whole.labels[arrays["numbers"]], y)
-    assert (facts["attack"], facts["epsilon"], facts["norm"]) == ("pgd-3-1", 0.1, "Linf")
+    assert (facts["attack"], facts["epsilon"], facts["norm"]) == ("pgd-3-1", 0.1, "linf")
     assert (facts["weights"], facts["images"]) == (weights_digest(model), told["images"])
     assert facts["classes"] == list(whole.classes)
 

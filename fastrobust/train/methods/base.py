@@ -59,6 +59,11 @@ class Method(Section, ABC):
     def batchnorm_in_attack(self) -> Literal["train", "eval"]:
         return "train"
 
+    @property
+    def needs_box(self) -> bool:
+        """Whether it asks for `threat.box`, which the L-infinity ball alone has."""
+        return False
+
     def resolve(self, epsilon: float) -> None:
         """Fill in the defaults that depend on epsilon."""
 

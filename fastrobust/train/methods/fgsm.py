@@ -51,6 +51,10 @@ class Fgsm(Attacked):
     def resolve(self, epsilon: float) -> None:
         self.alpha = 1.25 * epsilon if self.alpha is None else self.alpha
 
+    @property
+    def needs_box(self) -> bool:
+        return self.ibp_weight > 0
+
     def check(self, model: nn.Module, x: Tensor) -> None:
         if self.ibp_weight:
             interval_bounds.worst_differences(model, x, x, torch.zeros(len(x), dtype=torch.int64, device=x.device))
