@@ -34,7 +34,8 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
             tensors[f"learner.sums.{name}"].fill_(total)
         own = _generators(training) | {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
-        own |= {f"state.{name}": t.cpu() for name, t in stored["state"].items()}
+        agreed = training.step.method.agreed
+        own |= {f"state.{name}": t.cpu() for name, t in stored["state"].items() if name not in agreed}
         every = world.gather(own)
         for name in stored["state"].keys() & set(training.step.method.by_slot):
             tensors[f"state.{name}"] = torch.cat([part.pop(f"state.{name}") for part in every])

@@ -302,8 +302,7 @@ def test_where_the_gradient_of_a_random_start_is_taken(clip_start):
             seen.append(x)
             return torch.ones_like(x), torch.ones(len(x), dtype=torch.bool)
 
-        def update(self, x, y, box, ibp_weight):
-            assert box is None and ibp_weight == 0
+        def update(self, x, y):
             seen.append(x)
 
     x = torch.zeros(4, 1, 10, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -38,7 +39,15 @@ def fgsm(
     delta = start(x, delta, threat, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
     delta = threat.project(threat.step(delta, gradient, alpha), x)
-    learner.update(x + delta, y, threat.box(x) if ibp_weight else None, ibp_weight)
+    if not ibp_weight:
+        learner.update(x + delta, y)
+        return delta
+
+    def with_bound(logits: Tensor, y: Tensor) -> Tensor:
+        bound = F.cross_entropy(interval_bounds.worst_differences(learner.model, *threat.box(x), y), y)
+        return torch.lerp(F.cross_entropy(logits, y), bound, ibp_weight)
+
+    learner.update(x + delta, y, with_bound)
     return delta
 
 
