@@ -25,11 +25,13 @@ def moved_weights(learner: Learner, x: Tensor, y: Tensor, loss: Loss, gamma: Ten
     moved by gamma times its norm. The gradient of what is computed there is that of the weights themselves, so that nothing
     has to be moved back."""
     weights = {name: p for name, p in learner.model.named_parameters() if p.dim() > 1 and p.requires_grad}
-    learner.moved = {name: b.clone() for name, b in learner.model.named_buffers()}  # this pass leaves the averages alone
+    copies = {name: p.detach().requires_grad_() for name, p in weights.items()}
+    buffers = {name: b.clone() for name, b in learner.model.named_buffers()}  # this pass leaves the running averages alone
+    learner.moved = buffers | copies
     try:
         value = learner.scaler.scale(loss(learner.forward(x.detach()), y))
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        gradients = [learner.mean(g) for g in torch.autograd.grad(value, list(weights.values()), **options)]
+        unused = {"allow_unused": True, "materialize_grads": True}
+        gradients = [learner.mean(g) for g in torch.autograd.grad(value, list(copies.values()), **unused)]
         learner.moved = {
             name: p + gamma * p.detach().norm() * (g / g.norm()).nan_to_num(0.0, 0.0, 0.0)
             for (name, p), g in zip(weights.items(), gradients, strict=True)
