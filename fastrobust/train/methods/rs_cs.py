@@ -47,7 +47,7 @@ def soft(share: float, smoothing: float) -> Loss:
 
 class RsCs(Attacked):
     """State: `epoch`, the one that the sums belong to; `sums`, of the losses at the start and of the batches in it; `last`,
-    the mean loss of the epoch before (NaN in the first)."""
+    the mean loss of the epoch before."""
 
     agreed: ClassVar[tuple[str, ...]] = ("epoch", "sums", "last")
     name: Literal["rs_cs"]
@@ -61,13 +61,13 @@ class RsCs(Attacked):
         self.alpha = epsilon if self.alpha is None else self.alpha
 
     def state(self, shapes: Shapes) -> dict[str, Tensor]:
-        number = lambda value: torch.full((), value, device=shapes.device)
-        return {"epoch": number(-1.0), "sums": torch.zeros(2, device=shapes.device), "last": number(float("nan"))}
+        zeros = lambda *shape: torch.zeros(shape, device=shapes.device)
+        return {"epoch": zeros(), "sums": zeros(2), "last": zeros()}
 
     def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
         epoch, sums, last = state["epoch"], state["sums"], state["last"]
         now = learner.epoch().floor()
-        last.copy_(torch.where(now == epoch, last, sums[0] / sums[1]))
+        last.copy_(torch.where(now == epoch, last, sums[0] / sums[1].clamp(min=1)))
         sums.copy_(torch.where(now == epoch, sums, 0.0))
         epoch.copy_(now)
 
