@@ -56,6 +56,8 @@ class Awp(Method):
     batchnorm_in_attack = property(lambda self: self.of.batchnorm_in_attack)
 
     def resolve(self, epsilon: float) -> None:
+        if isinstance(self.of, Awp):
+            raise ValueError("method.of is awp again: name the method that it is to be around")
         self.of.resolve(epsilon)
         self.gamma = (0.005 if self.of.name == "trades" else 0.01) if self.gamma is None else self.gamma
 
