@@ -130,8 +130,9 @@ class Learner:
         """A tensor's mean over the processes, each of which has a part of the batch."""
         if self.shared is None:
             return t
-        torch.distributed.all_reduce(t := t.clone())
-        return t / torch.distributed.get_world_size()
+        total = t.clone()
+        torch.distributed.all_reduce(total)
+        return total / torch.distributed.get_world_size()
 
     def gather(self, t: Tensor) -> Tensor:
         """The rows of all processes, in the order of the batch."""

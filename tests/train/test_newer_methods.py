@@ -10,6 +10,7 @@ from small_learner import make_batches, make_model, sgd
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
+from fastrobust.runtime.errors import ConfigError
 from fastrobust.train.learner import Learner
 from fastrobust.train.methods.base import Inputs, Shapes
 from fastrobust.train.methods.fgsm_pgi import last_of_each
@@ -222,6 +223,12 @@ def test_fgsm_pgi(stop):
         torch.testing.assert_close(run.state["delta"][image], delta, rtol=0, atol=2e-3)
         torch.testing.assert_close(run.state["m"][image], m, rtol=0, atol=2e-3)
     assert run.state["delta"].dtype == torch.float16 and run.state["round"][list(kept)].unique().tolist() == [1.0]
+
+
+def test_a_store_that_cannot_fit_is_refused_before_it_is_made():
+    shapes = Shapes((N, 3, 224, 224), 1000, 10**8, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"keeps 4 bytes for each pixel .*6.02e\+04 GB"):
+        section("fgsm_pgi").state(shapes)
 
 
 def test_the_last_place_of_each_image():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fastrobust.attack.threat import Threat
 from fastrobust.config.fields import Count, NonNegative, Number
+from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.limits import available_memory
 from fastrobust.train.learner import Loss
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes, per_pixel, smoothed
 
@@ -52,8 +55,15 @@ class FgsmPgi(Attacked):
     stop_gradient: bool = False
 
     def state(self, shapes: Shapes) -> dict[str, Tensor]:
-        one = lambda: torch.zeros(shapes.examples, *shapes.batch[1:], dtype=torch.float16, device=shapes.device)
-        return {"delta": one(), "m": one(), "round": torch.full((shapes.examples,), -1.0, device=shapes.device)}
+        on_gpu, size = shapes.device.type == "cuda", (shapes.examples, *shapes.batch[1:])
+        needed, free = 4 * math.prod(size), torch.cuda.mem_get_info(shapes.device)[0] if on_gpu else available_memory()
+        if 2 * needed > free:
+            raise ConfigError(
+                f"method fgsm_pgi keeps 4 bytes for each pixel of each training image: {needed / 1e9:.3g} GB, and as much "
+                f"again while a checkpoint is written; {free / 1e9:.3g} GB are free. fgsm_uap and liet keep few images"
+            )
+        zeros = lambda: torch.zeros(size, dtype=torch.float16, device=shapes.device)
+        return {"delta": zeros(), "m": zeros(), "round": torch.full(size[:1], -1.0, device=shapes.device)}
 
     def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
         threat, now = threat.scaled(scale), (learner.epoch() / self.reset).floor()
