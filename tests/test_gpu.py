@@ -123,8 +123,9 @@ def test_compiled_graph_trains():
     assert compiled.losses == pytest.approx(plain.losses, rel=0.1)
 
 
-def test_steps_do_not_wait_for_the_host():
-    noise = on_gpu("fgsm", "fp16")
+@pytest.mark.parametrize("method", STEP_METHODS)
+def test_steps_do_not_wait_for_the_host(method):
+    noise = on_gpu(method, "fp16")
     batches = list(noise.batches(4))
     noise.step.take(batches[0])
     torch.cuda.set_sync_debug_mode("error")

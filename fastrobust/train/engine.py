@@ -108,7 +108,10 @@ class CompiledStep:
             self.run(batch)
 
 
-OUTSIDE = ("input_gradient", "update", "update_with_input_gradient", "now")  # of what the compiler sees
+OUTSIDE = (  # of what the compiler sees
+    *("input_gradient", "attack_gradient", "attack_logits", "update", "update_with_input_gradient"),
+    *("mean", "gather", "now", "epoch"),
+)
 
 
 def keep_state(owner, device: torch.device) -> Callable[[], None]:

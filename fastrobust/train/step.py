@@ -27,6 +27,7 @@ class Step:
     learner: the model that is trained, its optimiser and its learning rates. threat: the ball at the full epsilon. classes,
     examples: how many of each the data set has. scale_table: what epsilon and alpha are multiplied by at every update.
     augment: how images are cropped and mirrored, or None for images that the loader has cropped. engine: see `engine.py`.
+    seed: of a method's first state.
     Before the first batch of a phase `enter_phase` says its shapes.
     """
 
@@ -41,9 +42,10 @@ class Step:
         scale_table: Tensor | None = None,
         augment: Augment | None = None,
         engine: str = "eager",
+        seed: int = 0,
     ):
         self.learner, self.method, self.threat, self.augment, self.engine = learner, method, threat, augment, engine
-        self.classes, self.examples = classes, examples
+        self.classes, self.examples, self.seed = classes, examples, seed
         self.scales = None if scale_table is None else scale_table.to(learner.device)
         self.state: dict[str, Tensor] = {}
         self.resolution = 0
@@ -51,9 +53,14 @@ class Step:
 
     def enter_phase(self, batch_size: int, channels: int, resolution: int) -> None:
         """From here on batches have this size (of this process's part) and the model sees images of this resolution. The
-        method's state is made anew, and the engine prepares the step again."""
+        method's state is made anew, but for what all processes agree on and still fits; the engine prepares the step
+        again."""
         self.resolution, shape = resolution, (batch_size, channels, resolution, resolution)
-        self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device))
+        before, agreed = self.state, self.method.agreed
+        self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device, self.seed))
+        for name in before.keys() & set(agreed):
+            if before[name].shape == self.state[name].shape:
+                self.state[name].copy_(before[name])
         self._run = None
 
     def __call__(self, batch: Batch) -> None:
@@ -105,12 +112,14 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         model.train(),
         config.optimizer,
         schedules.lr_table(config, len(loader)),
+        epoch_table=torch.tensor(schedules.update_epochs(config, len(loader))),
         precision=config.precision,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
         label_smoothing=config.label_smoothing,
         clip_gradients=config.clip_gradients,
         averaging=None if config.averaging is None else config.averaging.decay,
         kernels=engine.wants_kernels(config.engine, device),
+        reads_weights=config.method.reads_weights,
     )
     if world.joined:
         learner.share_gradients()
@@ -124,6 +133,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,
         augment=None if loader.crops else config.data.augment,
         engine=engine.choose(config.engine, device),
+        seed=config.seed,
     )
     phase = config.phases[0]
     step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)

@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -36,7 +37,15 @@ def fgsm(
     delta = start(x, delta, threat, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
     delta = threat.project(threat.step(delta, gradient, alpha), x)
-    learner.update(x + delta, y, threat.box(x) if ibp_weight else None, ibp_weight)
+    if not ibp_weight:
+        learner.update(x + delta, y)
+        return delta
+
+    def with_bound(logits: Tensor, y: Tensor) -> Tensor:
+        bound = F.cross_entropy(interval_bounds.worst_differences(learner.model, *threat.box(x), y), y)
+        return torch.lerp(learner.loss(logits, y), bound, ibp_weight)
+
+    learner.update(x + delta, y, with_bound)
     return delta
 
 
@@ -47,6 +56,10 @@ class Fgsm(Attacked):
     alpha: Pixels | None = None  # default 1.25 epsilon
     clip_start: bool = True  # cut random starts with the pixel box: the authors' CIFAR-10 code does, their MNIST code not
     ibp_weight: Annotated[Number, Field(ge=0, le=1)] = 0.0  # share of the loss that is its interval bound within epsilon
+
+    @property
+    def reads_weights(self) -> bool:
+        return self.ibp_weight > 0
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = 1.25 * epsilon if self.alpha is None else self.alpha
