@@ -349,7 +349,7 @@ def test_gradalign():
     assert min(cosines) < 0.99
 
 
-@pytest.mark.parametrize(("epsilon", "weight"), [(4 / 255, 0.02 * 10**0.5), (8 / 255, 0.2), (16 / 255, 2.0)])
+@pytest.mark.parametrize(("epsilon", "weight"), [(4 / 255, 0.02 * 10**0.5), (8 / 255, 0.2), (16 / 255, 2.0), (0.1, 2.0)])
 def test_the_weight_of_gradalign_by_epsilon(epsilon, weight):
     assert section("gradalign", epsilon).weight == pytest.approx(weight)
 

@@ -33,10 +33,11 @@ def cosine(a: Tensor, b: Tensor, learner: Learner) -> Tensor:
 
 class GradAlign(Attacked):
     name: Literal["gradalign"]
-    weight: NonNegative | None = None  # default 0.02 * 10^(epsilon / (8/255)): 0.2 at 8/255, 2 at 16/255
+    weight: NonNegative | None = None  # default 0.02 * 10^(epsilon / (8/255)): 0.2 at 8/255, 2 at 16/255 and above
 
     def resolve(self, epsilon: float) -> None:
-        self.weight = 0.02 * math.pow(10, epsilon / (8 / 255)) if self.weight is None else self.weight
+        published = min(epsilon, 16 / 255)
+        self.weight = 0.02 * math.pow(10, published / (8 / 255)) if self.weight is None else self.weight
 
     def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
         gradalign(learner, batch.x, batch.y, threat=threat.scaled(scale), weight=self.weight)
