@@ -13,6 +13,7 @@ from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.schema import Augment, Config
 from fastrobust.data.augment import augment, to_unit
 from fastrobust.data.batch import Batch
+from fastrobust.models import fused
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -64,7 +65,10 @@ class Step:
 
     def take(self, batch: Batch) -> None:
         """The step itself, as it is run eagerly, compiled or captured."""
-        x = to_unit(batch.images) if self.augment is None else augment(batch.images, self.augment, self.resolution)
+        if self.augment is None:
+            x = to_unit(batch.images)
+        else:
+            x = augment(batch.images, self.augment, self.resolution, self.threat.kernels)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
         self.method.step(self.learner, Inputs(x, batch.labels, batch.index), self.threat, scale, self.state)
 
@@ -100,13 +104,14 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE) ->
     torch.manual_seed(config.seed)
     model = build_model(config, loader.classes).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels)
+    kernels = engine.wants_kernels(config.engine, device)
     learner = Learner(
         model.train(),
         config.optimizer,
         schedules.lr_table(config, len(loader)),
         precision=config.precision,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
-        kernels=engine.wants_kernels(config.engine, device),
+        kernels=kernels,
     )
     if world.joined:
         learner.share_gradients()
@@ -114,7 +119,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE) ->
     step = Step(
         learner,
         config.method,
-        Threat(config.epsilon),
+        Threat(config.epsilon, kernels and fused.have_kernels(device)),
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,

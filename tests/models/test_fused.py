@@ -2,6 +2,8 @@
 interpreter runs the kernels."""
 
 import copy
+import importlib.util
+import sys
 
 import pytest
 import torch
@@ -216,3 +218,16 @@ def test_batches_are_counted_as_torch_counts_them():
     assert [n.item() for k, n in other.state_dict().items() if "num_batches" in k] == [6, 0, 6, 3]
     for key, value in plain.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_kernels_that_cannot_run_say_why(monkeypatch):
+    fused._tried.cache_clear()
+    monkeypatch.setitem(sys.modules, "fastrobust.models.norm_kernels", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "norm_kernels" in fused.trouble(DEVICE) and not fused.have_kernels(DEVICE)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fused.trouble(DEVICE) == "they need Triton, which is not installed"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert fused.trouble(torch.device("cpu")) == "they need a GPU"
+    fused._tried.cache_clear()

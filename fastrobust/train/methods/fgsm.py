@@ -37,7 +37,7 @@ def fgsm(
     robust."""
     delta = start(x, delta, threat, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
-    delta = threat.project(threat.step(delta, gradient, alpha), x)
+    delta = threat.climb(delta, gradient, alpha, x)
     learner.update(x + delta, y, threat.box(x) if ibp_weight else None, ibp_weight)
     return delta
 
