@@ -23,8 +23,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def trouble(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run there, or None: they run on a GPU, and anywhere in its interpreter, which shows numbers
-    and no speed."""
+    """Why Triton's kernels cannot run there, or None: they run on a GPU, and anywhere in its interpreter, which shows
+    numbers and no speed."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "they need a GPU"
     if importlib.util.find_spec("triton") is None:
