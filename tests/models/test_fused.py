@@ -104,14 +104,17 @@ def test_a_large_mean_costs_no_digits():
 
 
 @needs_kernels
-def test_an_attack_asks_for_no_gradient_of_weights():
-    layer = norm(5, True).requires_grad_(False)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_an_attack_asks_for_no_gradient_of_weights(train):
+    layer = norm(5, True, train).requires_grad_(False)
+    before = layer.running_var.clone()
     x = pixels((2, 5, 4, 4), torch.float32, 0).requires_grad_()
     (gradient,) = torch.autograd.grad(norm_relu(layer, x)[1].square().sum(), x)
     expected = x.detach().double().requires_grad_()
     exact = copy.deepcopy(layer).double()
     (right,) = torch.autograd.grad(F.relu(fused.CountedNorm.forward(exact, expected)).square().sum(), expected)
     assert relative(gradient, right) < 1e-5
+    assert torch.equal(layer.running_var, before) == (not train)
 
 
 @needs_kernels

@@ -158,3 +158,18 @@ def test_a_fused_step_gives_the_numbers_of_an_eager_one(method, monkeypatch, cap
     assert mine.losses == pytest.approx(eager.losses, rel=1e-2)
     assert not math.isnan(sum(mine.losses))
     assert capsys.readouterr().err.count("warning: engine fused goes on without kernels of its own: made up") == 1
+
+
+def test_processes_exchange_the_gradients_of_the_fp32_weights(tmp_path):
+    """DistributedDataParallel watches the model's own parameters: with a shadow they would get no gradient."""
+    plain, mine = (made(0, sgd(), "bf16", kernels) for kernels in (False, True))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mine.share_gradients()
+        for x, y in batches(3):
+            for learner in (plain, mine):
+                learner.input_gradient(x, y)
+                learner.update(x, y)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert same(mine.state_dict()["tensors"], plain.state_dict()["tensors"])
