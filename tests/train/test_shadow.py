@@ -122,6 +122,24 @@ def test_a_stored_state_goes_on_bit_by_bit(way, optimizer):
     assert not torch.equal(one["tensors"]["model.4.weight"], stored["tensors"]["model.4.weight"])
 
 
+@pytest.mark.parametrize("kind", ["no BatchNorm", "nothing to cast"])
+def test_a_model_may_have_weights_of_one_kind_alone(way, kind):
+    if kind == "no BatchNorm":
+        network, shape = (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4))), (8, 1, 6, 6)
+    else:
+        network, shape = (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())), (8, 4, 6, 6)
+    x, y, found = torch.rand(shape, device=DEVICE), torch.arange(8, device=DEVICE) % 4, []
+    for kernels in (False, True):
+        torch.manual_seed(0)
+        model = network().to(DEVICE)
+        learner = Learner(model, sgd(), torch.tensor(RATES), precision="fp16", kernels=kernels)
+        for _ in range(3):
+            learner.update(x, y)
+        found.append(learner.state_dict()["tensors"])
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=2e-3, atol=1e-5, msg=name)
+
+
 def test_a_state_of_autocast_goes_on_with_a_shadow():
     """A run may change its engine: names, shapes and kinds are the same, and the half weights follow."""
     first, second = made(0, sgd(), "fp16", False), made(1, sgd())
