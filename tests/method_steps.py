@@ -38,6 +38,7 @@ class Watched:
 
     def __init__(self, learner: Learner):
         self.input_gradient, self.model, self.learner = learner.input_gradient, learner.model, learner
+        self.loss = learner.loss
 
     def update(self, x: Tensor, *rest) -> None:
         self.x = x

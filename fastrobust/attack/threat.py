@@ -45,9 +45,11 @@ def signed_step(delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:
 @dataclass(frozen=True)
 class Threat:
     """All points within `radius` (pixels in [0, 1]) of an image in the L-infinity norm that lie in the pixel box. Another
-    norm is another class with these methods."""
+    norm is another class with these methods. kernels: what training does most runs as Triton's kernels, with the same
+    numbers."""
 
     radius: Radius
+    kernels: bool = False
     norm = "Linf"
 
     def scaled(self, factor: Radius) -> Threat:
@@ -63,6 +65,8 @@ class Threat:
 
     def start(self, x: Tensor, clip: bool = True) -> Tensor:
         """A random perturbation, uniform in the ball; with `clip`, cut with the box."""
+        if self.kernels and _kernels().alike(x):
+            return _kernels().start(torch.rand_like(x), x, self.radius, clip)
         return uniform_start(x, self.radius, clip)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -72,6 +76,13 @@ class Threat:
     def step(self, delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:
         """delta after the step of size alpha that raises the loss most, by its gradient."""
         return signed_step(delta, gradient, alpha)
+
+    def climb(self, delta: Tensor, gradient: Tensor, alpha: Radius, x: Tensor, project: bool = True) -> Tensor:
+        """`step`, then `project`; without it, `clip`."""
+        if self.kernels and _kernels().alike(delta, gradient, x):
+            return _kernels().climb(delta, gradient, x, alpha, self.radius if project else None)
+        moved = self.step(delta, gradient, alpha)
+        return self.project(moved, x) if project else self.clip(moved, x)
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest value of every pixel."""
@@ -85,3 +96,9 @@ class Threat:
         """Which of the points the adversary of x may show (bool, N): no pixel is further than `tolerance` from one that is
         allowed."""
         return ((points - self.nearest(points, x)).abs() <= tolerance).flatten(1).all(1)
+
+
+def _kernels():
+    from fastrobust.attack import threat_kernels  # needs Triton
+
+    return threat_kernels

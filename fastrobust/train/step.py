@@ -13,6 +13,7 @@ from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.schema import Augment, Config
 from fastrobust.data.augment import augment, to_unit
 from fastrobust.data.batch import Batch
+from fastrobust.models import fused
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -71,7 +72,10 @@ class Step:
 
     def take(self, batch: Batch) -> None:
         """The step itself, as it is run eagerly, compiled or captured."""
-        x = to_unit(batch.images) if self.augment is None else augment(batch.images, self.augment, self.resolution)
+        if self.augment is None:
+            x = to_unit(batch.images)
+        else:
+            x = augment(batch.images, self.augment, self.resolution, self.threat.kernels)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
         self.method.step(self.learner, Inputs(x, batch.labels, batch.index), self.threat, scale, self.state)
 
@@ -108,6 +112,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     torch.manual_seed(config.seed)
     model = build_model(config, loader.classes, network).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels, len(loader.classes))
+    kernels = engine.wants_kernels(config.engine, device)
     learner = Learner(
         model.train(),
         config.optimizer,
@@ -118,7 +123,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         label_smoothing=config.label_smoothing,
         clip_gradients=config.clip_gradients,
         averaging=None if config.averaging is None else config.averaging.decay,
-        kernels=engine.wants_kernels(config.engine, device),
+        kernels=kernels,
         reads_weights=config.method.reads_weights,
     )
     if world.joined:
@@ -127,7 +132,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     step = Step(
         learner,
         config.method,
-        Threat(config.epsilon),
+        Threat(config.epsilon, kernels and fused.have_kernels(device)),
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,

@@ -69,6 +69,22 @@ def test_an_interrupted_run_ends_with_the_same_bits(config_of, begin, resume, me
     assert_same_end(job, reference)
 
 
+def test_a_run_with_half_precision_weights_ends_with_the_same_bits(config_of, begin, resume):
+    """The checkpoint holds the fp32 weights, and the half-precision ones are made of them."""
+    config = config_of(engine="fused", precision="bf16", **SGD)
+    reference = begin(config, "reference")
+    reference.train()
+    assert reference.learner.shadow is not None
+    job = begin(config)
+    stop_at(job, 6)
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config)
+    job.train()
+    assert_same_end(job, reference)
+    assert all(t.dtype == torch.float32 for t in weights(job).values() if t.is_floating_point())
+
+
 @pytest.mark.parametrize("at", [4, 10], ids=["epoch 1", "the run"])
 @pytest.mark.parametrize("method", ["standard", "fgsm random"])
 def test_a_signal_in_the_last_step_of(config_of, begin, resume, method, at):

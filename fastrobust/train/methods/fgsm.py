@@ -36,7 +36,7 @@ def fgsm(
     robust."""
     delta = start(x, delta, threat, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
-    delta = threat.project(threat.step(delta, gradient, alpha), x)
+    delta = threat.climb(delta, gradient, alpha, x)
     if not ibp_weight:
         learner.update(x + delta, y)
         return delta
