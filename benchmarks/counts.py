@@ -87,18 +87,30 @@ class Kept(torch.cuda.CUDAGraph):
 
 
 @contextmanager
-def update_counted(traffic: Traffic):
-    """Inside, the bytes of the kernels that update weights are added too: they are no operations of torch."""
+def kernels_counted(traffic: Traffic):
+    """Inside, the bytes of those of our kernels that are no operations of torch are added too."""
+    from fastrobust.attack import threat_kernels
+    from fastrobust.data import augment_kernels
     from fastrobust.train import update_kernels
 
-    def check(half, full, found):
-        traffic.bytes += half.nbytes + full.nbytes
+    def watched(module, name: str, written: tuple[int, ...] = ()):
+        """What the call reads, what it returns, and the arguments that it writes as well."""
+        original = getattr(module, name)
 
-    def sgd(half_gradient, full_gradient, master, moment, half, *rest):
-        read = (half_gradient, full_gradient, master, moment)
-        traffic.bytes += sum(t.nbytes for t in (*read, master, moment, half))
+        def call(*arguments):
+            out = original(*arguments)
+            traffic.bytes += sum(map(traffic.size, [*arguments, out, *(arguments[k] for k in written)]))
+            return out
 
-    with mock.patch.object(update_kernels, "check", check), mock.patch.object(update_kernels, "sgd", sgd):
+        return mock.patch.object(module, name, call)
+
+    with (
+        watched(update_kernels, "check"),
+        watched(update_kernels, "sgd", (2, 3)),  # masters and momentum; the half weights are written only
+        watched(threat_kernels, "climb"),
+        watched(threat_kernels, "start"),
+        watched(augment_kernels, "shift_flip"),
+    ):
         yield
 
 
@@ -115,7 +127,7 @@ def counted(method: str, engine: str, precision: str, batch_size: int, device: t
     step = build(cifar_config(method, eager, precision, batch_size), loader, device)
     for _ in range(2):
         step(batch)
-    with Traffic(device) as traffic, update_counted(traffic):
+    with Traffic(device) as traffic, kernels_counted(traffic):
         step(batch)
     return {"nodes": Kept.last.nodes(), "gigabytes": traffic.bytes / 1e9, "gflop": traffic.flops / 1e9}
 
@@ -126,6 +138,8 @@ def compiled() -> list[dict]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
+    from fastrobust.attack import threat_kernels as threat
+    from fastrobust.data import augment_kernels as pixels
     from fastrobust.models import norm_kernels as norm
     from fastrobust.train import update_kernels as update
 
@@ -138,16 +152,18 @@ def compiled() -> list[dict]:
         (update._check, {"B": update.BLOCK}, 4),
         (update._sgd, {"SCALED": True, "MOMENTUM": True, "B": update.BLOCK}, 4),
     ]
+    jobs += [(threat._climb, {"PROJECT": True, "TENSOR_A": False, "TENSOR_R": False, "B": threat.BLOCK}, 4)]
+    jobs += [(threat._start, {"CLIP": True, "TENSOR_R": False, "B": threat.BLOCK}, 4)]
+    jobs += [(pixels._shift_flip, {"FLIP": True, "RECIPROCAL": True, "B": pixels.BLOCK}, 4)]
     halves = {"x", "add", "z", "y", "dy", "dz", "dx", "dadd", "half", "half_gradient"}
-    numbers = {"eps": "fp32", "momentum": "fp32", "unbiased": "fp32", "decay": "fp32", "counter": "*i32"}
+    numbers = dict.fromkeys(("eps", "momentum", "unbiased", "decay", "alpha", "radius"), "fp32")
+    numbers |= {"counter": "*i32", "images": "*u8", "top": "*i64", "left": "*i64", "H": "i32", "W": "i32", "padding": "i32"}
     whole = {"M", "C", "rows", "n", "cut", "begin", "end"}
     rows = []
     for kernel, constants, warps in jobs:
-        names, update_kernel = kernel.arg_names, kernel in (update._check, update._sgd)
-        kinds = {}
-        for name in names:
-            half = name in halves and not (update_kernel and name in ("x", "y"))
-            kinds[name] = "*fp16" if half else numbers.get(name, "i32" if name in whole else "*fp32")
+        names, fp32 = kernel.arg_names, kernel.fn.__module__ in (threat.__name__, pixels.__name__)
+        kinds = {name: numbers.get(name, "i32" if name in whole else "*fp32") for name in names}
+        kinds |= {name: "*fp16" for name in names if name in halves and not fp32}
         kinds |= dict.fromkeys(constants, "constexpr")
         places = [k for k, name in enumerate(names) if kinds[name].startswith("*") or name in whole]
         source = ASTSource(

@@ -29,6 +29,18 @@ METHODS = {
     "n_fgsm": {"method": {"name": "n_fgsm"}},
     "warm-up": {"method": {"name": "fgsm"}, "epsilon_warmup": 2},
 }
+NEWER = {  # methods after the paper, whose state is not that of a place in the batch
+    "fgsm_uap": {"name": "fgsm_uap", "stop_gradient": True},
+    "class_uap": {"name": "class_uap"},
+    "liet": {"name": "liet", "every": 3},
+    "fgsm_pgi": {"name": "fgsm_pgi", "reset": 2},
+    "trades": {"name": "trades", "steps": 2},
+    "n_aaer": {"name": "n_aaer"},
+    "rs_cs": {"name": "rs_cs"},
+    "gradalign": {"name": "gradalign"},
+    "sora": {"name": "sora"},
+    "awp": {"name": "awp", "begin": 0, "of": {"name": "class_uap"}},
+}
 TWO_PHASES = {
     "model__name": "preact_resnet18_w16",
     "data__limit": 25,
@@ -104,7 +116,7 @@ STEP_METHODS = {
     "n_fgsm": {"name": "n_fgsm"},
     "pgd": {"name": "pgd", "steps": 2, "alpha": "2/255", "skip_misclassified": True},
     "free": {"name": "free", "replays": 2},
-}
+} | NEWER
 
 
 class Noise(NamedTuple):

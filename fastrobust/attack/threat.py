@@ -50,9 +50,11 @@ def signed_step(delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:
 @dataclass(frozen=True)
 class Threat:
     """All points within `radius` (pixels in [0, 1]) of an image in the L-infinity norm that lie in the pixel box. Another
-    norm is another class with these methods, and a name in `NORMS`."""
+    norm is another class with these methods, and a name in `NORMS`. kernels: what training does most runs as Triton's
+    kernels, with the same numbers; in L-infinity alone."""
 
     radius: Radius
+    kernels: bool = False
     norm = "linf"
 
     @staticmethod
@@ -73,6 +75,8 @@ class Threat:
 
     def start(self, x: Tensor, clip: bool = True) -> Tensor:
         """A random perturbation, uniform in the ball; with `clip`, cut with the box."""
+        if self.kernels and _kernels().alike(x):
+            return _kernels().start(torch.rand_like(x), x, self.radius, clip)
         return uniform_start(x, self.radius, clip)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -82,6 +86,13 @@ class Threat:
     def step(self, delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:
         """delta after the step of size alpha that raises the loss most, by its gradient."""
         return signed_step(delta, gradient, alpha)
+
+    def climb(self, delta: Tensor, gradient: Tensor, alpha: Radius, x: Tensor, project: bool = True) -> Tensor:
+        """`step`, then `project`; without it, `clip`."""
+        if self.kernels and self.norm == "linf" and _kernels().alike(delta, gradient, x):
+            return _kernels().climb(delta, gradient, x, alpha, self.radius if project else None)
+        moved = self.step(delta, gradient, alpha)
+        return self.project(moved, x) if project else self.clip(moved, x)
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest value of every pixel."""
@@ -169,8 +180,14 @@ class L2(Threat):
 NORMS = {kind.norm: kind for kind in (Threat, L2)}
 
 
-def ball(norm: str, radius: Radius) -> Threat:
+def ball(norm: str, radius: Radius, kernels: bool = False) -> Threat:
     """The threat of this norm, `linf` or `l2`. Raises ConfigError."""
     if norm not in NORMS:
         raise ConfigError(f"norm: {unknown(norm, NORMS)}")
-    return NORMS[norm](radius)
+    return NORMS[norm](radius, kernels)
+
+
+def _kernels():
+    from fastrobust.attack import threat_kernels  # needs Triton
+
+    return threat_kernels

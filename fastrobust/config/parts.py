@@ -19,6 +19,16 @@ METHODS = {
     "n_fgsm": "fastrobust.train.methods.n_fgsm:NFgsm",
     "pgd": "fastrobust.train.methods.pgd:Pgd",
     "free": "fastrobust.train.methods.free:Free",
+    "fgsm_uap": "fastrobust.train.methods.fgsm_uap:FgsmUap",
+    "class_uap": "fastrobust.train.methods.class_uap:ClassUap",
+    "liet": "fastrobust.train.methods.liet:Liet",
+    "fgsm_pgi": "fastrobust.train.methods.fgsm_pgi:FgsmPgi",
+    "trades": "fastrobust.train.methods.trades:Trades",
+    "n_aaer": "fastrobust.train.methods.n_aaer:NAaer",
+    "rs_cs": "fastrobust.train.methods.rs_cs:RsCs",
+    "gradalign": "fastrobust.train.methods.gradalign:GradAlign",
+    "sora": "fastrobust.train.methods.sora:Sora",
+    "awp": "fastrobust.train.methods.awp:Awp",
 }
 OPTIMIZERS = {
     "sgd": "fastrobust.train.optimizers:Sgd",

@@ -254,6 +254,8 @@ def _explain(error: dict[str, Any]) -> str:
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
         known = _all_keys()
+        if key.startswith("method.of."):  # a method within another has the keys of methods
+            known = [k.replace("method.", "method.of.", 1) for k in known if k.startswith("method.")]
         if key in known:
             return f"unknown key '{key}': it does not belong to this {loc[0]}'s `name`"
         siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]

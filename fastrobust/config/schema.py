@@ -198,8 +198,8 @@ class Config(Section):
         self.method.resolve(self.epsilon)
         if self.method.attacks and self.epsilon == 0:
             raise ValueError("epsilon is 0: use `method: {name: standard}` for training without an attack")
-        if self.norm != "linf" and self.method.needs_box:
-            raise ValueError(f"norm is {self.norm}, but method.ibp_weight bounds the L-infinity ball alone: use norm: linf")
+        if self.norm != "linf" and (what := self.method.linf_alone):
+            raise ValueError(f"norm is {self.norm}, but {what} is for the L-infinity ball alone: use norm: linf")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
         if self.guard.alpha is None:

@@ -17,23 +17,30 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() if images.is_floating_point() else images.float() / 255
 
 
-def augment(images: Tensor, config, resolution: int) -> Tensor:
+def augment(images: Tensor, config, resolution: int, kernels: bool = False) -> Tensor:
     """Crop and flip as a config's `data.augment` says. images: uint8, N x C x H x W; returns fp32 in [0, 1],
-    N x C x resolution x resolution. The random numbers are the device's default generator's."""
+    N x C x resolution x resolution. The random numbers are the device's default generator's. kernels: `pad` and flips run as
+    one Triton kernel, with the same numbers."""
     if config.crop == "random_resized":
         return random_resized_crop(to_unit(images), resolution, config.flip)
     if config.crop == "pad" or config.flip:
-        images = pad_crop_flip(images, config.padding if config.crop == "pad" else 0, config.flip)
+        images = pad_crop_flip(images, config.padding if config.crop == "pad" else 0, config.flip, kernels)
     return to_unit(images)
 
 
-def pad_crop_flip(images: Tensor, padding: int, flip: bool) -> Tensor:
+def pad_crop_flip(images: Tensor, padding: int, flip: bool, kernels: bool = False) -> Tensor:
     """Every image shifted by up to `padding` pixels in each direction, zeros coming in, then mirrored with probability
-    1/2: one gather for the whole batch."""
+    1/2: one gather for the whole batch. With kernels the result is in [0, 1] already."""
     n, _, height, width = images.shape
     device = images.device
-    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     top, left = torch.randint(2 * padding + 1, (2, n, 1), device=device)
+    if kernels:
+        from fastrobust.data import augment_kernels
+
+        if augment_kernels.fit(images):
+            mirrored = torch.rand(n, 1, device=device) if flip else None
+            return augment_kernels.shift_flip(images, top, left, mirrored, padding)
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
     rows = top + torch.arange(height, device=device)
     columns = torch.arange(width, device=device).expand(n, width)
     if flip:

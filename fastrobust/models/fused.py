@@ -10,20 +10,43 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrobust.runtime.errors import first_line
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def have_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels can run there: on a GPU, or anywhere in its interpreter, which shows numbers and no speed."""
+def trouble(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run there, or None: they run on a GPU, and anywhere in its interpreter, which shows
+    numbers and no speed."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "they need a GPU"
     if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+        return "they need Triton, which is not installed"
+    return _tried(device)
+
+
+@cache
+def _tried(device: torch.device) -> str | None:
+    """What goes wrong with the first kernel: Triton needs a C compiler, for one."""
+    try:
+        from fastrobust.models.norm_kernels import norm_relu as kernel
+
+        x, one = torch.zeros(2, 1, 2, 2, device=device), torch.ones(1, device=device)
+        kernel(x, None, one, one, one.clone(), one.clone(), 0.1, 1e-5, True, False)
+    except Exception as error:  # a compiler can raise anything
+        return first_line(error)
+    return None
+
+
+def have_kernels(device: torch.device) -> bool:
+    return trouble(device) is None
 
 
 class CountedNorm(nn.BatchNorm2d):

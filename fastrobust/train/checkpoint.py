@@ -52,7 +52,8 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         own = _generators(training) | {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
         if learner.average is not None:
             own |= {f"learner.averaged.{name}": t.cpu() for name, t in learner.average.buffers().items()}
-        own |= {f"state.{name}": t.cpu() for name, t in stored["state"].items()}
+        agreed = training.step.method.agreed
+        own |= {f"state.{name}": t.cpu() for name, t in stored["state"].items() if name not in agreed}
         every = world.gather(own)
         for name in stored["state"].keys() & set(training.step.method.by_slot):
             tensors[f"state.{name}"] = torch.cat([part.pop(f"state.{name}") for part in every])

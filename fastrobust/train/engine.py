@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from fastrobust.data.batch import Batch
-from fastrobust.models.fused import have_kernels
+from fastrobust.models.fused import trouble
 from fastrobust.runtime.cuda_graph import record
 from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
@@ -40,8 +40,7 @@ def available(engine: str, device: torch.device) -> str:
 
 def wants_kernels(engine: str, device: torch.device) -> bool:
     """Whether the engine asks for Triton's kernels; where there are none it is said, and torch's do the same work."""
-    if "fused" in engine and not have_kernels(device):
-        why = "they need a GPU" if device.type != "cuda" else "they need Triton, which is not installed"
+    if "fused" in engine and (why := trouble(device)):
         print(f"warning: engine {engine} goes on without kernels of its own: {why}", file=sys.stderr)
     return "fused" in engine
 
@@ -108,7 +107,10 @@ class CompiledStep:
             self.run(batch)
 
 
-OUTSIDE = ("input_gradient", "update", "update_with_input_gradient", "now")  # of what the compiler sees
+OUTSIDE = (  # of what the compiler sees
+    *("input_gradient", "attack_gradient", "attack_logits", "update", "update_with_input_gradient"),
+    *("mean", "gather", "now", "epoch"),
+)
 
 
 def keep_state(owner, device: torch.device) -> Callable[[], None]:

@@ -7,26 +7,31 @@ tensor on the device that is written in place, so that nothing waits for the hos
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Callable, Iterator
 from inspect import signature
 
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastrobust.attack.gradient import frozen
 from fastrobust.models import fused
 from fastrobust.runtime import cuda_graph
-from fastrobust.train import interval_bounds
 from fastrobust.train.averaging import Average
 from fastrobust.train.optimizers import set_rates
 from fastrobust.train.shadow import Shadow
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # (logits N x classes, labels N) -> the loss of the batch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Learner:
     """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run;
-    averaging, the decay of averaged weights; the others as in a config.
+    epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
+    uses our own; reads_weights, whether the method reads the model's weights itself; the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -42,19 +47,25 @@ class Learner:
         optimizer,
         lr_table: Tensor,
         *,
+        epoch_table: Tensor | None = None,
         precision: str = "fp32",
         batchnorm_in_attack: str = "train",
         label_smoothing: float = 0.0,
         clip_gradients: float | None = None,
         averaging: float | None = None,
         kernels: bool = False,
+        reads_weights: bool = False,
     ):
         self.model = model
+        self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
+        self.around_update = lambda learner, x, y, loss: contextlib.nullcontext()  # a context in which updates are made
         self.device = next(model.parameters()).device
         self.batchnorm_in_attack = batchnorm_in_attack
         self.autocast = torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.lr_table = lr_table.to(self.device)
+        self.epoch_table = (torch.zeros(1) if epoch_table is None else epoch_table).to(self.device)
+        self.epochs = max(1, math.ceil(self.epoch_table[-1]))
         self.lr = torch.zeros((), device=self.device)
         self.updates = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -66,8 +77,8 @@ class Learner:
         self.average = None if averaging is None else Average(model, averaging)
         self.shadow: Shadow | None = None
         self.count = fused.prepare(model, kernels) if kernels or self.device.type == "cuda" else lambda: None
-        plain_sgd = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None
-        if kernels and precision != "fp32" and plain_sgd and all(g["factor"] == 1 for g in self.optimizer.param_groups):
+        plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None and not reads_weights
+        if kernels and precision != "fp32" and plain and all(g["factor"] == 1 for g in self.optimizer.param_groups):
             self.shadow = Shadow(model, self.optimizer, DTYPES[precision])
 
     def share_gradients(self) -> None:
@@ -83,51 +94,101 @@ class Learner:
 
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast:
-            logits = (self.shadow or self.model)(x).float()
+            if self.moved is not None:
+                logits = functional_call(self.model, self.moved, x).float()
+            else:
+                logits = (self.shadow or self.model)(x).float()
         self.count()
         return logits
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of a batch, of attack and update."""
+        """The mean loss of a batch, of attack and update, where a method has none of its own."""
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
 
     def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified
         correctly there (bool, N). Weights get no gradient."""
-        if self.batchnorm_in_attack == "eval":
+        gradient, logits = self.attack_gradient(x, y)
+        return gradient, logits.argmax(1) == y
+
+    def attack_gradient(
+        self,
+        x: Tensor,
+        y: Tensor,
+        loss: Loss | None = None,
+        *,
+        keep: bool = False,
+        twice: bool = False,
+        mode: str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of a loss at x with respect to x (up to a positive factor), and the logits there. Weights get no
+        gradient. With `keep` the logits can be a part of the next update's loss, whose backward pass goes through them too;
+        with `twice` the gradient can. mode: `train` or `eval` for BatchNorm, if not that of all attacks."""
+        x, later = x.detach().requires_grad_(), keep or twice
+        with self._attacking(mode), contextlib.nullcontext() if later else self._frozen():
+            logits = self.forward(x)
+            scaled = self.scaler.scale((loss or self.loss)(logits, y))
+            (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
+        return gradient, logits if keep else logits.detach()
+
+    def attack_logits(self, x: Tensor) -> Tensor:
+        """The logits at x as an attack sees them, without any gradient."""
+        with self._attacking(), torch.no_grad():
+            return self.forward(x)
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        with frozen(self.model), frozen(self.shadow or self.model):
+            yield
+
+    @contextlib.contextmanager
+    def _attacking(self, mode: str | None = None) -> Iterator[None]:
+        if (mode or self.batchnorm_in_attack) == "eval":
             self.model.eval()
         try:
-            with frozen(self.model), frozen(self.shadow or self.model):
-                x = x.detach().requires_grad_()
-                logits = self.forward(x)
-                loss = self.scaler.scale(self.loss(logits, y))
-                (gradient,) = torch.autograd.grad(loss, x)
+            yield
         finally:
             self.model.train()
-        return gradient, logits.detach().argmax(1) == y
 
-    def update(self, x: Tensor, y: Tensor, box: tuple[Tensor, Tensor] | None = None, ibp_weight: float = 0.0) -> None:
-        """One optimiser step on the loss at x; adds to the running sums. With a box (lower and upper pixels) a part
-        `ibp_weight` of the loss is its bound over the box, in fp32 whatever the precision."""
-        if box is not None:
-            self.shadow = None  # the bound goes through the fp32 weights
-        logits = self._forward_of_update(x.detach())
-        bound = None if box is None else F.cross_entropy(interval_bounds.worst_differences(self.model, *box, y), y)
-        self._step(logits, y, bound, ibp_weight)
+    def update(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> None:
+        """One optimiser step on the loss of the logits at x; adds to the running sums."""
+        loss = loss or self.loss
+        with self.around_update(self, x, y, loss):
+            self._step(self._forward_of_update(x.detach()), y, loss)
 
-    def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor:
+    def update_with_input_gradient(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> Tensor:
         """`update`, and the gradient with respect to x out of the same backward pass."""
         x = x.detach().requires_grad_()
-        self._step(self._forward_of_update(x), y, x=x)
+        loss = loss or self.loss
+        with self.around_update(self, x, y, loss):
+            self._step(self._forward_of_update(x), y, loss, x)
         return x.grad
+
+    def mean(self, t: Tensor) -> Tensor:
+        """A tensor's mean over the processes, each of which has a part of the batch."""
+        if self.shared is None:
+            return t
+        total = t.clone()
+        torch.distributed.all_reduce(total)
+        return total / torch.distributed.get_world_size()
+
+    def gather(self, t: Tensor) -> Tensor:
+        """The rows of all processes, in the order of the batch."""
+        if self.shared is None:
+            return t
+        parts = [torch.empty_like(t) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, t.contiguous())
+        return torch.cat(parts)
+
+    def epoch(self) -> Tensor:
+        """When the next update takes place, in epochs since the start (shape [])."""
+        return self.now(self.epoch_table)
 
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
 
-    def _step(self, logits: Tensor, y: Tensor, bound: Tensor | None = None, ibp_weight: float = 0.0, x=None) -> None:
-        loss = self.loss(logits, y)
-        if bound is not None:
-            loss = torch.lerp(loss, bound, ibp_weight)
+    def _step(self, logits: Tensor, y: Tensor, of_logits: Loss, x: Tensor | None = None) -> None:
+        loss = of_logits(logits, y)
         self.lr.copy_(self.now(self.lr_table))
         if self.shadow is None:
             set_rates(self.optimizer, self.lr)

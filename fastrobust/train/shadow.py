@@ -84,8 +84,9 @@ class Shadow(nn.Module):
         if any(g is None for g in gradients):
             raise ConfigError("engine: fused needs a model whose weights all take part in the loss; use cuda_graph or eager")
         count = len(self.halves)
-        torch._foreach_copy_(self.gradients[:count], gradients[:count])
-        torch._foreach_copy_(self.gradients[count:], gradients[count:])
+        for kind in (slice(count), slice(count, None)):  # one kernel for tensors of one kind
+            if self.gradients[kind]:
+                torch._foreach_copy_(self.gradients[kind], gradients[kind])
         scale, tracker = (scaler._scale, scaler._growth_tracker) if scaler.is_enabled() else (None, None)
         (self._by_kernels if self.kernels else self._by_torch)(lr, scale)
         if scale is not None:

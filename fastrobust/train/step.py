@@ -13,6 +13,7 @@ from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.schema import Augment, Config
 from fastrobust.data.augment import augment, to_unit
 from fastrobust.data.batch import Batch
+from fastrobust.models import fused
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -27,6 +28,7 @@ class Step:
     learner: the model that is trained, its optimiser and its learning rates. threat: the ball at the full epsilon. classes,
     examples: how many of each the data set has. scale_table: what epsilon and alpha are multiplied by at every update.
     augment: how images are cropped and mirrored, or None for images that the loader has cropped. engine: see `engine.py`.
+    seed: of a method's first state.
     Before the first batch of a phase `enter_phase` says its shapes.
     """
 
@@ -41,9 +43,10 @@ class Step:
         scale_table: Tensor | None = None,
         augment: Augment | None = None,
         engine: str = "eager",
+        seed: int = 0,
     ):
         self.learner, self.method, self.threat, self.augment, self.engine = learner, method, threat, augment, engine
-        self.classes, self.examples = classes, examples
+        self.classes, self.examples, self.seed = classes, examples, seed
         self.scales = None if scale_table is None else scale_table.to(learner.device)
         self.state: dict[str, Tensor] = {}
         self.resolution = 0
@@ -51,9 +54,14 @@ class Step:
 
     def enter_phase(self, batch_size: int, channels: int, resolution: int) -> None:
         """From here on batches have this size (of this process's part) and the model sees images of this resolution. The
-        method's state is made anew, and the engine prepares the step again."""
+        method's state is made anew, but for what all processes agree on and still fits; the engine prepares the step
+        again."""
         self.resolution, shape = resolution, (batch_size, channels, resolution, resolution)
-        self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device))
+        before, agreed = self.state, self.method.agreed
+        self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device, self.seed))
+        for name in before.keys() & set(agreed):
+            if before[name].shape == self.state[name].shape:
+                self.state[name].copy_(before[name])
         self._run = None
 
     def __call__(self, batch: Batch) -> None:
@@ -64,7 +72,10 @@ class Step:
 
     def take(self, batch: Batch) -> None:
         """The step itself, as it is run eagerly, compiled or captured."""
-        x = to_unit(batch.images) if self.augment is None else augment(batch.images, self.augment, self.resolution)
+        if self.augment is None:
+            x = to_unit(batch.images)
+        else:
+            x = augment(batch.images, self.augment, self.resolution, self.threat.kernels)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
         self.method.step(self.learner, Inputs(x, batch.labels, batch.index), self.threat, scale, self.state)
 
@@ -101,16 +112,19 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     torch.manual_seed(config.seed)
     model = build_model(config, loader.classes, network).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels, len(loader.classes))
+    kernels = engine.wants_kernels(config.engine, device)
     learner = Learner(
         model.train(),
         config.optimizer,
         schedules.lr_table(config, len(loader)),
+        epoch_table=torch.tensor(schedules.update_epochs(config, len(loader))),
         precision=config.precision,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
         label_smoothing=config.label_smoothing,
         clip_gradients=config.clip_gradients,
         averaging=None if config.averaging is None else config.averaging.decay,
-        kernels=engine.wants_kernels(config.engine, device),
+        kernels=kernels,
+        reads_weights=config.method.reads_weights,
     )
     if world.joined:
         learner.share_gradients()
@@ -118,12 +132,13 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     step = Step(
         learner,
         config.method,
-        ball(config.norm, config.epsilon),
+        ball(config.norm, config.epsilon, kernels and fused.have_kernels(device)),
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,
         augment=None if loader.crops else config.data.augment,
         engine=engine.choose(config.engine, device),
+        seed=config.seed,
     )
     phase = config.phases[0]
     step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)

@@ -95,6 +95,14 @@ def test_every_default_is_resolved(file):
         ("{name: free}", {"replays": 8}),
         ("{name: fgsm, alpha: 16/255}", {"alpha": 16 / 255}),
         ("{name: n_fgsm, alpha: 0.05, noise: 1}", {"alpha": 0.05, "noise": 1.0}),
+        ("{name: fgsm_uap}", {"alpha": 0.125}),
+        ("{name: class_uap}", {"alpha": 0.125}),
+        ("{name: liet, every: 7}", {"noise": 2, "every": 7, "consistency": 20}),
+        ("{name: trades}", {"alpha": 0.025, "steps": 10}),
+        ("{name: n_aaer}", {"alpha": 0.1}),
+        ("{name: rs_cs}", {"alpha": 0.1}),
+        ("{name: sora}", {"alpha": 0.2}),
+        ("{name: awp, of: {name: pgd, alpha: 0.02}}", {"gamma": 0.01, "updates_per_batch": 1}),
     ],
 )
 def test_defaults_of_the_methods(file, method, expected):

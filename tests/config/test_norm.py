@@ -66,8 +66,16 @@ def test_the_box_of_grey_images_is_smaller_and_known_later(file):
 
 def test_what_needs_the_box_refuses_l2_by_name(file):
     text = refusal(file, "norm=l2", "epsilon=0.5", "method.ibp_weight=0.1")
-    assert "norm is l2, but method.ibp_weight bounds the L-infinity ball alone" in text
+    assert "norm is l2, but method.ibp_weight is for the L-infinity ball alone" in text
     assert reading.load(file, ["method.ibp_weight=0.1"]).norm == "linf"
+
+
+@pytest.mark.parametrize("name", ["fgsm_uap", "class_uap", "liet", "fgsm_pgi", "sora", "gradalign"])
+def test_methods_of_signs_refuse_l2_by_name(file, name):
+    for method in (f"{{name: {name}}}", f"{{name: awp, of: {{name: {name}}}}}"):
+        assert f"method {name} is for the L-infinity ball alone" in refusal(
+            file, "norm=l2", "epsilon=0.5", f"method={method}"
+        )
 
 
 def test_an_unknown_norm_names_the_nearest(file):

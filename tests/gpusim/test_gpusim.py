@@ -13,7 +13,7 @@ from benchmarks.step import cifar_config, images
 from fastrobust.attack.base import Setting
 from fastrobust.attack.pgd import Pgd
 from fastrobust.attack.threat import Threat
-from fastrobust.attack.verdicts import evaluating
+from fastrobust.attack.verdicts import breaks, evaluating
 from fastrobust.config import reading
 from fastrobust.data.augment import to_unit
 from fastrobust.data.loaders.resident import Resident
@@ -189,6 +189,26 @@ def test_an_evaluation_at_two_radii(capsys):
     assert "no CUDA graph" not in capsys.readouterr().err
 
 
+def test_no_kernels_are_tried_out_for_new_numbers_of_images(monkeypatch):
+    """The last batch of an attack, and the successes that are checked again, are never so many twice. cuDNN would try out
+    its kernels, and wait for each, at every new number."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model = build_model(config_of("preact_resnet18_w16", 32), tuple("0123456789")).cuda().eval()
+    data = images(70).images.cuda().contiguous(memory_format=torch.channels_last)
+    attack = Pgd(Setting(model, data, Threat(0.03), 0.01, 40, 0), (2, 1))
+    attack.tried = True  # no graph for so few
+    list(attack.batches(0, torch.ones(70, dtype=torch.bool)))
+    waits = []
+    with evaluating(model):
+        for count in (20, 7, 33, 11):
+            sim.reset()
+            x, y = to_unit(data[:count]), torch.zeros(count, dtype=torch.int64, device="cuda")
+            attack.run(x, y, torch.zeros_like(x))
+            breaks(model, x, y, x, attack.threat, attack.batch_size)
+            waits.append(sim.counts().get("cudaDeviceSynchronize", 0))
+    assert waits[0] > 20 and waits[1:] == [0, 0, 0]
+
+
 def test_the_simulation_forbids_what_cuda_forbids():
     """Else the tests above would say nothing."""
     number, event = torch.zeros((), device="cuda"), torch.cuda.Event()
@@ -206,6 +226,7 @@ def test_the_simulation_forbids_what_cuda_forbids():
             record(call, CUDA, warm_up=0)
         assert what in "".join(sim.errors()), (what, sim.errors())
     sim.reset()
-    record(lambda: number.copy_(torch.zeros(()).pin_memory(), non_blocking=True), CUDA, warm_up=0)
+    pinned = torch.zeros(()).pin_memory()  # made outside: torch 2.11 cannot capture twice into a pool that pinned memory
+    record(lambda: number.copy_(pinned, non_blocking=True), CUDA, warm_up=0)
     assert sim.errors() == ["a captured copy between host and device"]
     sim.reset()

@@ -2,16 +2,18 @@
 interpreter runs the kernels."""
 
 import copy
+import importlib.util
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastrobust.models.torchvision_compat import import_torchvision
 from torch import nn
 from triton_kernels import DEVICE, needs_kernels
 
 from fastrobust.models import create, fused
 from fastrobust.models.fused import norm_add_relu, norm_relu
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 PRECISE = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}  # relative error; half precisions round once
@@ -102,14 +104,17 @@ def test_a_large_mean_costs_no_digits():
 
 
 @needs_kernels
-def test_an_attack_asks_for_no_gradient_of_weights():
-    layer = norm(5, True).requires_grad_(False)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_an_attack_asks_for_no_gradient_of_weights(train):
+    layer = norm(5, True, train).requires_grad_(False)
+    before = layer.running_var.clone()
     x = pixels((2, 5, 4, 4), torch.float32, 0).requires_grad_()
     (gradient,) = torch.autograd.grad(norm_relu(layer, x)[1].square().sum(), x)
     expected = x.detach().double().requires_grad_()
     exact = copy.deepcopy(layer).double()
     (right,) = torch.autograd.grad(F.relu(fused.CountedNorm.forward(exact, expected)).square().sum(), expected)
     assert relative(gradient, right) < 1e-5
+    assert torch.equal(layer.running_var, before) == (not train)
 
 
 @needs_kernels
@@ -216,3 +221,16 @@ def test_batches_are_counted_as_torch_counts_them():
     assert [n.item() for k, n in other.state_dict().items() if "num_batches" in k] == [6, 0, 6, 3]
     for key, value in plain.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_kernels_that_cannot_run_say_why(monkeypatch):
+    fused._tried.cache_clear()
+    monkeypatch.setitem(sys.modules, "fastrobust.models.norm_kernels", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "norm_kernels" in fused.trouble(DEVICE) and not fused.have_kernels(DEVICE)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert fused.trouble(DEVICE) == "they need Triton, which is not installed"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert fused.trouble(torch.device("cpu")) == "they need a GPU"
+    fused._tried.cache_clear()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from training_runs import (
     METHODS,
+    NEWER,
     SGD,
     TWO_PHASES,
     assert_same_end,
@@ -35,10 +36,12 @@ from fastrobust.train.methods.fgsm import Fgsm
 # ---- resuming
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "optimizer"), [*((m, o) for m in METHODS for o in ("adam", "sgd")), *((m, "sgd") for m in NEWER)]
+)
 def test_an_interrupted_run_ends_with_the_same_bits(config_of, begin, resume, method, optimizer):
-    config = config_of(**METHODS[method], **(SGD if optimizer == "sgd" else {}))
+    changes = METHODS[method] if method in METHODS else {"method": NEWER[method], "guard": {"action": "off"}}
+    config = config_of(**changes, **(SGD if optimizer == "sgd" else {}))
     reference = begin(config, "reference")
     first = weights(reference)
     reference.train()
@@ -64,6 +67,22 @@ def test_an_interrupted_run_ends_with_the_same_bits(config_of, begin, resume, me
     assert job.position.step == 4
     job.train()
     assert_same_end(job, reference)
+
+
+def test_a_run_with_half_precision_weights_ends_with_the_same_bits(config_of, begin, resume):
+    """The checkpoint holds the fp32 weights, and the half-precision ones are made of them."""
+    config = config_of(engine="fused", precision="bf16", **SGD)
+    reference = begin(config, "reference")
+    reference.train()
+    assert reference.learner.shadow is not None
+    job = begin(config)
+    stop_at(job, 6)
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config)
+    job.train()
+    assert_same_end(job, reference)
+    assert all(t.dtype == torch.float32 for t in weights(job).values() if t.is_floating_point())
 
 
 @pytest.mark.parametrize("at", [4, 10], ids=["epoch 1", "the run"])
@@ -133,6 +152,35 @@ def test_phases_differ_in_resolution_and_batch_size_and_can_be_resumed(config_of
     assert (job.position.phase, job.position.step) == (1, 0)
     job.train()
     assert_same_end(job, reference)
+
+
+@pytest.mark.parametrize("method", ["class_uap", "liet", "fgsm_pgi", "rs_cs", "sora"])
+def test_what_all_processes_agree_on_is_kept_from_phase_to_phase(config_of, begin, resume, method):
+    """As long as it fits: the batch may be another, the images' size not. The same bits after an interruption."""
+    phases = [{"epochs": 1, "batch_size": size, "resolution": 28} for size in (20, 13)]
+    config = config_of(method=NEWER[method], phases=phases, **SGD)
+    reference, states = begin(config, "reference"), []
+    enter = reference.step.enter_phase
+
+    def watched(*arguments):
+        for act in (lambda: None, lambda: enter(*arguments)):
+            act()
+            states.append({name: t.clone() for name, t in reference.step.state.items()})
+
+    reference.step.enter_phase = watched
+    reference.train()
+    before, after = states
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+    job = begin(config)
+    stop_at(job, 7)
+    with pytest.raises(Interrupted):
+        job.train()
+    job = resume(config)
+    assert (job.position.phase, job.position.step) == (1, 3)
+    job.train()
+    assert_same_end(job, reference)
+    reference.step.enter_phase(13, 3, 14)
+    assert all(t.shape[-1] == 14 for t in reference.step.state.values() if t.dim() == 4)
 
 
 @pytest.mark.parametrize("changes", [{}, TWO_PHASES], ids=["one phase", "two phases"])

@@ -15,6 +15,7 @@ from fastrobust.config import reading
 from fastrobust.data import sets
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.train import step
+from fastrobust.train.methods.base import Inputs
 from fastrobust.train.methods.fgsm import fgsm
 
 EPSILON = 0.4
@@ -71,6 +72,35 @@ def test_a_step_of_each_method(name, scale):
             expected = into_ball_and_box(moved(expected, reference.replay(x, y, expected), EPSILON), x)
     close(found, expected)
     same_weights(model, reference.model)
+
+
+@pytest.mark.parametrize("name, largest", [("trades", 1), ("rs_cs", 2), ("n_aaer", 3), ("awp", 1)])
+def test_newer_methods_move_images_as_far_as_their_ball_reaches(name, largest):
+    """Starts and steps of these are not projected, but for trades'; a step of signs would be of length 0.4 * sqrt(72)."""
+    x, y = make_batch()
+    keys = {"of": {"name": "trades"}} if name == "awp" else {}
+    learner, met = make_learner(make_model()), []
+    usual = learner.forward
+    learner.forward = lambda points: met.append(points.detach()) or usual(points)
+    section(name, EPSILON, **keys).step(learner, Inputs(x, y, torch.arange(len(x))), L2(EPSILON), 1.0, state_of(name))
+    lengths = [norm(d) for points in met for d in points.view(-1, *x.shape)[0] - x]
+    assert 0.9 * EPSILON < max(lengths) <= largest * EPSILON + 1e-6
+
+
+def state_of(name):
+    return {"epoch": torch.zeros(()), "sums": torch.zeros(2), "last": torch.zeros(())} if name == "rs_cs" else {}
+
+
+def test_kernels_for_linf_are_left_alone(monkeypatch):
+    monkeypatch.setattr("fastrobust.attack.threat._kernels", None)
+    x, gradient = make_batch()[0], torch.randn(make_batch()[0].shape)
+    fused, plain = L2(EPSILON, kernels=True).scaled(1.0), L2(EPSILON)
+    torch.manual_seed(0)
+    start = fused.start(x)
+    torch.manual_seed(0)
+    assert torch.equal(start, plain.start(x))
+    for project in (True, False):
+        assert torch.equal(fused.climb(start, gradient, 0.3, x, project), plain.climb(start, gradient, 0.3, x, project))
 
 
 def test_a_warm_up_scales_the_ball_and_the_step():

@@ -41,15 +41,29 @@ from fastrobust.train.optimizers import Sgd
         ("n_fgsm", {}, 2, 1),
         ("pgd", {"steps": 5, "alpha": 0.02}, 6, 1),
         ("free", {"replays": 4}, 4, 4),
+        ("n_aaer", {}, 2, 1),
+        ("sora", {}, 2, 1),
+        ("fgsm_uap", {"stop_gradient": True}, 2, 1),
+        ("class_uap", {"stop_gradient": True}, 2, 1),
+        ("fgsm_pgi", {"stop_gradient": True}, 2, 1),
+        ("awp", {"of": {"name": "fgsm"}}, 3, 1),
+        ("awp", {"of": {"name": "free", "replays": 2}}, 4, 2),
+        ("fgsm_uap", {}, (2, 3), 1),  # the start's logits are differentiated twice
+        ("fgsm_pgi", {}, (2, 3), 1),
+        ("rs_cs", {}, (2, 3), 1),
+        ("liet", {"stop_gradient": True}, 3, 1),  # one is for the grey images of some classes
+        ("liet", {}, (3, 4), 1),
+        ("trades", {"steps": 3}, (6, 5), 1),
+        ("gradalign", {}, (3, 4), 1),
     ],
 )
 def test_number_of_passes(name, keys, passes, updates):
     """Trap of `free`: it is only free if one backward pass serves both the weights and delta."""
-    model = Counted(make_model())
+    model, method, (x, y) = Counted(make_model()), section(name, **keys), make_batch()
     learner = make_learner(model)
-    x, y = make_batch()
-    step(name, **keys)(learner, x, y, torch.zeros_like(x))
-    assert (model.forwards, model.backwards, learner.updates.item()) == (passes, passes, updates)
+    method.step(learner, Inputs(x, y, torch.arange(len(x))), Threat(EPSILON), 1.0, method.state(shapes_of(x)))
+    passes = passes if isinstance(passes, tuple) else (passes, passes)
+    assert (model.forwards, model.backwards, learner.updates.item()) == (*passes, updates)
 
 
 @pytest.mark.parametrize("name", ["fgsm", "n_fgsm", "pgd", "free"])
@@ -123,6 +137,35 @@ def test_the_attack_computes_no_weight_gradients():
     assert pgd - standard == 3 * 2 * forward
     free = flops(lambda: step("free", replays=2)(learner, x, y, x))
     assert free == 2 * 3 * forward
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "units"),
+    [
+        ("fgsm_uap", {}, 7),
+        ("fgsm_uap", {"stop_gradient": True}, 5),
+        ("class_uap", {}, 7),
+        ("liet", {}, 7),
+        ("liet", {"stop_gradient": True}, 5),
+        ("fgsm_pgi", {}, 7),
+        ("fgsm_pgi", {"stop_gradient": True}, 5),
+        ("trades", {"steps": 4}, 2 * 4 + 7),
+        ("n_aaer", {}, 5),
+        ("rs_cs", {}, 7),
+        ("gradalign", {}, 11),
+        ("sora", {}, 5),
+        ("awp", {"of": {"name": "fgsm"}}, 5 + 3),
+        ("awp", {"of": {"name": "trades", "steps": 1}}, 2 + 7 + 6),
+    ],
+)
+def test_the_work_of_the_newer_methods(name, keys, units):
+    """In forward passes, as docs/methods.md has it, to what the first layer's input and the grey images of LIET cost."""
+    n, side = 20, 8
+    forward = sum(2 * n * side * side * 9 * a * b for a, b in CONVNET) + 2 * n * 32 * 10
+    method, x, y = section(name, **keys), torch.rand(n, 3, side, side), torch.randint(10, (n,))
+    state = method.state(shapes_of(x)._replace(classes=10))
+    spent = flops(lambda: method.step(make_learner(ConvNet()), Inputs(x, y, torch.arange(n)), Threat(EPSILON), 1.0, state))
+    assert spent / forward == pytest.approx(units, abs=0.25), spent / forward
 
 
 def test_input_gradient_leaves_weight_gradients_alone():
@@ -302,8 +345,7 @@ def test_where_the_gradient_of_a_random_start_is_taken(clip_start):
             seen.append(x)
             return torch.ones_like(x), torch.ones(len(x), dtype=torch.bool)
 
-        def update(self, x, y, box, ibp_weight):
-            assert box is None and ibp_weight == 0
+        def update(self, x, y):
             seen.append(x)
 
     x = torch.zeros(4, 1, 10, 10)

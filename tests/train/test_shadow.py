@@ -122,6 +122,24 @@ def test_a_stored_state_goes_on_bit_by_bit(way, optimizer):
     assert not torch.equal(one["tensors"]["model.4.weight"], stored["tensors"]["model.4.weight"])
 
 
+@pytest.mark.parametrize("kind", ["no BatchNorm", "nothing to cast"])
+def test_a_model_may_have_weights_of_one_kind_alone(way, kind):
+    if kind == "no BatchNorm":
+        network, shape = (lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 4))), (8, 1, 6, 6)
+    else:
+        network, shape = (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())), (8, 4, 6, 6)
+    x, y, found = torch.rand(shape, device=DEVICE), torch.arange(8, device=DEVICE) % 4, []
+    for kernels in (False, True):
+        torch.manual_seed(0)
+        model = network().to(DEVICE)
+        learner = Learner(model, sgd(), torch.tensor(RATES), precision="fp16", kernels=kernels)
+        for _ in range(3):
+            learner.update(x, y)
+        found.append(learner.state_dict()["tensors"])
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=2e-3, atol=1e-5, msg=name)
+
+
 def test_a_state_of_autocast_goes_on_with_a_shadow():
     """A run may change its engine: names, shapes and kinds are the same, and the half weights follow."""
     first, second = made(0, sgd(), "fp16", False), made(1, sgd())
@@ -150,10 +168,26 @@ def test_a_weight_without_a_gradient_is_refused_and_frozen_ones_stay():
 def test_a_fused_step_gives_the_numbers_of_an_eager_one(method, monkeypatch, capsys):
     """Losses of some steps within 1 %, of every method that uses the learner in a way of its own. By torch's operations: the
     interpreter would need minutes."""
-    for module in (fused, shadow, engine):
+    monkeypatch.setattr(engine, "trouble", lambda device: "made up")
+    for module in (fused, shadow):
         monkeypatch.setattr(module, "have_kernels", lambda device: False)
     eager, mine = (run_steps(on_noise(method, "bf16", engine=name), 4) for name in ("eager", "fused"))
     assert mine.rates == eager.rates and mine.tensors.keys() == eager.tensors.keys()
     assert mine.losses == pytest.approx(eager.losses, rel=1e-2)
     assert not math.isnan(sum(mine.losses))
-    assert capsys.readouterr().err.count("warning: engine fused goes on without kernels of its own") == 1
+    assert capsys.readouterr().err.count("warning: engine fused goes on without kernels of its own: made up") == 1
+
+
+def test_processes_exchange_the_gradients_of_the_fp32_weights(tmp_path):
+    """DistributedDataParallel watches the model's own parameters: with a shadow they would get no gradient."""
+    plain, mine = (made(0, sgd(), "bf16", kernels) for kernels in (False, True))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mine.share_gradients()
+        for x, y in batches(3):
+            for learner in (plain, mine):
+                learner.input_gradient(x, y)
+                learner.update(x, y)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert same(mine.state_dict()["tensors"], plain.state_dict()["tensors"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from training_runs import CPU, METHODS, SGD, TWO_PHASES, on_noise, same, weights
+from training_runs import CPU, METHODS, NEWER, SGD, TWO_PHASES, on_noise, same, weights
 
 from fastrobust.attack.threat import Threat
 from fastrobust.data import loaders
@@ -35,8 +35,8 @@ def trained_step(config) -> step.Step:
 
 @pytest.mark.parametrize(
     "changes",
-    [*METHODS.values(), METHODS["free"] | SGD, TWO_PHASES],
-    ids=[*METHODS, "free, sgd", "two phases"],
+    [*METHODS.values(), METHODS["free"] | SGD, TWO_PHASES, {"method": NEWER["class_uap"]}, {"method": NEWER["liet"]}],
+    ids=[*METHODS, "free, sgd", "two phases", "class_uap", "liet"],
 )
 def test_a_step_gives_the_weights_of_a_training_and_writes_nothing(config_of, begin, tmp_path, monkeypatch, changes):
     config = config_of(**changes)

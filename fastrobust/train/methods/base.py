@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.attack.threat import Threat
 from fastrobust.config.fields import Section
+from fastrobust.train.learner import Loss
 
 Scale = float | Tensor  # where the warm-up of epsilon stands, from 0 to 1
 
@@ -15,11 +17,37 @@ Scale = float | Tensor  # where the warm-up of epsilon stands, from 0 to 1
 class Learner(Protocol):
     """What a method may ask of the model that is being trained (`fastrobust.train.learner.Learner`)."""
 
+    model: nn.Module
+    epochs: int  # of the whole run
+
+    def forward(self, x: Tensor) -> Tensor: ...
+
     def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def update(self, x: Tensor, y: Tensor, box: tuple[Tensor, Tensor] | None = None, ibp_weight: float = 0.0) -> None: ...
+    def attack_gradient(
+        self,
+        x: Tensor,
+        y: Tensor,
+        loss: Loss | None = None,
+        *,
+        keep: bool = False,
+        twice: bool = False,
+        mode: str | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
 
-    def update_with_input_gradient(self, x: Tensor, y: Tensor) -> Tensor: ...
+    def attack_logits(self, x: Tensor) -> Tensor: ...
+
+    def update(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> None: ...
+
+    def update_with_input_gradient(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> Tensor: ...
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor: ...
+
+    def mean(self, t: Tensor) -> Tensor: ...
+
+    def gather(self, t: Tensor) -> Tensor: ...
+
+    def epoch(self) -> Tensor: ...
 
 
 class Inputs(NamedTuple):
@@ -32,12 +60,14 @@ class Inputs(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What a method's state may depend on: the shape of x, the number of classes and of training images, the device."""
+    """What a method's state may depend on: the shape of x, the number of classes and of training images, the device, and
+    the run's seed, from which all processes draw alike."""
 
     batch: tuple[int, int, int, int]
     classes: int
     examples: int
     device: torch.device
+    seed: int = 0
 
 
 class Method(Section, ABC):
@@ -45,10 +75,12 @@ class Method(Section, ABC):
     (`method: {name: package.module:Class}`), and its fields are the keys of the config's `method` section.
 
     `attacks`: whether it trains on adversarial examples, so that the guard has something to watch. `by_slot`: the tensors
-    of the state whose first dimension is the place in the batch; of several processes each keeps its own part."""
+    of the state whose first dimension is the place in the batch; of several processes each keeps its own part. `agreed`:
+    the tensors of the state that are the same in all processes after every step."""
 
     attacks: ClassVar[bool] = True
     by_slot: ClassVar[tuple[str, ...]] = ()
+    agreed: ClassVar[tuple[str, ...]] = ()
     name: str
 
     @property
@@ -60,8 +92,13 @@ class Method(Section, ABC):
         return "train"
 
     @property
-    def needs_box(self) -> bool:
-        """Whether it asks for `threat.box`, which the L-infinity ball alone has."""
+    def linf_alone(self) -> str:
+        """What of it is defined in L-infinity alone, such as `method.ibp_weight`; empty if nothing is."""
+        return ""
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether a step reads the model's weights itself, so that it needs them in fp32."""
         return False
 
     def resolve(self, epsilon: float) -> None:
@@ -104,3 +141,19 @@ def start(x: Tensor, previous: Tensor | None, threat: Threat, init: str, clip: b
     if init == "previous":
         return threat.clip(previous, x)
     return threat.start(x, clip)
+
+
+def smoothed(amount: float) -> Loss:
+    """Cross-entropy with label smoothing: the label has 1 - amount, and all classes share amount."""
+    return lambda logits, y: F.cross_entropy(logits, y, label_smoothing=amount)
+
+
+def signs(shapes: Shapes, rows: int = 1) -> Tensor:
+    """rows x C x H x W of 1 and -1, at random, the same in all processes."""
+    generator = torch.Generator().manual_seed(shapes.seed)
+    return (torch.randint(2, (rows, *shapes.batch[1:]), generator=generator) * 2.0 - 1).to(shapes.device)
+
+
+def per_pixel(gradient: Tensor, learner: Learner) -> Tensor:
+    """A batch's gradient over its mean size, ||g||_1 by the number of pixels. It is 0 where an fp16 gradient overflowed."""
+    return (gradient / learner.mean(gradient.abs().mean())).nan_to_num(0.0, 0.0, 0.0)

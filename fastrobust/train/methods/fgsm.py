@@ -3,6 +3,7 @@
 from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -35,8 +36,16 @@ def fgsm(
     robust."""
     delta = start(x, delta, threat, init, clip_start)
     gradient, _ = learner.input_gradient(x + delta, y)
-    delta = threat.project(threat.step(delta, gradient, alpha), x)
-    learner.update(x + delta, y, threat.box(x) if ibp_weight else None, ibp_weight)
+    delta = threat.climb(delta, gradient, alpha, x)
+    if not ibp_weight:
+        learner.update(x + delta, y)
+        return delta
+
+    def with_bound(logits: Tensor, y: Tensor) -> Tensor:
+        bound = F.cross_entropy(interval_bounds.worst_differences(learner.model, *threat.box(x), y), y)
+        return torch.lerp(learner.loss(logits, y), bound, ibp_weight)
+
+    learner.update(x + delta, y, with_bound)
     return delta
 
 
@@ -48,12 +57,16 @@ class Fgsm(Attacked):
     clip_start: bool = True  # cut random starts with the pixel box: the authors' CIFAR-10 code does, their MNIST code not
     ibp_weight: Annotated[Number, Field(ge=0, le=1)] = 0.0  # share of the loss that is its interval bound within epsilon
 
+    @property
+    def reads_weights(self) -> bool:
+        return self.ibp_weight > 0
+
     def resolve(self, epsilon: float) -> None:
         self.alpha = 1.25 * epsilon if self.alpha is None else self.alpha
 
     @property
-    def needs_box(self) -> bool:
-        return self.ibp_weight > 0
+    def linf_alone(self) -> str:
+        return "method.ibp_weight" if self.ibp_weight else ""
 
     def check(self, model: nn.Module, x: Tensor) -> None:
         if self.ibp_weight:

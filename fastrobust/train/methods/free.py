@@ -16,7 +16,7 @@ def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, threat: Threa
     for _ in range(replays):
         delta = threat.clip(delta, x)
         gradient = learner.update_with_input_gradient(x + delta, y)
-        delta = threat.project(threat.step(delta, gradient, threat.radius), x)
+        delta = threat.climb(delta, gradient, threat.radius, x)
     return delta
 
 

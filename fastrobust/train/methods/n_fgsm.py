@@ -15,7 +15,7 @@ def n_fgsm(learner: Learner, x: Tensor, y: Tensor, *, noise: Threat, alpha: Radi
     clipping but to the pixel box."""
     delta = noise.start(x)
     gradient, _ = learner.input_gradient(x + delta, y)
-    delta = noise.clip(noise.step(delta, gradient, alpha), x)
+    delta = noise.climb(delta, gradient, alpha, x, project=False)
     learner.update(x + delta, y)
 
 

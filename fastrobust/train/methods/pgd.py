@@ -27,7 +27,7 @@ def pgd(
     delta = start(x, None, threat, init)
     for _ in range(steps):
         gradient, correct = learner.input_gradient(x + delta, y)
-        moved = threat.project(threat.step(delta, gradient, alpha), x)
+        moved = threat.climb(delta, gradient, alpha, x)
         delta = torch.where(correct[:, None, None, None], moved, delta) if skip_misclassified else moved
     learner.update(x + delta, y)
 
