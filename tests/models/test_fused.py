@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from fastrobust.runtime.torchvision_compat import import_torchvision
 from torch import nn
 from triton_kernels import DEVICE, needs_kernels
 
 from fastrobust.models import create, fused
 from fastrobust.models.fused import norm_add_relu, norm_relu
+from fastrobust.runtime.torchvision_compat import import_torchvision
 
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 PRECISE = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}  # relative error; half precisions round once
