@@ -25,7 +25,8 @@ def asked_for(directory: Path, config: Config, file: str | None, overrides: list
             f"{directory} is finished, and keeps its evaluation. For another one:\n"
             + "\n".join(f"  {command}" for command in evaluations(directory, config.evaluation, given.evaluation))
         )
-    data = given.data.model_copy(update={"prepared": given.data.prepared or config.data.prepared})
+    chosen = {key: getattr(given.data, key) or getattr(config.data, key) for key in ("prepared", "channels")}
+    data = given.data.model_copy(update=chosen)
     engine = config.engine if given.engine == "auto" else given.engine  # auto: the run's choice
     update = {"evaluation": given.evaluation, "device": given.device, "data": data, "engine": engine}
     return config.model_copy(update=update), lines

@@ -58,7 +58,7 @@ def test_a_run_that_leaves_bad_images_out_says_so(loader, quick, data, tmp_path,
     spoil(*bad)
     assert cli(["train", str(quick(data__path=str(data), loader=loader, data__skip_corrupt=True))]) == 0
     out, run = capsys.readouterr().out, tmp_path / "runs" / "bars"
-    assert "2 train images are left out" in out and "images: train 68 of 10 classes" in out and "; test 19 of" in out
+    assert "2 train images are left out" in out and "images: train 68 of 10 classes" in out and "test 19 of" in out
     summary = json.loads((run / "summary.json").read_text())
     assert summary["skipped_images"] == {"train": 2, "test": 1} and summary["training_images"] == 68
     listed = (run / SKIPPED).read_text().splitlines()
@@ -101,7 +101,7 @@ def test_held_out_images_are_the_test_images_where_there_are_no_others(quick, da
     config = quick(data__path=str(data), data__held_out=20)
     assert cli(["train", str(config)]) == 0
     out, run = capsys.readouterr().out, tmp_path / "runs" / "bars"
-    assert "train 50 of 10 classes (5 each); test 20 of 10 classes (2 each)" in out
+    assert "train 50 of 10 classes (5 each)\n        test 20 of 10 classes (2 each)" in out
     assert "held out: 20 training images, the test images" in out
     assert "the test images: 20 held-out training images" in out
     summary = json.loads((run / "summary.json").read_text())
