@@ -12,6 +12,7 @@ from torch import nn
 
 import fastrobust
 from fastrobust.__main__ import main as cli
+from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
@@ -101,7 +102,7 @@ def test_misclassified_half_way_and_right_again_at_the_end():
     images = torch.full((10, 1, 4, 4), 128, dtype=torch.uint8)  # 0.502
     few = ImageSet(images, torch.zeros(10, dtype=torch.int64), ("a", "b"), "")
     with evaluating(model := Distorted()):
-        found = masking.landscape(masking.Subject(model, few, 0.1, 5, 0))
+        found = masking.landscape(masking.Subject(model, few, Threat(0.1), 5, 0))
     assert not found.passed
     assert found.figures["interior_gradient"] == 1.0
     assert found.figures["nonlinearity_gradient"] > 0.5
@@ -127,7 +128,7 @@ def test_checks_leave_the_model_and_the_random_numbers_as_they_were(model, data,
     state = torch.get_rng_state()
     monkeypatch.setattr(masking, "STEPS", 2)
     check(model, ImageSet(data.images[:9], data.labels[:9], data.classes, ""), surrogate=model)
-    masking.train_surrogate(data, EPSILON, 10, torch.device("cpu"))
+    masking.train_surrogate(data, Threat(EPSILON), 10, torch.device("cpu"))
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training and [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
@@ -138,7 +139,7 @@ def test_checks_leave_the_model_and_the_random_numbers_as_they_were(model, data,
 def test_a_surrogate_learns_and_is_the_same_for_the_same_seed(data):
     images, labels = map(torch.from_numpy, bar_images(1500, 7))
     many = ImageSet(images.permute(0, 3, 1, 2), labels, data.classes, "")
-    a, b = (masking.train_surrogate(many, 0.02, 10, torch.device("cpu"), seed=4) for _ in range(2))
+    a, b = (masking.train_surrogate(many, Threat(0.02), 10, torch.device("cpu"), seed=4) for _ in range(2))
     x = to_unit(data.images)
     assert torch.equal(a(x), b(x))
     assert (a(x).argmax(1) == data.labels).float().mean() > 0.5

@@ -127,7 +127,7 @@ def test_test_sets_radii_and_saved_images_in_l2(copied, bars, capsys, tmp_path):
         x, points, labels = (stored.get_tensor(name) for name in ("clean", "adversarial", "labels"))
     assert (facts["norm"], facts["epsilon"]) == ("l2", 1.5)
     lengths = (points - x).flatten(1).norm(dim=1)
-    assert lengths.max() <= 1.5 + 1e-5 and (points - x).abs().max() > 0.2 and points.min() >= 0 and points.max() <= 1
+    assert 1.4 < lengths.max() <= 1.5 + 1e-5 and points.min() >= 0 and points.max() <= 1
     assert (fastrobust.load(copied)(points).argmax(1) == labels).double().mean() == found["robust_accuracy"]
 
 
