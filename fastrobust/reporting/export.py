@@ -32,6 +32,13 @@ from fastrobust.runtime.progress import duration
 from fastrobust.runtime.torchvision_compat import import_torchvision
 
 CHECKS = "Checks for masked gradients"
+NORM_RELU = """
+def norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    z = x if add is None else x + add
+    return z, F.relu(norm(z))
+
+
+"""  # fastrobust.models.fused.norm_relu without kernels
 
 
 def command(arguments) -> int:
@@ -82,6 +89,7 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         makers = {path.rpartition(":")[2] for path in parts.MODELS.values()} - {function.__name__}
         used = [part for key, part in vars(module).items() if inspect.getmodule(part) is module and key not in makers]
         source = "\n\n".join(map(inspect.getsource, used))
+        source = NORM_RELU + source if "norm_relu(" in source else source
         make = f"{function.__name__}({channels}, {len(classes)}{options})"
     elif ":" in name:
         place, _, function = name.partition(":")
@@ -166,8 +174,7 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
     images = facts.summary and facts.summary.training_images  # version 0.1 did not count them
     used = f"{images:,} training images" if images else "its training images"
-    tested = facts.summary.get("tested_on", "")
-    tested = tested if "held-out" in tested else "its test images"
+    tested = facts.summary.tested_on if facts.summary and "held-out" in facts.summary.tested_on else "its test images"
     side = config.phases[-1].resolution
     paragraphs = [
         f"# {config.name}",
