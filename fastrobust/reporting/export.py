@@ -24,6 +24,7 @@ import torch
 from fastrobust.config import parts
 from fastrobust.config.numbers import describe
 from fastrobust.models import Normalized
+from fastrobust.models.fused import plain_norm_relu
 from fastrobust.models.torchvision_compat import import_torchvision
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
@@ -92,6 +93,9 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
         make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra})"
+    if "norm_relu(" in source:
+        plain = inspect.getsource(plain_norm_relu).replace("plain_norm_relu", "norm_relu")
+        source = f"{plain}\n\n{source}"
     source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
     return f'''"""{config.name}: {name}, trained with fastrobust. `load()` gives it in eval mode, ready to use:
 
