@@ -22,6 +22,7 @@ import torch
 from fastrobust.config import parts
 from fastrobust.config.numbers import describe
 from fastrobust.models import Normalized
+from fastrobust.models.fused import plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
@@ -32,13 +33,6 @@ from fastrobust.runtime.progress import duration
 from fastrobust.runtime.torchvision_compat import import_torchvision
 
 CHECKS = "Checks for masked gradients"
-NORM_RELU = """
-def norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    z = x if add is None else x + add
-    return z, F.relu(norm(z))
-
-
-"""  # fastrobust.models.fused.norm_relu without kernels
 
 
 def command(arguments) -> int:
@@ -89,7 +83,6 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         makers = {path.rpartition(":")[2] for path in parts.MODELS.values()} - {function.__name__}
         used = [part for key, part in vars(module).items() if inspect.getmodule(part) is module and key not in makers]
         source = "\n\n".join(map(inspect.getsource, used))
-        source = NORM_RELU + source if "norm_relu(" in source else source
         make = f"{function.__name__}({channels}, {len(classes)}{options})"
     elif ":" in name:
         place, _, function = name.partition(":")
@@ -101,6 +94,9 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
         make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra}{options})"
+    if "norm_relu(" in source:
+        plain = inspect.getsource(plain_norm_relu).replace("plain_norm_relu", "norm_relu")
+        source = f"{plain}\n\n{source}"
     source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
     return f'''"""{config.name}: {name}, trained with fastrobust. `load()` gives it in eval mode, ready to use:
 
