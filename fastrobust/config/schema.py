@@ -188,6 +188,8 @@ class Config(Section):
         self.method.resolve(self.epsilon)
         if self.method.attacks and self.epsilon == 0:
             raise ValueError("epsilon is 0: use `method: {name: standard}` for training without an attack")
+        if self.label_smoothing and getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:
+            raise ValueError("label_smoothing: this method has a key of its own, method.label_smoothing: set that instead")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
         if self.guard.alpha is None:
