@@ -75,7 +75,7 @@ def write_sample(config: Config, folder: Path, count: int) -> tuple[dict[str, Co
     source, what = pictures(config, count)
     sizes = tuple(dict.fromkeys(loaders.stored(config, phase) for phase in config.phases))
     options = {"dataset": config.data.dataset, "limit": None, "cap": None, "quality": 90, "storage": "jpeg"}
-    options |= {"skip_corrupt": False, "workers": cores()}
+    options |= {"skip_corrupt": False, "overwrite": False, "workers": cores()}
     for kind in dict.fromkeys(FILES.values()):
         writing.write_split(kind, "train", source, sizes, Namespace(**options, output=folder / kind))
     whole = changed(config, data={"limit": None})

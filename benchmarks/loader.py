@@ -70,7 +70,13 @@ def samples(folder: Path, limit: int) -> tuple[Path, str]:
 def write(source: Path | str, folder: Path, limit: int | None) -> None:
     """All sizes as jpeg and raw .beton files, JPEG shards, and folders of the same JPEGs for torchvision."""
     options = Namespace(
-        dataset="image_folder", limit=limit, cap=None, quality=90, skip_corrupt=False, workers=os.cpu_count()
+        dataset="image_folder",
+        limit=limit,
+        cap=None,
+        quality=90,
+        skip_corrupt=False,
+        overwrite=False,
+        workers=os.cpu_count(),
     )
     pictures = sets.pictures("image_folder", "train", source, limit)
     for kind, storage in (("ffcv", "jpeg"), ("ffcv", "raw"), ("webdataset", "jpeg")):

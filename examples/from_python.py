@@ -37,11 +37,11 @@ if __name__ == "__main__":
     test = squares(200, seed=1)
     run = fastrobust.fit(
         Net(),
-        squares(1000, seed=0),
+        squares(2000, seed=0),
         test=test,
         classes=["small", "large"],
         epsilon=16 / 255,
-        epochs=5,
+        epochs=8,
         name="squares",
         resume=True,  # a second call goes on with what is there, or returns it
     )

@@ -200,6 +200,8 @@ class Config(Section):
             raise ValueError("epsilon is 0: use `method: {name: standard}` for training without an attack")
         if self.norm != "linf" and (what := self.method.linf_alone):
             raise ValueError(f"norm is {self.norm}, but {what} is for the L-infinity ball alone: use norm: linf")
+        if self.label_smoothing and getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:
+            raise ValueError("label_smoothing: this method has a key of its own, method.label_smoothing: set that instead")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
         if self.guard.alpha is None:

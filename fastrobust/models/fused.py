@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import MethodType
 
 import torch
@@ -80,8 +80,13 @@ def norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Te
     if _fits(norm, x, add):
         z, y = _kernels(norm, x, add, after=False)
         return (x if add is None else z), y
+    return plain_norm_relu(partial(_plain, norm), x, add)
+
+
+def plain_norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(z, relu(norm(z))) of z = x + add, or of z = x, by torch's operations."""
     z = x if add is None else x + add
-    return z, F.relu(_plain(norm, z))
+    return z, F.relu(norm(z))
 
 
 def norm_add_relu(norm: nn.Module, x: Tensor, add: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from fastrobust.config import parts
 from fastrobust.config.numbers import ball_in_words, describe, radius_in_words
 from fastrobust.models import Normalized
+from fastrobust.models.fused import plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
@@ -93,6 +94,9 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
         make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra}{options})"
+    if "norm_relu(" in source:
+        plain = inspect.getsource(plain_norm_relu).replace("plain_norm_relu", "norm_relu")
+        source = f"{plain}\n\n{source}"
     source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
     return f'''"""{config.name}: {name}, trained with fastrobust. `load()` gives it in eval mode, ready to use:
 
@@ -172,8 +176,7 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     """The model card, Markdown."""
     images = facts.summary and facts.summary.training_images  # version 0.1 did not count them
     used = f"{images:,} training images" if images else "its training images"
-    tested = getattr(facts.summary, "tested_on", "")
-    tested = tested if "held-out" in tested else "its test images"
+    tested = facts.summary.tested_on if facts.summary and "held-out" in facts.summary.tested_on else "its test images"
     side = config.phases[-1].resolution
     paragraphs = [
         f"# {config.name}",

@@ -68,6 +68,7 @@ class Summary(Environment):
     epochs: int
     stopped: str | None
     training_images: int | None = None
+    tested_on: str = ""
 
 
 @dataclass

@@ -36,6 +36,7 @@ class Learner:
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
     be lost. The sign of a gradient does not depend on the scale. Weights and sums are fp32 in every precision.
+    On a GPU convolutions in `fp32` round their inputs to TF32, as torch lets them.
 
     kernels: BatchNorm and ReLU run as Triton's kernels where there are any; in half precisions with SGD the passes use
     half-precision weights beside the fp32 ones (`shadow.py`), and an update is a few kernels.

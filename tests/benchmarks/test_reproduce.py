@@ -199,7 +199,7 @@ def test_without_its_data_a_row_stays_open_and_the_others_go_on(tiny, capsys, mo
     real = sets.load
 
     def load(dataset, split, path=None, **options):
-        if options["limit"] == 13:
+        if options["choice"].limit == 13:
             raise DataError("no such images")
         return real(dataset, split, path, **options)
 

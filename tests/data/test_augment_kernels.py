@@ -5,7 +5,6 @@ import torch
 from triton_kernels import DEVICE, needs_kernels
 
 from fastrobust.config.schema import Augment
-from fastrobust.data import augment_kernels
 from fastrobust.data.augment import augment
 
 
@@ -17,6 +16,8 @@ def test_pixels_are_those_of_the_plain_functions(monkeypatch, crop, flip, shape)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     images = images.contiguous(memory_format=torch.channels_last)
     config, used = Augment(crop=crop, padding=3, flip=flip), []
+    from fastrobust.data import augment_kernels
+
     original = augment_kernels.shift_flip
     monkeypatch.setattr(augment_kernels, "shift_flip", lambda *a: used.append(1) or original(*a))
     found = []
@@ -34,6 +35,6 @@ def test_pixels_are_those_of_the_plain_functions(monkeypatch, crop, flip, shape)
 
 @needs_kernels
 def test_images_in_another_order_go_to_torch(monkeypatch):
-    monkeypatch.setattr(augment_kernels, "shift_flip", lambda *arguments: pytest.fail("the kernel was used"))
+    monkeypatch.setattr("fastrobust.data.augment_kernels.shift_flip", lambda *arguments: pytest.fail("the kernel was used"))
     images = torch.randint(0, 256, (4, 3, 6, 6), dtype=torch.uint8, device=DEVICE)
     assert augment(images, Augment(crop="pad"), 6, True).shape == (4, 3, 6, 6)

@@ -81,7 +81,7 @@ def test_not_found_lists_places_and_remedies(root):
     ("arguments", "options", "message"),
     [
         (("cifar", "train"), {}, "data.dataset: 'cifar' is not one of mnist, .*mean 'cifar10'"),
-        (("zzzz", "train"), {}, "'zzzz' is not one of mnist, .*image_folder, or your own package.module:name"),
+        (("zzzz", "train"), {}, "'zzzz' is not one of mnist, .*arrays, or your own package.module:name"),
         (("mnist", "val"), {}, "no split 'val'"),
         (("mnist", "train"), {"limit": 0}, "limit must be at least 1"),
         (("mnist", "train"), {"resolution": 32}, "28 x 28 pixels"),

@@ -95,7 +95,7 @@ def judge(monkeypatch, tmp_path, capsys):
 
         def noting(*arguments, **named):
             (data,) = (a for a in arguments if isinstance(a, sets.ImageSet))
-            seen.append(data.take(arguments[-1]) if command == "verify" else data)
+            seen.append(data.take(arguments[4]) if command == "verify" else data)  # the numbers of those that are chosen
             return work(*arguments, **named)
 
         own = {

@@ -190,8 +190,8 @@ def test_an_evaluation_at_two_radii(capsys):
 
 
 def test_no_kernels_are_tried_out_for_new_numbers_of_images(monkeypatch):
-    """The last batch of an attack, and the successes that are checked again, are never so many twice. cuDNN would try out
-    its kernels, and wait for each, at every new number."""
+    """The last batch of an attack, and the successes that are checked again, are never so many twice. At every new number
+    cuDNN would try out its kernels, and wait for each."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     model = build_model(config_of("preact_resnet18_w16", 32), tuple("0123456789")).cuda().eval()
     data = images(70).images.cuda().contiguous(memory_format=torch.channels_last)

@@ -24,6 +24,7 @@ from fastrobust.evaluation import results
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.command import main_with_errors
+from fastrobust.train import checkpoint
 from fastrobust.train.training import Training
 from tests.stress import child
 from tests.stress.ranks import together
@@ -137,6 +138,8 @@ def newer_methods(file: str, output: str) -> int:
                 job.step(batch)
             tensors = {f"model.{key}": t for key, t in job.learner.model.state_dict().items()} | job.step.state
             ended |= {f"{method['name']} {key}": t.clone() for key, t in tensors.items()}
+            stored = [key for key in checkpoint.pack(job)[0] if "state." in key]
+            assert stored == [f"state.{key}" for key in job.step.state], "once, and not for each process"
         torch.save(ended, f"{output}.{world.rank}")
     return 0
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from small_learner import RATES, make_batches, make_model, plain_training, same_weights, sgd
 from torch import nn
-from training_runs import assert_same_end, stop_at
+from training_runs import assert_same_end, on_noise, run_steps, stop_at
 
 from fastrobust.__main__ import main as cli
+from fastrobust.config import reading
 from fastrobust.config.schema import Averaging
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime.errors import ConfigError
@@ -236,3 +237,20 @@ def test_fine_tuning_a_part_resumes_to_the_same_bits(config_of, begin, resume, r
     again = resume(config)
     again.train()
     assert_same_end(again, whole)
+
+
+@pytest.mark.parametrize("name", ["trades", "n_aaer", "gradalign", "fgsm", "pgd"])
+def test_no_method_ignores_label_smoothing(name):
+    """The loss of the first update, on the same noise: smoothing raises it."""
+    losses = []
+    for smoothing in (0.0, 0.5):
+        noise = on_noise(name)
+        noise.step.learner.label_smoothing = smoothing
+        losses.append(run_steps(noise, 1).losses[0])
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("method", [{"name": "liet"}, {"name": "awp", "of": {"name": "fgsm_uap"}}])
+def test_a_method_with_smoothing_of_its_own_refuses_another(settings, tmp_path, method):
+    with pytest.raises(ConfigError, match=r"this method has a key of its own, method.label_smoothing"):
+        reading.parse(settings(tmp_path, method=method, label_smoothing=0.2), "test")

@@ -6,7 +6,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
@@ -20,7 +19,7 @@ def gradalign(learner: Learner, x: Tensor, y: Tensor, *, threat: Threat, weight:
     gradient, _ = learner.attack_gradient(x, y)
     delta = threat.project(threat.step(torch.zeros_like(x), gradient, threat.radius), x)
     other, _ = learner.attack_gradient(x + threat.start(x), y, twice=True)
-    learner.update(x + delta, y, lambda z, y: F.cross_entropy(z, y) + weight * (1 - cosine(gradient, other, learner)))
+    learner.update(x + delta, y, lambda z, y: learner.loss(z, y) + weight * (1 - cosine(gradient, other, learner)))
 
 
 def cosine(a: Tensor, b: Tensor, learner: Learner) -> Tensor:

@@ -40,7 +40,7 @@ def against_abnormal(at_start: Tensor, learner: Learner, all_of_it: float, loss_
         normal_change = of_normal / others.clamp(min=1e-9)
         larger = of_abnormal > normal_change * count
         harder = loss_weight * (before - after) + change_weight * larger * (change - normal_change)
-        return after.mean() + all_of_it * (others > 0) * (abnormal * harder).mean()
+        return learner.loss(logits, y) + all_of_it * (others > 0) * (abnormal * harder).mean()
 
     return loss
 

@@ -26,7 +26,7 @@ def trades(learner: Learner, x: Tensor, y: Tensor, *, threat: Threat, alpha: Rad
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:
         clean = learner.forward(x)
-        return F.cross_entropy(clean, y) + beta * divergence(clean.softmax(1), logits)
+        return learner.loss(clean, y) + beta * divergence(clean.softmax(1), logits)
 
     learner.update(x + delta, y, loss)
 
