@@ -103,7 +103,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 def parse(data: dict[str, Any], where: str) -> Config:
     try:
-        return Config.model_validate(data, context={"norm": data.get("norm")})
+        return Config.model_validate(data, context={"norm": data.get("norm") if isinstance(data, dict) else None})
     except ValidationError as error:
         problems = error.errors()
         lines = list(dict.fromkeys(_explain(e) for e in problems[:MESSAGES]))

@@ -236,7 +236,7 @@ def test_the_summary_says_what_was_run(config_of, begin):
     (job.directory / "environment.json").write_text('{"versions": {"torch": "x"}, "hardware": {}, "commit": null}')
     evaluations = [
         {"clean_accuracy": 0.9, "robust_accuracy": 0.5, "attack": "pgd-2-1", "epsilon": e, "alpha": 0.1, "examples": 7}
-        | {"resolution": 28}
+        | {"resolution": 28, "norm": "linf"}
         for e in (0.1, 0.2)
     ]
     job.position.stopped = "early"
