@@ -42,19 +42,20 @@ test: $(VENV)/.test data compiler loaders browser
 gpu-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.gpu_report
 
-# Captures on a simulated GPU (tests/gpusim): torch's CUDA code runs, kernels do nothing, CUDA's rules are enforced. torch's
-# CUDA build has an environment of its own, outside the project, so that other clones find it. Another version:
+# Captures on a simulated GPU (tests/gpusim): torch's CUDA code runs, kernels do nothing, CUDA's rules are enforced. Then our
+# Triton kernels with numbers, in Triton's interpreter, which does not take a newer numpy. torch's CUDA build has an environment of its own, outside the project, so that other clones find it. Another version:
 # make gpu-sim GPUSIM_TORCH=2.14.1 GPUSIM_TORCHVISION=0.29.1
 gpu-sim: $(GPUSIM)/.ready
 	@$(GPUSIM)/bin/python tests/gpusim/build.py $(GPUSIM)
 	PYTHONPATH=. $(GPUSIM)/gpusim/run $(GPUSIM)/bin/python -m pytest tests/gpusim tests/test_gpu.py
+	PYTHONPATH=. $(GPUSIM)/bin/python -m pytest $$(grep -l triton_kernels tests/*/test_*.py)
 
 $(GPUSIM)/.ready:
 	@command -v g++ >/dev/null || { echo "gpu-sim needs g++"; exit 1; }
 	@echo "installing torch $(GPUSIM_TORCH)'s CUDA build into $(GPUSIM) (once; 5.1 GB on the disk, minutes)"
 	@$(PYTHON) -m venv --clear $(GPUSIM)
 	@$(GPUSIM)/bin/python -m pip --disable-pip-version-check install -q torch==$(GPUSIM_TORCH) \
-	   torchvision==$(GPUSIM_TORCHVISION) pydantic pyyaml rich safetensors tensorboard pytest
+	   torchvision==$(GPUSIM_TORCHVISION) pydantic pyyaml rich safetensors tensorboard matplotlib pytest "numpy<2.4"
 	@$(GPUSIM)/bin/python -c "import sys, torch; sys.exit(not torch.version.cuda and 'this torch has no CUDA')"
 	@touch $@
 
