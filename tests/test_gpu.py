@@ -61,6 +61,7 @@ def test_graph_equals_eager(method, precision):
     assert captured.tensors["sums.updates"] == plain.tensors["sums.updates"]
 
 
+@needs_numbers
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fgsm", "free", "pgd"])
 def test_kernels_in_a_graph_give_the_numbers_of_eager_steps(method, precision, capsys):
