@@ -197,7 +197,7 @@ def robustness(runs: list[Run]) -> str:
         return missing
     counts = " or ".join(str(n) for n in sorted({one.seen.count for one in seen}))
     text = (
-        f"PGD-{STEPS}, one restart, on {counts} test images, evenly spaced over the test set; the band is the 95 % Wilson "
+        f"PGD-{STEPS}, one restart, on {counts} test images, each class in proportion; the band is the 95 % Wilson "
         "interval. So weak an attack gives an upper bound, and so few images a rough one: the figures to quote are the "
         "summary's."
     )

@@ -130,7 +130,7 @@ def test_limit_takes_evenly_spaced_images_and_the_result_says_which(judge, copie
     assert np.array_equal(judged.images.images.permute(0, 2, 3, 1).numpy(), pixels_of(chosen))
     assert [judged.images.classes[i] for i in judged.images.labels] == [file.parent.name for file in chosen]
     if command == "report":
-        assert "on 7 test images, evenly spaced" in judged.said["page"]
+        assert "on 7 test images, each class in proportion" in judged.said["page"]
         assert f"images: {three}; SHA-256 {judged.images.checksum()[:12]}" in judged.said["page"]
     else:
         assert judged.said["examples"] == 7
