@@ -34,18 +34,20 @@ class Net(nn.Module):
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     test = squares(200, seed=1)
     run = fastrobust.fit(
         Net(),
         squares(2000, seed=0),
         test=test,
         classes=["small", "large"],
-        epsilon=16 / 255,
-        epochs=8,
+        epsilon=8 / 255,
+        lr=0.02,
+        epochs=6,
         name="squares",
         resume=True,  # a second call goes on with what is there, or returns it
     )
     print(run)
-    print(fastrobust.evaluate(run.model, *test, epsilon=16 / 255, attack="pgd-20-2"))
+    print(fastrobust.evaluate(run.model, *test, epsilon=8 / 255, attack="pgd-20-2"))
     again = fastrobust.load(run.directory, model=Net())
     print("the loaded model is the same:", torch.equal(again(test[0] / 255), run.model(test[0] / 255)))
