@@ -82,7 +82,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	@echo "installing pytest, ruff, timm, AutoAttack, ONNX, HiGHS for the tests (once; about 0.6 GB on the disk)"
+	@echo "installing pytest, ruff, timm, AutoAttack, ONNX and HiGHS for the tests (once)"
 	@$(PIP) -e '.[test,timm,autoattack,export,verify]'
 	@touch $@
 

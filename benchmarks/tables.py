@@ -5,6 +5,7 @@ Accuracies are means over seeds, whatever the hardware; times are never mixed: e
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -191,7 +192,8 @@ def table2(scale: str, rows: list[paper.Row], folder: Path) -> Table:
                 counts = ", ".join(f"{v[name]:,} {name}" for name in ("verified", "falsified", "misclassified", "timeout"))
                 seed = r.config["seed"]
                 notes.append(f"{row.label}, seed {seed}: {counts}; {v['timeout_seconds']:g} s an image. Epsilon 0.1.")
-    notes.append(f"To verify: fastrobust verify {paper.RUNS}/full/NAME --epsilon 0.1, then this command again.")
+    place = shlex.quote(f"{paper.RUNS}/full/NAME")
+    notes.append(f"To verify: fastrobust verify {place} --epsilon 0.1, then this command again.")
     return Table(found.title, found.head, found.rows, tuple(notes))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -191,11 +192,17 @@ def quick(config_file, few_bars, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, config_file) -> Path:
-    """The directory of a finished FGSM run of 3 epochs, made by the train command."""
+def trained_once(tmp_path_factory, config_file) -> Path:
+    """The directory of a finished FGSM run of 3 epochs, made by the train command. Tests use `finished_run`, a copy."""
     folder = tmp_path_factory.mktemp("finished")
     assert cli(["train", str(config_file(folder))]) == 0
     return folder / "runs" / "bars"
+
+
+@pytest.fixture(scope="module")
+def finished_run(trained_once, tmp_path_factory) -> Path:
+    """A finished run for one file of tests, so that no file finds what another file's evaluations left in it."""
+    return shutil.copytree(trained_once, tmp_path_factory.mktemp("finished") / "runs" / "bars")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn
     path = Path(path)
     weights = path / WEIGHTS if path.is_dir() else path
     if not weights.is_file():
-        hint = f"; the run is not finished: `--resume {path}`" if (path / CONFIG).is_file() else ""
+        hint = f"; the run is not finished: `--resume {shlex.quote(str(path))}`" if (path / CONFIG).is_file() else ""
         raise RunError(f"there are no weights at {weights}{hint}")
     refuse_others(weights)
     try:

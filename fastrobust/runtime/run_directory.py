@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import struct
 import sys
 import zlib
@@ -54,7 +55,8 @@ IMAGES, SKIPPED = "images.txt.gz", "skipped_images.txt"
 
 
 def taken(run: Path) -> RunError:
-    return RunError(f"{run} holds a run already; continue it with `--resume {run}`, or choose another with `name=NAME`")
+    again = f"--resume {shlex.quote(str(run))}"
+    return RunError(f"{run} holds a run already; continue it with `{again}`, or choose another with `name=NAME`")
 
 
 def create(config: Config) -> Path:

@@ -25,7 +25,8 @@ from fastrobust.runtime.errors import RunError
 
 @pytest.fixture
 def copied(finished_run, tmp_path):
-    return shutil.copytree(finished_run, tmp_path / "run")
+    """A copy without what other tests' evaluations have left in the run."""
+    return shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns(results.FOLDER))
 
 
 def evaluated(capsys, *arguments) -> tuple[dict, str]:

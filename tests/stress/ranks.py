@@ -63,7 +63,8 @@ def lost_process(folder: Path, count: int) -> dict:
         due = Moment(place / "tiny" / run_directory.CONFIG, rng.uniform(0, 0.8 * seconds))
         first, last = together(place, kills.train, str(config), f"output={place}", limit=60, when=due, signum=signal.SIGKILL)
         stages[kills.training(config).stage(place)] += 1
-        lost = last.status == -signal.SIGKILL  # it may have ended before
+        whole = first.status == 0 and (place / "tiny" / run_directory.SUMMARY).exists()  # it was killed when all was done
+        lost = last.status == -signal.SIGKILL and not whole
         if lost and (first.status != RESUME_ME or "another process was lost" not in first.output):
             wrong.append(f"{place.name}: the other ended with {child.ended_by(first.status)}: {first.output[-400:]}")
         if not (place / "tiny" / run_directory.SUMMARY).exists():
