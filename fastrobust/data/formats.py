@@ -218,28 +218,36 @@ class _BatchUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_batches(batches: dict[str, Member], split: str, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images N x 32 x 32 x 3 and labels N from the python version's batch files of a split."""
+def read_batches(
+    batches: dict[str, Member], names: list[str], source: str, key: str = "labels", classes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images N x 32 x 32 x 3 and labels N from batch files of the python version of CIFAR-10, or of CIFAR-100, whose labels
+    have another key."""
     pixels, labels = [], []
-    for name in CIFAR_BATCHES[split]:
+    for name in names:
         if name not in batches:
-            raise DataError(f"{source} lacks the CIFAR-10 batch {name}: fetch it again")
+            raise DataError(f"{source} lacks the CIFAR-{classes} batch {name}: fetch it again")
         where = batches[name].where
         try:
-            batch = _BatchUnpickler(io.BytesIO(batches[name].read()), encoding="latin1").load()
-            rows, marks = batch["data"], np.asarray(batch["labels"])
+            batch = unpickled(batches[name])
+            rows, marks = batch["data"], np.asarray(batch[key])
             if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
                 raise ValueError(f"data is {rows.dtype} {rows.shape}, not uint8 N x 3072")
             if marks.dtype.kind not in "iu" or marks.shape != rows.shape[:1]:
                 raise ValueError(f"labels are {marks.dtype} {marks.shape} for {len(rows)} images")
         except Exception as error:  # a damaged pickle can raise anything
             problem = f"{type(error).__name__}: {error}"
-            raise DataError(f"{where} is damaged or no CIFAR-10 batch ({problem}): fetch it again") from error
-        check_labels(marks, 10, where)
+            raise DataError(f"{where} is damaged or no CIFAR-{classes} batch ({problem}): fetch it again") from error
+        check_labels(marks, classes, where)
         pixels.append(rows)
         labels.append(marks)
     planes = np.concatenate(pixels).reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.concatenate(labels)
+
+
+def unpickled(member: Member) -> Any:
+    """What a pickle of arrays and plain values holds. A damaged one can raise anything."""
+    return _BatchUnpickler(io.BytesIO(member.read()), encoding="latin1").load()
 
 
 def is_image(name: str) -> bool:

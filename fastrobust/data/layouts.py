@@ -147,11 +147,12 @@ def by_folder(members: list[Member], place: Path) -> dict[str, list[Image]]:
             flat = label_of
             groups.pop("test", None)  # these data sets' test images have no labels
     if flat:
-        groups["val"] = [
-            (flat[file], file, member)
-            for member in members
-            if member.name.startswith("val/") and (file := member.name.rpartition("/")[2]) in flat
-        ]
+        images = [m for m in members if m.name.startswith("val/") and formats.is_image(m.name)]
+        files = [member.name.rpartition("/")[2] for member in images]
+        if unknown := [file for file in files if file not in flat]:
+            told = f"the file of classes names {len(flat)}, but not {len(unknown)} of them, such as {unknown[0]}"
+            raise DataError(f"{place}: val/ holds {len(images)} images; {told}: fetch the data set again")
+        groups["val"] = [(flat[file], file, member) for file, member in zip(files, images, strict=True)]
     return groups
 
 
