@@ -7,6 +7,7 @@ import io
 import pickle
 import re
 import subprocess
+import types
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,23 @@ def test_damaged_svhn_is_refused(root):
         sets.load("svhn", "train")
 
 
+@pytest.mark.parametrize("dataset", ["cifar100", "svhn"])
+def test_a_download_when_nothing_is_found(root, monkeypatch, dataset):
+    """Through torchvision, which has SVHN split by split."""
+    calls = []
+
+    def fetch(folder, download, **split):
+        calls.append(split)
+        MADE[dataset](Path(folder))
+
+    name = {"cifar100": "CIFAR100", "svhn": "SVHN"}[dataset]
+    fake = types.SimpleNamespace(datasets=types.SimpleNamespace(**{name: fetch}))
+    monkeypatch.setattr(sets, "import_torchvision", lambda: fake)
+    for _ in range(2):
+        assert len(sets.load(dataset, "test", download=True).labels) == 30
+    assert calls == ([{"split": "train"}, {"split": "test"}] if dataset == "svhn" else [{}])
+
+
 def tiny_imagenet() -> dict[str, bytes]:
     """The files of tiny-imagenet-200.zip, with 2 classes."""
     files = {f"train/{w}/images/{w}_{i}.JPEG": noise_png(64) for w in ("n01443537", "n01629819") for i in range(3)}
@@ -195,7 +213,7 @@ def test_the_config_of_each_data_set_trains(root, tmp_path, dataset, capsys):
     for radius in (4, 8, 12, 16):
         at = reading.load(path, [f"epsilon={radius}/255"])
         assert at.method.alpha == at.epsilon == radius / 255 and at.evaluation.epsilon == (at.epsilon,)
-    small = ["model.name=preact_resnet18_w16", "phases.0.epochs=1", "phases.0.batch_size=6", f"output={tmp_path}/runs"]
+    small = ["model.name=preact_resnet18_w16", "phases.0.epochs=1", "phases.0.batch_size=6", f"output={tmp_path}", "name=run"]
     small += ["evaluation={steps: 1, restarts: 1}", "guard.action=off", "precision=fp32", "epsilon_warmup=0"]
-    summary = start.run(reading.load(path, small), tmp_path / "runs/run", CPU, ALONE)
+    summary = start.run(reading.load(path, small), tmp_path / "run", CPU, ALONE)
     assert summary["evaluations"][0]["examples"] == {"cifar10": 30, "cifar100": 30, "svhn": 30, "tiny_imagenet": 4}[dataset]
