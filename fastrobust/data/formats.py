@@ -113,7 +113,7 @@ class Member(NamedTuple):
 
     def ends(self) -> tuple[bytes, bytes]:
         """The first bytes and the last: without the rest where that is quicker."""
-        if not isinstance(self.read, partial) or self.read.func is not _read_at:
+        if not isinstance(self.read, partial) or self.read.func is not read_at:
             content = self.read()
             return content[:HEAD], content[-TAIL:]
         return self.read(0, HEAD), self.read(-TAIL, TAIL)
@@ -131,7 +131,7 @@ def folder_members(folder: Path) -> list[Member]:
             continue
         files += [Path(parent, name) for name in names]
     names = [(printable(file.relative_to(folder).as_posix()), printable(str(file))) for file in files]
-    return [Member(*name, partial(_read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
+    return [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
 
 
 def printable(name: str) -> str:
@@ -170,7 +170,7 @@ def tar_members(path: Path, nested: bool = False) -> list[Member]:
             tars = [entry for entry in found if entry[0].endswith(".tar")]
             inner = [(t, _tar_entries(source, f"{t[0]} in {path}", *t[1:])) for t in tars]
             found = [(f"{t[0][:-4]}/{name}", *where) for t, entries in inner for name, *where in entries]
-    return [Member(name, f"{name} in {path}", partial(_read_at, held or path, *where)) for name, *where in found]
+    return [Member(name, f"{name} in {path}", partial(read_at, held or path, *where)) for name, *where in found]
 
 
 def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None = None) -> list[tuple[str, int, int]]:
@@ -195,7 +195,7 @@ def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None 
     return entries
 
 
-def _read_at(source: io.BytesIO | Path, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
+def read_at(source: io.BytesIO | Path, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
     """`length` bytes, or all, from `start` of what lies at `offset` and takes `size` bytes, or all that the file has."""
     if size is None:
         size = os.stat(source).st_size if start < 0 else None

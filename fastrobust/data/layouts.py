@@ -62,7 +62,7 @@ def choose(
     refuse_copies(members, source)
     if not labels:
         tell_what_is_left_out(members, side, source)
-    index = {name: label for label, name in enumerate(sorted(expected))}
+    index = {name: label for label, name in enumerate(classes or sorted(expected))}
     chosen = sorted(images)
     return Split([member for _, _, member in chosen], np.array([index[name] for name, _, _ in chosen]), tuple(index))
 
@@ -71,6 +71,11 @@ def grouped(members: list[Member], place: Path, labels: str | None) -> tuple[lis
     """The files that are not hidden, by their names below the folder around all; and the images of each split."""
     members = [member for member in without_top_folder(members) if not is_hidden(member.name)]
     return members, by_file(members, place, labels) if labels else by_folder(members, place)
+
+
+def side_name(folder: str) -> str:
+    """The split that a folder of this name holds."""
+    return next((side for side, names in SPLITS.items() if folder in names), folder)
 
 
 def find_labels(labels: str, path: str | Path | None) -> Path:

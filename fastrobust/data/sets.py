@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
-from fastrobust.data import formats, ilsvrc, layouts
+from fastrobust.data import formats, ilsvrc, layouts, packed
 from fastrobust.data.held_out import ALL, SPLITS, Choice
 from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
@@ -94,12 +94,12 @@ def load(
     if dataset in ("mnist", "fashion_mnist"):
         images, labels, source = _read_idx_split(dataset, side, place)
         return _take(images, labels, facts.classes, source, split, choice)
-    members, source = _members(place)
+    members, source, named = _members(place)
     batches = {member.name.rpartition("/")[2]: member for member in members}
     if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
         read = formats.read_batches(batches, formats.CIFAR_BATCHES[side], source)
         return _take(*read, facts.classes, source, split, choice)
-    listing = _chosen(members, split, facts.classes, source, place, choice)
+    listing = _chosen(members, split, facts.classes or named, source, place, choice)
     bad: dict[int, DataError] | None = {} if choice.skip_corrupt else None
     images = formats.decode_all(listing.members, size, facts.size is None, choice.channels, bad)
     names, labels, numbers = tuple(member.name for member in listing.members), listing.labels, listing.numbers
@@ -195,8 +195,8 @@ class Listing(NamedTuple):
 def list_images(dataset: str, split: str, path: str | Path | None = None, choice: Choice = ALL) -> Listing:
     """The image files of one split of an image folder (or tars of one): for what reads them one by one. Raises DataError."""
     place = locate(dataset, path, choice.labels)
-    members, source = _members(place)
-    return _chosen(members, split, None, source, place, choice)
+    members, source, named = _members(place)
+    return _chosen(members, split, named and (known(dataset).classes or named), source, place, choice)
 
 
 def has_test_images(dataset: str, path: str | Path | None = None, labels: str | None = None) -> bool:
@@ -252,13 +252,15 @@ def pictures_of(listing: Listing) -> Pictures:
     return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *listing[1:4], members)
 
 
-def _members(place: Path) -> tuple[list[formats.Member], str]:
-    """All files of a folder or of its archives, and what to call their source."""
+def _members(place: Path) -> tuple[list[formats.Member], str, tuple[str, ...] | None]:
+    """All files of a folder or of its archives, what to call their source, and the classes where their order is known."""
     if official := ilsvrc.folder_of(place):
-        return list(ilsvrc.members(official)), str(official)
+        return list(ilsvrc.members(official)), str(official), None
+    if found := packed.read(place):
+        return found.members, found.source, found.classes
     archives = _archives(place)
     listings = [formats.archive_members(archive) for archive in archives] or [formats.folder_members(place)]
-    return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place)
+    return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place), None
 
 
 def locate(dataset: str, path: str | Path | None = None, labels: str | None = None) -> Path:
@@ -330,7 +332,7 @@ def _problem(dataset: str, place: Path) -> str | None:
     if dataset in ("mnist", "fashion_mnist"):
         absent = [name for names in _IDX_NAMES.values() for name in names if _idx_file(place, name) is None]
         return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
-    if place.is_file() or _is_split(place):
+    if place.is_file() or _is_split(place) or packed.files(place):
         return None
     batches = [name for names in formats.CIFAR_BATCHES.values() for name in names]
     absent = [name for name in batches if not (place / name).is_file()]

@@ -213,7 +213,8 @@ def test_the_config_of_each_data_set_trains(root, tmp_path, dataset, capsys):
     for radius in (4, 8, 12, 16):
         at = reading.load(path, [f"epsilon={radius}/255"])
         assert at.method.alpha == at.epsilon == radius / 255 and at.evaluation.epsilon == (at.epsilon,)
-    small = ["model.name=preact_resnet18_w16", "phases.0.epochs=1", "phases.0.batch_size=6", f"output={tmp_path}", "name=run"]
-    small += ["evaluation={steps: 1, restarts: 1}", "guard.action=off", "precision=fp32", "epsilon_warmup=0"]
+    small = ["model.name=preact_resnet18_w16", "phases.0.epochs=1", "phases.0.batch_size=6"]
+    small += ["evaluation={steps: 1, restarts: 1}", "guard.action=off", "precision=fp32", "epsilon_warmup=0", "name=run"]
+    small += [f"output={tmp_path}"]
     summary = start.run(reading.load(path, small), tmp_path / "run", CPU, ALONE)
     assert summary["evaluations"][0]["examples"] == {"cifar10": 30, "cifar100": 30, "svhn": 30, "tiny_imagenet": 4}[dataset]
