@@ -108,7 +108,7 @@ def test_robustbenchs_evaluation_takes_a_loaded_model(tmp_path, monkeypatch):
             super().__init__(*arguments, **options)
 
         def run_standard_evaluation(self, x, y, bs, state_path=None):
-            return super().run_standard_evaluation(x, y, bs=bs)
+            return super().run_standard_evaluation(x, y)
 
     monkeypatch.setattr(bench.eval, "AutoAttack", AutoAttack)
     monkeypatch.setattr(bench.eval, "load_clean_dataset", lambda *_: (images, labels))
