@@ -93,8 +93,8 @@ def adversarial_images(
     seed: int = 0,
 ) -> Tensor:
     """The images as an attack changes them: float N x C x H x W in [0, 1], on the device of `images`, each in the ball
-    around its own and in the box. An image that withstands the attack, or that is misclassified as it is, is given back as it
-    is: an image that differs is one that the model gets right, and its change one that it gets wrong. Arguments as for
+    around its own and in the box. An image that withstands the attack, or that is misclassified as it is, is given back as
+    it is: an image that differs is one that the model gets right, and its change one that it gets wrong. Arguments as for
     `evaluate`; only `images` must be a tensor. Raises FastrobustError."""
     if not isinstance(images, Tensor):
         raise DataError(f"the images must be a tensor, N x C x H x W; they are a {type(images).__name__}")
