@@ -105,7 +105,7 @@ def test_robustbenchs_evaluation_takes_a_loaded_model(tmp_path, monkeypatch):
 
     class AutoAttack(sys.modules["autoattack"].AutoAttack):  # its first part; the package of today takes fewer arguments
         def __init__(self, *arguments, log_path=None, **options):
-            super().__init__(*arguments, **options | {"version": "custom", "attacks_to_run": ["apgd-ce"]})
+            super().__init__(*arguments, **options | {"version": "custom", "attacks": ["apgd-ce"]})
 
         def run_standard_evaluation(self, x, y, bs, state_path=None):
             return super().run_standard_evaluation(x, y)
