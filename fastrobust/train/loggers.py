@@ -70,7 +70,7 @@ class Wandb(Logger):
         self.run.log(record, step=updates)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class Mlflow(Logger):

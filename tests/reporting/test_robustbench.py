@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import robustbench_classes
@@ -92,7 +93,8 @@ def test_what_robustbench_has_no_class_for_is_left_out(name):
 def test_robustbenchs_evaluation_takes_a_loaded_model(tmp_path, monkeypatch):
     """Its clean accuracy, and its `benchmark` with a part of AutoAttack, give what `fastrobust.evaluate` gives."""
     bench = robustbench_classes.real(monkeypatch)
-    model, config = trained("preact_resnet18_w16")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent.parent / "examples")
+    model, config = trained("own_model:small_net")
     save_weights(tmp_path, model, config, config.facts.classes)
     model = fastrobust.load(tmp_path / "model.safetensors")
     images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -108,7 +110,7 @@ def test_robustbenchs_evaluation_takes_a_loaded_model(tmp_path, monkeypatch):
             super().__init__(*arguments, **options | {"version": "custom", "attacks": ["apgd-ce"]})
 
         def run_standard_evaluation(self, x, y, bs, state_path=None):
-            return super().run_standard_evaluation(x, y)
+            return super().run_standard_evaluation(x, y)[0]
 
     monkeypatch.setattr(bench.eval, "AutoAttack", AutoAttack)
     monkeypatch.setattr(bench.eval, "load_clean_dataset", lambda *_: (images, labels))
