@@ -172,7 +172,7 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = "auto"
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept
     norm: Literal["linf", "l2"] = "linf"  # of the ball; epsilon and all alpha are in its units
     epsilon: Pixels

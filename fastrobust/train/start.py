@@ -28,7 +28,7 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, engine
+from fastrobust.train import changes, engine, precision
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -66,15 +66,17 @@ def command(arguments) -> int:
 
 
 def warn_of_precision(config: Config, device: torch.device, world: World) -> None:
-    if device.type == "cpu" and config.precision != "fp32" and world.rank == 0:
-        slow = "most CPUs emulate it, many times slower than fp32: set precision=fp32"
+    emulated = config.precision == "fp16" or (config.precision == "bf16" and not precision.has_bf16())
+    if device.type == "cpu" and emulated and world.rank == 0:
+        slow = "this processor emulates it, many times slower than fp32: set precision=auto"
         print(f"warning: precision {config.precision} is meant for GPUs; {slow}", file=sys.stderr, flush=True)
 
 
-def resolve(config: Config, device: torch.device, world: World) -> Config:
+def resolve(config: Config, device: torch.device, world: World, network=None) -> Config:
     """The config with what `auto` stands for here; the same in all processes. Raises ConfigError or DataError."""
     config = world.first(lambda: loaders.resolve(config, device))
-    return config.model_copy(update={"engine": engine.choose(config.engine, device)})
+    chosen = world.first(lambda: precision.choose(config, device, network))
+    return config.model_copy(update={"engine": engine.choose(config.engine, device), "precision": chosen})
 
 
 def run(
@@ -94,7 +96,7 @@ def run(
         together = f", {world.size} processes" if world.size > 1 else ""
         what = f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}"
         print(what, flush=True)
-    config = resolve(config, device, world)
+    config = resolve(config, device, world, network)
     if begun:
         with held(directory, world), interrupt.resumable(directory):
             checkpoint = world.first(lambda: run_directory.load_checkpoint(directory))
@@ -160,9 +162,9 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": test}
     made.skipped, made.tested_on = {"train": getattr(made.loader, "skipped", ()), "test": skipped}, tested_on
     available = limits.available_memory()
-    free = f"{available / 1e9:.3g} GB of memory free"
+    machine = f"{device}, {config.precision}, {limits.cores()} cores, {available / 1e9:.3g} GB of memory free"
     told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
-    print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {free}", flush=True)
+    print(f"images: {told}\n{config.loader} loader, {machine}", flush=True)
     if device.type == "cpu":  # elsewhere a lack of memory is an error with a message; here the system kills the process
         warn_of_memory(made, available)
     if config.data.held_out:
