@@ -8,12 +8,14 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastrobust.config.schema import Config
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.errors import ConfigError, first_line
 
 SURE = 1.15  # times as fast as fp32: less may be chance
+ENOUGH = 10e6  # floating-point operations of an image's forward pass: smaller networks gain little, and noise would decide
 IMAGES, TIMED = 16, 3  # of a trial: images a step, steps of each precision
 
 
@@ -27,6 +29,8 @@ def choose(config: Config, device: torch.device, network: nn.Module | None = Non
     if config.deterministic or not has_bf16():  # deterministic: a trial may end otherwise the next time
         return "fp32"
     ratio = speed(config, network)
+    if ratio is None:
+        return "fp32"
     chosen = "bf16" if ratio >= SURE else "fp32"
     print(f"precision {chosen}: in a trial bf16 was {ratio:.2f} times as fast as fp32 on this processor", flush=True)
     return chosen
@@ -37,15 +41,21 @@ def has_bf16() -> bool:
     return any(present is True for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 
-def speed(config: Config, network: nn.Module | None = None) -> float:
-    """How many times as fast passes in bf16 are as those in fp32, by processor time, which other programs change little. On
-    random images of the largest phase, with a copy of the model; the random generator is left as it was."""
+def speed(config: Config, network: nn.Module | None = None) -> float | None:
+    """How many times as fast passes in bf16 are as those in fp32, by processor time, which other programs change little;
+    None for a small network. On random images of the largest phase, with a copy of the model; the random generator is left
+    as it was."""
     phase = max(config.phases, key=lambda phase: phase.resolution)
     shape = min(IMAGES, phase.batch_size), len(config.model.mean), phase.resolution, phase.resolution
     state = torch.get_rng_state()
     try:
-        model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last).train()
+        model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last)
         x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
+        with FlopCounterMode(display=False) as work, torch.no_grad():
+            model.eval()(x[:1])
+        if work.get_total_flops() < ENOUGH:
+            return None
+        model.train()
         seconds = {False: [], True: []}
         for step in range(2 * (1 + TIMED)):
             half, began = step % 2 == 1, time.process_time()

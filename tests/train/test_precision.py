@@ -63,16 +63,24 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
 
         def forward(self, x):
             passes.append(torch.is_autocast_enabled("cpu"))
-            now[0] += (2.0 if passes[-1] else 5.0) + (100.0 if passes.count(passes[-1]) == 1 else 0.0)
+            now[0] += (2.0 if passes[-1] else 5.0) + (100.0 if len(passes) < 4 else 0.0)
             return self.layer(x.flatten(1))
 
     monkeypatch.setattr(precision.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(precision, "ENOUGH", 2 * 28 * 28 * 3 * 10)
     network, before = Network(), torch.get_rng_state()
     weights = network.layer.weight.clone()
     assert precision.speed(given(), network) == 2.5
-    assert passes == [False, True] * 4
+    assert passes[1:] == [False, True] * 4  # the first counts the operations
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(network.layer.weight, weights)
     assert network.layer.weight.grad is None
+    monkeypatch.setattr(precision, "ENOUGH", 2 * 28 * 28 * 3 * 10 + 1)
+    assert precision.speed(given(), network) is None
+
+
+def test_a_small_network_is_trained_in_fp32_without_a_word(given, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    assert precision.choose(given(), CPU) == "fp32" and capsys.readouterr().out == ""
 
 
 def test_a_model_that_does_not_take_the_images_is_named(given):
