@@ -42,12 +42,13 @@ def has_bf16() -> bool:
 
 
 def speed(config: Config, network: nn.Module | None = None) -> float | None:
-    """How many times as fast passes in bf16 are as those in fp32, by processor time, which other programs change little;
-    None for a small network. On random images of the largest phase, with a copy of the model; the random generator is left
-    as it was."""
+    """How many times as fast passes in bf16 are as those in fp32, by the processor time of one thread, which other programs
+    change little; None for a small network. On random images of the largest phase, with a copy of the model; the random
+    generator is left as it was."""
     phase = max(config.phases, key=lambda phase: phase.resolution)
     shape = min(IMAGES, phase.batch_size), len(config.model.mean), phase.resolution, phase.resolution
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other at work, on a busy machine for long
     try:
         model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last)
         x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
@@ -68,4 +69,5 @@ def speed(config: Config, network: nn.Module | None = None) -> float | None:
         raise ConfigError(f"model.name: {config.model.name} cannot take {pixels} ({first_line(error)})") from None
     finally:
         torch.set_rng_state(state)
+        torch.set_num_threads(threads)
     return min(seconds[False][1:]) / min(seconds[True][1:])

@@ -68,10 +68,11 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
 
     monkeypatch.setattr(precision.time, "process_time", lambda: now[0])
     monkeypatch.setattr(precision, "ENOUGH", 2 * 28 * 28 * 3 * 10)
-    network, before = Network(), torch.get_rng_state()
+    network, before, threads = Network(), torch.get_rng_state(), torch.get_num_threads()
     weights = network.layer.weight.clone()
     assert precision.speed(given(), network) == 2.5
     assert passes[1:] == [False, True] * 4  # the first counts the operations
+    assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(network.layer.weight, weights)
     assert network.layer.weight.grad is None
     monkeypatch.setattr(precision, "ENOUGH", 2 * 28 * 28 * 3 * 10 + 1)
