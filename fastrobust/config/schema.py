@@ -63,6 +63,10 @@ def _loader(value: str) -> str:
     return _word(("auto", *parts.LOADERS), value)
 
 
+def _logger(value: str) -> str:
+    return _word(tuple(parts.LOGGERS), value)
+
+
 def named(key: str, table: dict[str, str]) -> Any:
     """The type of a section whose `name` says which class of a table it is, or a class of the user's own."""
 
@@ -124,6 +128,10 @@ class Phase(Section):
     resize: Count | Literal["original"] | None = None
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML 1.1 reads `off` as false
 
@@ -172,6 +180,7 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = "auto"
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
+    logging: Annotated[tuple[Annotated[str, AfterValidator(_logger)], ...], BeforeValidator(_listed)] = ("tensorboard",)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept
     norm: Literal["linf", "l2"] = "linf"  # of the ball; epsilon and all alpha are in its units

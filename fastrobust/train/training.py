@@ -111,10 +111,11 @@ class Training:
         steps = [schedules.steps_in(config, phase, len(self.loader)) for phase in config.phases]
         done = sum(steps[: position.phase]) + position.step
         with (
-            Curves(self.directory, self.history, self.world) as self.curves,
+            Curves(self.directory, config, self.history, self.world) as self.curves,
             handled(self._note_signal),
             Progress("train", sum(steps), done) as bar,
         ):
+            self.curves.say = bar.line
             while position.phase < len(config.phases) and not position.stopped:
                 phase = config.phases[position.phase]
                 while position.passes < config.passes(phase) and not position.stopped:
