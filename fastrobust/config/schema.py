@@ -145,6 +145,15 @@ class Averaging(Section):
     decay: Annotated[Number, Field(gt=0, lt=1)] = 0.999
 
 
+class Selection(Section):
+    """PGD on the held-out images after every so many epochs, at the full epsilon; the run ends with the weights, trained or
+    averaged, that stood it best. alpha defaults to epsilon / 4."""
+
+    steps: Count = 10
+    alpha: Pixels | None = None
+    every: Count = 1
+
+
 class Evaluation(Section):
     """PGD on the test set. epsilon defaults to the training epsilon; alpha, one for each radius, to epsilon / 4."""
 
@@ -189,6 +198,7 @@ class Config(Section):
     schedule: named("schedule", parts.SCHEDULES)
     phases: Annotated[tuple[Phase, ...], AfterValidator(some)]
     guard: Guard = Guard()
+    selection: Selection | None = None
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -204,8 +214,11 @@ class Config(Section):
             raise ValueError("label_smoothing: this method has a key of its own, method.label_smoothing: set that instead")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
-        if self.guard.alpha is None:
-            self.guard.alpha = self.epsilon / 4
+        for section in (self.guard, self.selection):
+            if section is not None and section.alpha is None:
+                section.alpha = self.epsilon / 4
+        if self.selection and not self.data.held_out:
+            raise ValueError("selection needs training images that are set apart: set data.held_out, such as to 1000")
         if evaluation.epsilon is None:
             evaluation.epsilon = (self.epsilon,)
         if evaluation.alpha is None:

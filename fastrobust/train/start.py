@@ -28,7 +28,7 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, engine
+from fastrobust.train import changes, engine, selection
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -214,6 +214,9 @@ def finish(training: Training) -> dict[str, Any]:
     config, directory, world = training.config, training.directory, training.world
     training.train()
     model, average = training.learner.model.eval(), training.learner.average
+    if training.selected:
+        model.load_state_dict(training.best)
+        average = None
     settings = config.evaluation
     with world.one_after_the_other(config.data.download):
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
@@ -237,6 +240,8 @@ def finish(training: Training) -> dict[str, Any]:
         average.swap()
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
+    if training.selected:
+        summary |= {"weights": training.selected["weights"], "selection": selection.facts(training)}
     summary |= {"chosen": test.chosen, "tested_on": training.tested_on, "held_out_images": config.data.held_out}
     summary["skipped_images"] = {split: len(found) for split, found in training.skipped.items()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
@@ -274,6 +279,8 @@ def table_of(summary: dict[str, Any]) -> Table:
 def show_summary(summary: dict[str, Any], directory: Path) -> None:
     console = Console(highlight=False)
     console.print(table_of(summary))
+    if "selection" in summary:
+        console.print(selection.in_words(summary["selection"]), soft_wrap=True)
     if "held-out" in summary.get("tested_on", ""):
         console.print(f"the test images: {summary['tested_on']}", soft_wrap=True)
     if summary["stopped"]:

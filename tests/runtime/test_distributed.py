@@ -258,7 +258,10 @@ def test_two_processes_come_to_the_verdicts_of_one(finished_run, tmp_path):
 
 LONG = {
     "data__limit": 70,
-    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 28}],  # 18 steps: the processes agree after 16, too
+    "data__held_out": 4,
+    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 28}],  # 17 steps: the processes agree after 16, too
+    "selection": {"steps": 2},
+    "averaging": {"decay": 0.5},
     "method": {"name": "fgsm", "init": "previous"},
     "model__name": "preact_resnet18_w16",
     "data__augment": {"crop": "none", "flip": True},
