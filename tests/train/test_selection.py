@@ -20,7 +20,7 @@ from fastrobust.runtime import run_directory
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.interrupt import Interrupted
-from fastrobust.train import guard, selection, start
+from fastrobust.train import guard, start
 
 SELECTED = {
     "data__path": None,
@@ -133,9 +133,8 @@ def test_a_run_that_the_guard_stops_ends_with_the_selected_weights(selecting, mo
     config = selecting(averaging=None)
     summary = start.run(config, tmp_path / "bars", CPU, ALONE)
     assert "the weights that did best on the held-out images are kept" in summary["stopped"]
-    best = max(
-        json.loads(line)["held_out_accuracy"] for line in (tmp_path / "bars" / "metrics.jsonl").read_text().splitlines()
-    )
+    records = [json.loads(line) for line in (tmp_path / "bars" / "metrics.jsonl").read_text().splitlines()]
+    best = max(record["held_out_accuracy"] for record in records)
     assert summary["selection"]["robust_accuracy"] == best and summary["weights"] == "live"
 
 
