@@ -119,6 +119,12 @@ STEP_METHODS = {
 } | NEWER
 
 
+# what a step has beside its method: changes of the config of `on_noise`
+STEP_OPTIONS = {
+    "accumulate": {"phases": [{"epochs": 20, "batch_size": 16, "resolution": 8, "accumulate": 4}]},
+}
+
+
 class Noise(NamedTuple):
     """A step, and the loader of 50 images of noise that it trains on, in batches of 16."""
 
@@ -136,8 +142,10 @@ def on_noise(
     warmup: float = 0,
     side: int = 8,
     engine: str = "eager",
+    more: dict | None = None,
 ) -> Noise:
-    """A step at its start. side: of the images, in pixels; small ones still use all of the network."""
+    """A step at its start. side: of the images, in pixels; small ones still use all of the network. more: other sections of
+    the config."""
     side = 28 if method == "fgsm-ibp" else side
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -158,7 +166,7 @@ def on_noise(
         "phases": [{"epochs": 20, "batch_size": 16, "resolution": side}],
     }
     loader = Resident(ImageSet(pixels, labels, tuple("0123456789"), "made up"), torch.device(device))
-    return Noise(step.build(reading.parse(settings, "test"), loader, torch.device(device)), loader)
+    return Noise(step.build(reading.parse(settings | (more or {}), "test"), loader, torch.device(device)), loader)
 
 
 class Steps(NamedTuple):

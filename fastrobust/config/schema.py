@@ -116,10 +116,12 @@ class Model(Section):
 
 
 class Phase(Section):
-    """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from."""
+    """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from. A
+    batch passes through the model in `accumulate` equal parts, whose gradients are averaged for its one update."""
 
     epochs: Count
     batch_size: Count
+    accumulate: Count = 1
     resolution: Count | None = None
     resize: Count | Literal["original"] | None = None
 
@@ -241,6 +243,8 @@ class Config(Section):
         if channels is not None and (len(self.model.mean) != channels or len(self.model.std) != channels):
             raise ValueError(f"model.mean and model.std need {channels} value(s) for {data.dataset}")
         for i, phase in enumerate(self.phases):
+            if phase.accumulate > 1 and not self.method.splits:
+                raise ValueError(f"phases.{i}.accumulate: method {self.method.name} needs its whole batch at once")
             if native is None and phase.resolution is None:
                 raise ValueError(f"phases.{i}.resolution is needed for {data.dataset}: the side of the training images")
             phase.resolution = phase.resolution or native

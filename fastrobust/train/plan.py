@@ -41,7 +41,8 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
         tick = lambda share=0.0: bar.advance(1, "" if bar.due() else None)
         for index, phase in enumerate(config.phases):
             loader = phases.enter(index)
-            training_step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
+            shape = phase.batch_size // world.size, loader.channels, phase.resolution
+            training_step.enter_phase(*shape, phase.accumulate)
             steps = schedules.steps_in(config, phase, len(loader))
             batches = loader.batches(config.seed, index, phase.batch_size, 0, WARM_UP + TIMED)
             seconds = seconds_per_step(training_step, Threads(training_step, world, config.deterministic), batches, tick)

@@ -18,7 +18,7 @@ from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
 from fastrobust.train import engine, schedules
-from fastrobust.train.learner import Learner
+from fastrobust.train.learner import Learner, Part
 from fastrobust.train.methods.base import Inputs, Method, Shapes
 
 
@@ -49,15 +49,15 @@ class Step:
         self.classes, self.examples, self.seed = classes, examples, seed
         self.scales = None if scale_table is None else scale_table.to(learner.device)
         self.state: dict[str, Tensor] = {}
-        self.resolution = 0
+        self.resolution, self.parts = 0, 1
         self._run: engine.Run | None = None
 
-    def enter_phase(self, batch_size: int, channels: int, resolution: int) -> None:
-        """From here on batches have this size (of this process's part) and the model sees images of this resolution. The
-        method's state is made anew, but for what all processes agree on and still fits; the engine prepares the step
-        again."""
-        self.resolution, shape = resolution, (batch_size, channels, resolution, resolution)
-        before, agreed = self.state, self.method.agreed
+    def enter_phase(self, batch_size: int, channels: int, resolution: int, parts: int = 1) -> None:
+        """From here on batches have this size (of this process's part) and the model sees images of this resolution; so many
+        `parts` of a batch pass through it one after the other, and make one update. The method's state is made anew, but for
+        what all processes agree on and still fits; the engine prepares the step again."""
+        self.resolution, self.parts, shape = resolution, parts, (batch_size, channels, resolution, resolution)
+        before, agreed, self.learner.part = self.state, self.method.agreed, Part()
         self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device, self.seed))
         for name in before.keys() & set(agreed):
             if before[name].shape == self.state[name].shape:
@@ -77,7 +77,15 @@ class Step:
         else:
             x = augment(batch.images, self.augment, self.resolution, self.threat.kernels)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
-        self.method.step(self.learner, Inputs(x, batch.labels, batch.index), self.threat, scale, self.state)
+        whole, size = Inputs(x, batch.labels, batch.index), -(-len(x) // self.parts)
+        if self.parts == 1:
+            return self.method.step(self.learner, whole, self.threat, scale, self.state)
+        for begin in range(0, len(x), size):
+            places = slice(begin, begin + size)
+            part = Inputs(*(t[places] for t in whole))
+            state = {name: t[places] if name in self.method.by_slot else t for name, t in self.state.items()}
+            self.learner.part = Part(begin == 0, begin + size >= len(x), len(part.y) / len(x))
+            self.method.step(self.learner, part, self.threat, scale, state)
 
     def scale_now(self) -> float:
         """What the next update multiplies epsilon and alpha by: less than 1 while epsilon warms up. Waits for the device."""
@@ -125,6 +133,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         averaging=None if config.averaging is None else config.averaging.decay,
         kernels=kernels,
         reads_weights=config.method.reads_weights,
+        in_parts=any(phase.accumulate > 1 for phase in config.phases),
     )
     if world.joined:
         learner.share_gradients()
@@ -141,7 +150,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         seed=config.seed,
     )
     phase = config.phases[0]
-    step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
+    step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution, phase.accumulate)
     return step
 
 

@@ -74,7 +74,8 @@ class Training:
         """Get ready for the phase that the run stands in."""
         index = min(self.position.phase, len(self.config.phases) - 1)
         self.loader, phase = self.phases.enter(index), self.config.phases[index]
-        self.step.enter_phase(phase.batch_size // self.world.size, self.loader.channels, phase.resolution)
+        shape = phase.batch_size // self.world.size, self.loader.channels, phase.resolution
+        self.step.enter_phase(*shape, phase.accumulate)
         self.guarded = self.robust_before = None
 
     def save(self) -> None:

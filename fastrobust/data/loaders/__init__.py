@@ -210,9 +210,12 @@ class Phases:
         self.key, self.loader = None, None
         self.bad: dict[int, str] | None = None  # images that cannot be decoded, where they are read one by one
         for index, phase in enumerate(config.phases):
+            key, parts = f"phases.{index}.batch_size is {phase.batch_size}", phase.accumulate
             if phase.batch_size % world.size:
-                key = f"phases.{index}.batch_size is {phase.batch_size}"
                 raise ConfigError(f"{key}: {world.size} processes cannot share it equally")
+            if phase.batch_size // world.size % parts:
+                each = f"{phase.batch_size // world.size} images of each process" if world.joined else "it"
+                raise ConfigError(f"{key}: accumulate {parts} does not divide {each} into equal parts")
 
     def enter(self, index: int):
         phase = self.config.phases[index]

@@ -76,9 +76,11 @@ class Method(Section, ABC):
 
     `attacks`: whether it trains on adversarial examples, so that the guard has something to watch. `by_slot`: the tensors
     of the state whose first dimension is the place in the batch; of several processes each keeps its own part. `agreed`:
-    the tensors of the state that are the same in all processes after every step."""
+    the tensors of the state that are the same in all processes after every step. `splits`: whether a step on a batch is one
+    update, by the mean of what steps on its parts would come to (`phases.N.accumulate`)."""
 
     attacks: ClassVar[bool] = True
+    splits: ClassVar[bool] = False
     by_slot: ClassVar[tuple[str, ...]] = ()
     agreed: ClassVar[tuple[str, ...]] = ()
     name: str

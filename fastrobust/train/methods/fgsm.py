@@ -50,6 +50,7 @@ def fgsm(
 
 
 class Fgsm(Attacked):
+    splits: ClassVar[bool] = True
     by_slot: ClassVar[tuple[str, ...]] = ("delta",)
     name: Literal["fgsm"]
     init: Literal["zero", "random", "previous"] = "random"

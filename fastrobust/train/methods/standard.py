@@ -9,6 +9,7 @@ from fastrobust.train.methods.base import Inputs, Learner, Method, Scale
 
 
 class Standard(Method):
+    splits: ClassVar[bool] = True
     attacks: ClassVar[bool] = False
     name: Literal["standard"]
 
