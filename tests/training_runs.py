@@ -28,6 +28,11 @@ METHODS = {
     "free": {"method": {"name": "free", "replays": 2}, "phases__0__epochs": 6},
     "n_fgsm": {"method": {"name": "n_fgsm"}},
     "warm-up": {"method": {"name": "fgsm"}, "epsilon_warmup": 2},
+    "options": {
+        "method": {"name": "fgsm", "init": "previous"},
+        "data__augment": {"crop": "pad", "border": "reflect", "flip": "alternate", "cutout": 5, "mixup": 0.3},
+        "phases": [{"epochs": 3, "batch_size": 20, "resolution": 28, "accumulate": 2}],
+    },
 }
 NEWER = {  # methods after the paper, whose state is not that of a place in the batch
     "fgsm_uap": {"name": "fgsm_uap", "stop_gradient": True},
@@ -119,8 +124,14 @@ STEP_METHODS = {
 } | NEWER
 
 
+def augmented(**keys) -> dict:
+    return {"data": {"dataset": "image_folder", "augment": {"crop": "pad", "padding": 2, "flip": True} | keys}}
+
+
 # what a step has beside its method: changes of the config of `on_noise`
 STEP_OPTIONS = {
+    "mixup, reflect": augmented(mixup=0.4, border="reflect"),
+    "cutmix, cutout, alternate": augmented(cutmix=1.0, cutout=3, flip="alternate"),
     "accumulate": {"phases": [{"epochs": 20, "batch_size": 16, "resolution": 8, "accumulate": 4}]},
 }
 

@@ -82,11 +82,21 @@ def named(key: str, table: dict[str, str]) -> Any:
 
 
 class Augment(Section):
-    """Applied on the training device, batch by batch. `pad` is the random crop with zero padding of the CIFAR-10 recipe."""
+    """Applied on the training device, batch by batch. `pad` is the random crop with zero padding of the CIFAR-10 recipe.
+    mixup, cutmix: alpha of the Beta distribution that an image's share is drawn from; 0 is without."""
 
     crop: Literal["none", "pad", "random_resized"] = "none"
     padding: Count = 4
-    flip: bool = False
+    border: Literal["zeros", "reflect"] = "zeros"  # what comes in at the edges of `pad`
+    flip: Literal[False, True, "alternate"] = False
+    cutout: Annotated[int, Field(ge=0, strict=True)] = 0  # side of the square that is blackened, in pixels
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+
+    @property
+    def mixes(self) -> str:
+        """Which key gives images the labels of two; empty if none does."""
+        return "mixup" if self.mixup else "cutmix" if self.cutmix else ""
 
 
 class Data(Section):
@@ -214,6 +224,13 @@ class Config(Section):
             raise ValueError(f"norm is {self.norm}, but {what} is for the L-infinity ball alone: use norm: linf")
         if self.label_smoothing and getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:
             raise ValueError("label_smoothing: this method has a key of its own, method.label_smoothing: set that instead")
+        if augment.mixup and augment.cutmix:
+            raise ValueError("data.augment: mixup and cutmix exclude each other: set one of them to 0")
+        if augment.mixes and not self.method.soft_labels:
+            which = f"method {self.method.describe()} needs one label for each image"
+            raise ValueError(f"data.augment.{augment.mixes}: {which}")
+        if augment.flip == "alternate" and augment.crop == "random_resized":
+            raise ValueError("data.augment.flip: alternate is for crop: none or pad; use true")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
         for section in (self.guard, self.selection):
@@ -249,6 +266,10 @@ class Config(Section):
                 raise ValueError(f"phases.{i}.resolution is needed for {data.dataset}: the side of the training images")
             phase.resolution = phase.resolution or native
             phase.resize = phase.resize or (native or phase.resolution)
+            if augment.crop == "pad" and augment.border == "reflect" and augment.padding >= phase.resolution:
+                raise ValueError(
+                    f"data.augment.padding: {augment.padding} pixels cannot be reflected in images of {phase.resolution}"
+                )
             if native is not None and phase.resize != native:
                 raise ValueError(f"phases.{i}.resize is {phase.resize}, but {data.dataset} images are {native} pixels wide")
             if augment.crop != "random_resized" and phase.resolution != phase.resize:

@@ -29,6 +29,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (logits N x classes, labels N) -> t
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def right(logits: Tensor, y: Tensor) -> Tensor:
+    """Which rows of logits name their label, or of shares of the classes the largest (bool, N)."""
+    return logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))
+
+
 class Part(NamedTuple):
     """Which part of a batch an update is about: the first one, the last one (which moves the weights), its share of the
     images."""
@@ -123,7 +128,7 @@ class Learner:
         """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified
         correctly there (bool, N). Weights get no gradient."""
         gradient, logits = self.attack_gradient(x, y)
-        return gradient, logits.argmax(1) == y
+        return gradient, right(logits, y)
 
     def attack_gradient(
         self,
@@ -226,7 +231,7 @@ class Learner:
                 self.average.update(self.updates)
             self.updates.add_(1)
         self.loss_sum.add_(loss.detach() * len(y))
-        self.correct.add_((logits.detach().argmax(1) == y).sum())
+        self.correct.add_(right(logits.detach(), y).sum())
         self.seen.add_(len(y))
 
     def _move(self) -> None:

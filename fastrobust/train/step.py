@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.schema import Augment, Config
-from fastrobust.data.augment import augment, to_unit
+from fastrobust.data.augment import Alternation, augment, mixed, to_unit
 from fastrobust.data.batch import Batch
 from fastrobust.models import fused
 from fastrobust.models.weights import build_model
@@ -27,7 +27,8 @@ class Step:
 
     learner: the model that is trained, its optimiser and its learning rates. threat: the ball at the full epsilon. classes,
     examples: how many of each the data set has. scale_table: what epsilon and alpha are multiplied by at every update.
-    augment: how images are cropped and mirrored, or None for images that the loader has cropped. engine: see `engine.py`.
+    augment: how images are changed, or None for none of it; crop: false for images that the loader has cropped and mirrored.
+    alternation: of `flip: alternate`. engine: see `engine.py`.
     seed: of a method's first state.
     Before the first batch of a phase `enter_phase` says its shapes.
     """
@@ -42,11 +43,14 @@ class Step:
         examples: int,
         scale_table: Tensor | None = None,
         augment: Augment | None = None,
+        crop: bool = True,
+        alternation: Alternation | None = None,
         engine: str = "eager",
         seed: int = 0,
     ):
         self.learner, self.method, self.threat, self.augment, self.engine = learner, method, threat, augment, engine
         self.classes, self.examples, self.seed = classes, examples, seed
+        self.crop, self.alternation = crop, alternation
         self.scales = None if scale_table is None else scale_table.to(learner.device)
         self.state: dict[str, Tensor] = {}
         self.resolution, self.parts = 0, 1
@@ -72,12 +76,17 @@ class Step:
 
     def take(self, batch: Batch) -> None:
         """The step itself, as it is run eagerly, compiled or captured."""
-        if self.augment is None:
+        settings, mirrored, y = self.augment, None, batch.labels
+        if self.alternation is not None:
+            mirrored = self.alternation.mirrored(self.learner.now(self.alternation.starts), batch.index)
+        if settings is None:
             x = to_unit(batch.images)
         else:
-            x = augment(batch.images, self.augment, self.resolution, self.threat.kernels)
+            x = augment(batch.images, settings, self.resolution, self.threat.kernels, self.crop, mirrored)
+            if settings.mixes:
+                x, y = mixed(x, y, self.classes, settings)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
-        whole, size = Inputs(x, batch.labels, batch.index), -(-len(x) // self.parts)
+        whole, size = Inputs(x, y, batch.index), -(-len(x) // self.parts)
         if self.parts == 1:
             return self.method.step(self.learner, whole, self.threat, scale, self.state)
         for begin in range(0, len(x), size):
@@ -138,6 +147,10 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     if world.joined:
         learner.share_gradients()
     seed_of_rank(config, world, 0)
+    alternation = None
+    if config.data.augment.flip == "alternate":
+        starts = torch.tensor(schedules.starts(config, len(loader)))
+        alternation = Alternation(starts, len(loader), config.seed, world.rank, device)
     step = Step(
         learner,
         config.method,
@@ -145,7 +158,9 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,
-        augment=None if loader.crops else config.data.augment,
+        augment=config.data.augment,
+        crop=not loader.crops,
+        alternation=alternation,
         engine=engine.choose(config.engine, device),
         seed=config.seed,
     )

@@ -51,8 +51,9 @@ class Learner(Protocol):
 
 
 class Inputs(NamedTuple):
-    """What a step is made of. x: images in [0, 1], float N x C x H x W, cropped and mirrored; y: labels, int64 N; index: the
-    images' numbers in the data set, int64 N. All on the training device, and of one shape within a phase."""
+    """What a step is made of. x: images in [0, 1], float N x C x H x W, cropped and mirrored; y: labels, int64 N, or with
+    `mixup` and `cutmix` float N x classes; index: the images' numbers in the data set, int64 N. All on the training device,
+    and of one shape within a phase."""
 
     x: Tensor
     y: Tensor
@@ -92,6 +93,11 @@ class Method(Section, ABC):
     @property
     def batchnorm_in_attack(self) -> Literal["train", "eval"]:
         return "train"
+
+    @property
+    def soft_labels(self) -> bool:
+        """Whether a step takes labels that are shares of the classes (`data.augment.mixup`)."""
+        return False
 
     @property
     def linf_alone(self) -> str:

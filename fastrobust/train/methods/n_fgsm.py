@@ -21,6 +21,7 @@ def n_fgsm(learner: Learner, x: Tensor, y: Tensor, *, noise: Threat, alpha: Radi
 
 class NFgsm(Attacked):
     splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: True)
     name: Literal["n_fgsm"]
     noise: Positive = 2.0  # the start is U(-noise * epsilon, noise * epsilon)
     alpha: Pixels | None = None  # default epsilon

@@ -34,6 +34,7 @@ def pgd(
 
 class Pgd(Attacked):
     splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: not self.skip_misclassified)
     name: Literal["pgd"]
     steps: Count = 7
     alpha: Pixels
