@@ -110,6 +110,7 @@ class Data(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0  # of which those are
     labels: Place | None = None  # a CSV file with columns file, label, and perhaps split
     skip_corrupt: bool = False  # leave out images that cannot be decoded
+    balance: bool = False  # every class equally often, whatever the number of its images
     channels: Literal[1, 3] | None = None  # default: 1 where the files of an image folder are grey
     augment: Augment = Augment()
 

@@ -162,6 +162,12 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
     told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
     print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {memory}", flush=True)
+    if config.data.balance:
+        counts = [count for count in made.images["train"].values() if count]
+        each = len(made.loader) // len(counts)
+        print(
+            f"balance: every class comes {each:,} times in a pass, of {min(counts):,} to {max(counts):,} images", flush=True
+        )
     if config.data.held_out:
         apart = "the test images" if "held-out" in tested_on else "kept apart from the others and from the test images"
         print(f"held out: {config.data.held_out:,} training images, {apart}", flush=True)

@@ -228,6 +228,7 @@ class Phases:
                 self.loader = self.kind.open(self.config, "train", size, phase.resolution, self.device, self.world)
             self.key = key
             self.check_images()
+            self.loader.balanced = self.config.data.balance
         if len(self.loader) < phase.batch_size:
             there = f"there are only {len(self.loader)} images"
             raise ConfigError(f"phases.{index}.batch_size is {phase.batch_size}, but {there}")
