@@ -131,7 +131,7 @@ def augmented(**keys) -> dict:
 # what a step has beside its method: changes of the config of `on_noise`
 STEP_OPTIONS = {
     "mixup, reflect": augmented(mixup=0.4, border="reflect"),
-    "cutmix, cutout, alternate": augmented(cutmix=1.0, cutout=3, flip="alternate"),
+    "cutmix, cutout, alternate": augmented(cutmix=1.0, cutout=3, flip="alternate", randaugment=2),
     "accumulate": {"phases": [{"epochs": 20, "batch_size": 16, "resolution": 8, "accumulate": 4}]},
 }
 

@@ -89,6 +89,8 @@ class Augment(Section):
     padding: Count = 4
     border: Literal["zeros", "reflect"] = "zeros"  # what comes in at the edges of `pad`
     flip: Literal[False, True, "alternate"] = False
+    randaugment: Annotated[int, Field(ge=0, le=10, strict=True)] = 0  # operations on each image
+    magnitude: Annotated[int, Field(ge=0, le=30, strict=True)] = 9  # of those
     cutout: Annotated[int, Field(ge=0, strict=True)] = 0  # side of the square that is blackened, in pixels
     mixup: NonNegative = 0.0
     cutmix: NonNegative = 0.0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrobust.data import order
 from fastrobust.data.order import AREA, DRAWS, FLIP, RATIO, TRIES
+from fastrobust.data.rand_augment import rand_augment
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -20,16 +21,19 @@ def to_unit(images: Tensor) -> Tensor:
 def augment(
     images: Tensor, config, resolution: int, kernels: bool = False, crop: bool = True, mirrored: Tensor | None = None
 ) -> Tensor:
-    """Crop, flip and cutout as a config's `data.augment` says. images: uint8, N x C x H x W; returns fp32 in [0, 1],
-    N x C x resolution x resolution. The random numbers are the device's default generator's. kernels: `pad` and flips run as
-    one Triton kernel, with the same numbers. crop: false for images that were cropped and mirrored before. mirrored: with
+    """Crop, flip, RandAugment and cutout as a config's `data.augment` says. images: uint8, N x C x H x W; returns fp32 in
+    [0, 1], N x C x resolution x resolution. The random numbers are the device's default generator's. kernels: `pad` and
+    flips run as one Triton kernel, with the same numbers. crop: false for images that were cropped and mirrored before. mirrored: with
     `flip: alternate`, which images are (bool N)."""
     if crop and config.crop == "random_resized":
         images = random_resized_crop(to_unit(images), resolution, config.flip)
     elif crop and (config.crop == "pad" or config.flip):
         padding = config.padding if config.crop == "pad" else 0
         images = pad_crop_flip(images, padding, config.flip, kernels, config.border == "reflect", mirrored)
-    return cutout(to_unit(images), config.cutout) if config.cutout else to_unit(images)
+    x = to_unit(images)
+    if config.randaugment:
+        x = rand_augment(x, config.randaugment, config.magnitude)
+    return cutout(x, config.cutout) if config.cutout else x
 
 
 def pad_crop_flip(
