@@ -23,8 +23,8 @@ def augment(
 ) -> Tensor:
     """Crop, flip, RandAugment and cutout as a config's `data.augment` says. images: uint8, N x C x H x W; returns fp32 in
     [0, 1], N x C x resolution x resolution. The random numbers are the device's default generator's. kernels: `pad` and
-    flips run as one Triton kernel, with the same numbers. crop: false for images that were cropped and mirrored before. mirrored: with
-    `flip: alternate`, which images are (bool N)."""
+    flips run as one Triton kernel, with the same numbers. crop: false for images that were cropped and mirrored before.
+    mirrored: with `flip: alternate`, which images are (bool N)."""
     if crop and config.crop == "random_resized":
         images = random_resized_crop(to_unit(images), resolution, config.flip)
     elif crop and (config.crop == "pad" or config.flip):
