@@ -130,7 +130,7 @@ class Model(Section):
 
 class Phase(Section):
     """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from. A
-    batch passes through the model in `accumulate` equal parts, whose gradients are averaged for its one update."""
+    batch passes through the model in `accumulate` parts, whose gradients are averaged for its one update."""
 
     epochs: Count
     batch_size: Count

@@ -86,14 +86,15 @@ class Step:
             if settings.mixes:
                 x, y = mixed(x, y, self.classes, settings)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
-        whole, size = Inputs(x, y, batch.index), -(-len(x) // self.parts)
-        if self.parts == 1:
+        whole, parts = Inputs(x, y, batch.index), min(self.parts, len(x))
+        if parts == 1:
+            self.learner.part = Part()
             return self.method.step(self.learner, whole, self.threat, scale, self.state)
-        for begin in range(0, len(x), size):
-            places = slice(begin, begin + size)
+        for k in range(parts):
+            places = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
             part = Inputs(*(t[places] for t in whole))
             state = {name: t[places] if name in self.method.by_slot else t for name, t in self.state.items()}
-            self.learner.part = Part(begin == 0, begin + size >= len(x), len(part.y) / len(x))
+            self.learner.part = Part(k == 0, k == parts - 1, len(part.y) / len(x))
             self.method.step(self.learner, part, self.threat, scale, state)
 
     def scale_now(self) -> float:

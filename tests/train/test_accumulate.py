@@ -60,6 +60,9 @@ def test_the_mean_is_that_of_the_images_where_parts_differ_in_size():
     for parts in (4, 1):
         noise = in_parts(parts, method={"name": "fgsm", "init": "zero"}, data={"dataset": "image_folder"})
         noise.step.take(next(noise.batches(1)).first(10))
+        assert noise.step.learner.part == (Part(False, True, 0.3) if parts == 4 else Part())
+        noise.step.take(next(noise.batches(1)).first(3))
+        assert noise.step.learner.part == (Part(False, True, 1 / 3) if parts == 4 else Part())
         states.append(noise.step.learner.model.state_dict())
     for name, t in states[0].items():
         torch.testing.assert_close(t, states[1][name], rtol=0, atol=1e-4, msg=lambda text, name=name: name + text)
@@ -95,12 +98,12 @@ def test_methods_that_need_the_whole_batch_refuse(method):
         in_parts(2, method)
 
 
-def test_parts_that_are_not_equal_are_refused(config_of):
+def test_more_parts_than_images_are_refused(config_of):
     def phases(batch_size, parts):
         return [{"epochs": 1, "batch_size": batch_size, "resolution": 28, "accumulate": parts}]
 
-    with pytest.raises(ConfigError, match="batch_size is 10: accumulate 4 does not divide it into equal parts"):
-        loaders.Phases(config_of(phases=phases(10, 4)), torch.device("cpu"))
-    with pytest.raises(ConfigError, match="accumulate 4 does not divide 6 images of each process"):
-        loaders.Phases(config_of(phases=phases(12, 4)), torch.device("cpu"), World(0, 2, 0, True))
-    assert reading.parse(config_of(phases=phases(12, 4)).to_dict(), "test").phases[0].accumulate == 4
+    with pytest.raises(ConfigError, match="batch_size is 3: accumulate asks for 4 parts of that"):
+        loaders.Phases(config_of(phases=phases(3, 4)), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="accumulate asks for 4 parts of the 3 of each process"):
+        loaders.Phases(config_of(phases=phases(6, 4)), torch.device("cpu"), World(0, 2, 0, True))
+    assert reading.parse(config_of(phases=phases(6, 4)).to_dict(), "test").phases[0].accumulate == 4

@@ -213,9 +213,9 @@ class Phases:
             key, parts = f"phases.{index}.batch_size is {phase.batch_size}", phase.accumulate
             if phase.batch_size % world.size:
                 raise ConfigError(f"{key}: {world.size} processes cannot share it equally")
-            if phase.batch_size // world.size % parts:
-                each = f"{phase.batch_size // world.size} images of each process" if world.joined else "it"
-                raise ConfigError(f"{key}: accumulate {parts} does not divide {each} into equal parts")
+            if parts > phase.batch_size // world.size:
+                each = f"the {phase.batch_size // world.size} of each process" if world.joined else "that"
+                raise ConfigError(f"{key}: accumulate asks for {parts} parts of {each}")
 
     def enter(self, index: int):
         phase = self.config.phases[index]
