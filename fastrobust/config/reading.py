@@ -35,6 +35,7 @@ _ABSOLUTE = ("data.path", "data.prepared", "data.labels")  # a run stores them s
 _CHOSEN = {
     "loader": "auto",
     "engine": "auto",
+    "precision": "auto",
     "data.prepared": None,
     "data.channels": None,
 }  # keys that a run resolves, and what leaves it the choice

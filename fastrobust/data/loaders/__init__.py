@@ -228,9 +228,12 @@ class Phases:
         self.key, self.loader = None, None
         self.bad: dict[int, str] | None = None  # images that cannot be decoded, where they are read one by one
         for index, phase in enumerate(config.phases):
+            key, parts = f"phases.{index}.batch_size is {phase.batch_size}", phase.accumulate
             if phase.batch_size % world.size:
-                key = f"phases.{index}.batch_size is {phase.batch_size}"
                 raise ConfigError(f"{key}: {world.size} processes cannot share it equally")
+            if parts > phase.batch_size // world.size:
+                each = f"the {phase.batch_size // world.size} of each process" if world.joined else "that"
+                raise ConfigError(f"{key}: accumulate asks for {parts} parts of {each}")
 
     def enter(self, index: int):
         phase = self.config.phases[index]
@@ -243,6 +246,7 @@ class Phases:
                 self.loader = self.kind.open(self.config, "train", size, phase.resolution, self.device, self.world)
             self.key = key
             self.check_images()
+            self.loader.balanced = self.config.data.balance
         if len(self.loader) < phase.batch_size:
             there = f"there are only {len(self.loader)} images"
             raise ConfigError(f"phases.{index}.batch_size is {phase.batch_size}, but {there}")
