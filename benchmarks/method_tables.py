@@ -225,8 +225,8 @@ def spread_out(places: list[float], gap: float) -> list[float]:
 
 
 def plot(comparison: Comparison) -> Figure:
-    """AutoAttack accuracy against the cost of a training: means over seeds, bars from the lowest to the highest. Runs of
-    equal epochs are filled and named, those of equal cost named where they are on the front."""
+    """AutoAttack accuracy, the mean over seeds, against the cost of a training. Runs of equal epochs are filled and named,
+    those of equal cost are named where they are on the front."""
     equal, others = comparison.rows[SCHEDULES[0]], comparison.rows[SCHEDULES[1]]
     rows = equal + [row for row in others if row not in equal]
     figure = Figure(figsize=(10, 0.14 * len(rows) + 3.5), layout="constrained")
@@ -238,24 +238,29 @@ def plot(comparison: Comparison) -> Figure:
     axes.step(*zip(*sorted({(r.cost, r.mean) for r in on}), strict=True), where="post", color="C1", label="Pareto front")
     for label, filled in zip(SCHEDULES, ("full", "none"), strict=True):
         axes.plot([], [], "o", color="C0", fillstyle=filled, markersize=5, label=label)
-    for row in rows:
-        values = [r.autoattack for r in row.results]
-        look = {"color": "C1" if row in on else "C0", "fillstyle": "full" if row in equal else "none"}
-        ends = [[row.mean - min(values)], [max(values) - row.mean]]
-        axes.errorbar(row.cost, row.mean, ends, fmt="o", markersize=5, linewidth=1, **look)
-    every = [r.autoattack for row in rows for r in row.results]
+    highest = max(row.mean for row in rows)
+    every = [row.mean for row in rows if row.mean >= highest / 2]  # the others stand at the lower edge
     margin = max(0.01, 0.08 * (max(every) - min(every)))
-    axes.set_ylim(min(every) - margin, max(every) + margin)
-    axes.set_xlim(min(row.cost for row in rows) / 1.3, max(row.cost for row in rows) * 2)
-    gap = (max(every) - min(every) + 2 * margin) * 0.16 / figure.get_figheight()
+    low, high = max(0.0, min(every) - 2 * margin), max(every) + margin
+    for row in rows:
+        look = {"color": "C1" if row in on else "C0", "fillstyle": "full" if row in equal else "none", "markersize": 5}
+        axes.plot(row.cost, max(row.mean, low), "v" if row.mean < low else "o", clip_on=False, **look)
+    axes.set_ylim(low, high)
+    axes.set_xlim(min(row.cost for row in rows) / 1.2, max(row.cost for row in rows) * 1.6)
+    gap = (high - low) * 0.16 / figure.get_figheight()
     arrow = {"arrowstyle": "-", "color": "grey", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for group in near([row for row in rows if row in equal or row in on]):
-        right = max(row.cost for row in group) * 1.07
-        for row, place in zip(group, spread_out([row.mean for row in group], gap), strict=True):
+        right = max(row.cost for row in group) * 1.06
+        at = [max(row.mean, low) for row in group]
+        for row, here, place in zip(group, at, spread_out(at, gap), strict=True):
             name = row.method if row in equal else f"{row.method}, {row.epochs} epochs"
-            axes.annotate(name, (row.cost, row.mean), (right, place), va="center", fontsize=8, arrowprops=arrow)
+            name += f": {row.mean:.1%}" if row.mean < low else ""
+            look = {"va": "center", "fontsize": 8, "bbox": white, "arrowprops": arrow}
+            axes.annotate(name, (row.cost, here), (right, place), **look)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else ""))
+    axes.tick_params(which="both", labelsize="medium")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
