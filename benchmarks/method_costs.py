@@ -40,9 +40,13 @@ def batch_of(config: Config, loader: Resident) -> Batch:
 
 
 def measure_all(scale: str, methods: list[str], folder: Path, device: str) -> None:
-    """Times the steps with which the runs of equal epochs begin, on random images; writes `costs_DEVICE.json`. Raises
-    FastrobustError."""
+    """Times the steps with which the runs of equal epochs begin, on random images; writes `costs_DEVICE.json`. On a CPU one
+    thread's processor time counts, which other work beside it changes little. Raises FastrobustError."""
     place = distributed.pick_device(device)
+    clock = time.perf_counter
+    if place.type == "cpu":
+        torch.set_num_threads(1)
+        clock = time.process_time
     configs = {method: setting.base(scale, method) for method in dict.fromkeys((setting.REFERENCE, *methods))}
     memory = {method: peak_of(config, device) for method, config in configs.items()}
     usual = configs[setting.REFERENCE]
@@ -50,7 +54,7 @@ def measure_all(scale: str, methods: list[str], folder: Path, device: str) -> No
     batch = batch_of(usual, loader)
     steps = {method: build(config, loader, place) for method, config in configs.items()}
     rows = {method: lambda step=step: step(batch) for method, step in steps.items()}
-    times = measure.interleaved(rows, place, repetitions=REPETITIONS, warm_up=2)
+    times = measure.interleaved(rows, place, repetitions=REPETITIONS, warm_up=2, clock=clock)
     times = {method: [t / configs[method].replays for t in times[method]] for method in times}  # of an update
     facts = machine.environment(device)
     found = {
@@ -59,6 +63,7 @@ def measure_all(scale: str, methods: list[str], folder: Path, device: str) -> No
         "load": os.getloadavg()[0],  # of the last minute, this process included
         "batch_size": len(batch.labels),
         "repetitions": REPETITIONS,
+        "clock": clock.__name__,
         "methods": {
             method: {
                 "seconds_per_update": measure.summary(t),
