@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks.paper import ROOT
@@ -83,12 +84,14 @@ def passes(method) -> int:
 
 def base(scale: str, method: str, changes: tuple[str, ...] = ()) -> Config:
     """The setting of a scale with this method. A method with label smoothing of its own keeps that."""
-    file = ROOT / "configs" / FILES[scale]
-    changes = (f"method={METHODS[method]}", *changes)
+    return loaded(ROOT / "configs" / FILES[scale], (f"method={METHODS[method]}", *changes))
+
+
+@cache
+def loaded(file: Path, changes: tuple[str, ...]) -> Config:
     plain = reading.load(file, [*changes, "label_smoothing=0"])
-    if hasattr(getattr(plain.method, "of", plain.method), "label_smoothing"):
-        return plain
-    return reading.load(file, list(changes))
+    own = hasattr(getattr(plain.method, "of", plain.method), "label_smoothing")
+    return plain if own else reading.load(file, list(changes))
 
 
 def config_of(scale: str, job: Job, device: str = "auto", data: str | None = None) -> Config:

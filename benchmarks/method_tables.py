@@ -184,7 +184,8 @@ def table_of(comparison: Comparison, rows: list[Row]) -> tuple[list[str], list[l
     attack = next((r.attack.upper() for row in rows for r in row.results), "PGD")
     head = ["method", "AutoAttack %", f"{attack} %", "clean %", "seeds", "epochs", "cost of a step", "cost of the training"]
     for found in comparison.measured:
-        device = f"{found['hardware']['device']}, {found['hardware']['threads']} thread(s)"
+        device, threads = found["hardware"]["device"], found["hardware"]["threads"]
+        device += "" if found["clock"] == "perf_counter" else ", 1 thread" if threads == 1 else f", {threads} threads"
         head += [f"seconds of a step, × {REFERENCE} ({device})", "peak memory, MB"]
     head.append("on the front")
     cells = []
@@ -204,8 +205,9 @@ def table_of(comparison: Comparison, rows: list[Row]) -> tuple[list[str], list[l
 def as_markdown(comparison: Comparison) -> str:
     parts = []
     for title, head, rows in tables(comparison):
-        lines = [head, ["---"] * len(head), *rows]
-        parts.append(f"{title.capitalize()}:\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines))
+        lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+        lines.insert(1, "|" + "---|" * len(head))
+        parts.append(f"{title.capitalize()}:\n\n" + "\n".join(lines))
     return "\n\n".join([*parts, *comparison.notes])
 
 

@@ -13,20 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_steps import shapes_of
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import method_costs, methods
 from benchmarks import method_setting as setting
 from benchmarks import method_tables as tables
-from fastrobust.attack.threat import Threat
 from fastrobust.config import parts, reading
 from fastrobust.evaluation.from_python import evaluate
 from fastrobust.evaluation.trained import open_trained
-from fastrobust.train.learner import Learner
-from fastrobust.train.methods.base import Inputs
-from fastrobust.train.optimizers import Sgd
 from fastrobust.train.training import Training
 
 ROOT = Path(__file__).parents[2]
@@ -61,33 +54,6 @@ def test_the_digest_is_of_what_decides_a_result():
         assert usual != make(change), change
 
 
-class ConvNet(nn.Module):
-    """No hook of FlopCounterMode sees this module: they refuse leaves under autograd.grad. Its children see x + 0."""
-
-    widths = ((3, 16), (16, 16), (16, 16))
-
-    def __init__(self):
-        super().__init__()
-        layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in self.widths]
-        self.network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
-
-    def __call__(self, x):
-        return self.network(x + 0)
-
-
-@pytest.mark.parametrize("name", setting.METHODS)
-def test_what_a_step_costs_is_what_it_computes(name):
-    """To the gradient of the first layer's input, which an update does not need, and LIET's grey images."""
-    n, side = 20, 8
-    forward = sum(2 * n * side * side * 9 * a * b for a, b in ConvNet.widths) + 2 * n * 160
-    method, x, y = setting.base("small", name).method, torch.rand(n, 3, side, side), torch.arange(n) % 10
-    learner = Learner(ConvNet(), Sgd(name="sgd"), torch.full((100,), 0.1), epoch_table=torch.arange(100.0))
-    state = method.state(shapes_of(x)._replace(classes=10))
-    with FlopCounterMode(display=False) as counted:
-        method.step(learner, Inputs(x, y, torch.arange(n)), Threat(8 / 255), 1.0, state)
-    assert counted.get_total_flops() / forward / method.updates_per_batch == pytest.approx(setting.passes(method), abs=0.35)
-
-
 @pytest.mark.parametrize("scale", SCALES)
 def test_equal_cost_is_the_nearest_that_whole_passes_can_be(scale):
     """Against all lengths there are."""
@@ -116,7 +82,12 @@ def test_the_most_telling_runs_come_first_and_none_twice():
 def tiny(config_file, few_bars, tmp_path, monkeypatch):
     """The small scale is that of quick runs of four steps; AutoAttack is its first part."""
     changes = {"data__path": str(few_bars), "phases": [{"epochs": 2, "batch_size": 35, "resolution": 28}], "epsilon": 0.1}
-    changes |= {"evaluation": {"steps": 2, "restarts": 1}, "guard": {"action": "warn"}, "label_smoothing": 0.1}
+    changes |= {
+        "data__limit": 70,
+        "evaluation": {"steps": 2, "restarts": 1},
+        "guard": {"action": "warn"},
+        "label_smoothing": 0.1,
+    }
     monkeypatch.setitem(setting.FILES, "small", str(config_file(tmp_path, **changes)))
     monkeypatch.setattr(methods, "ATTACK", "apgd-ce")
     monkeypatch.chdir(tmp_path)
@@ -180,12 +151,12 @@ def test_what_was_stopped_goes_on_to_the_same_weights(tiny, capsys, monkeypatch)
     assert "open: fgsm_2epochs_seed0: stopped by SIGTERM" in out and "open: standard_3epochs_seed0: no time left" in out
     run = Path("runs/methods/small/fgsm_2epochs_seed0")
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1 and not (run / "summary.json").exists()
-    assert call() == 0
+    assert call("--methods", "fgsm") == 0
     assert "going on after 2 updates" in capsys.readouterr().out
     results = Path("runs/methods/results/small/fgsm_2epochs_seed0.json")
     stopped = content(results)
     shutil.rmtree("runs")
-    assert call() == 0
+    assert call("--methods", "fgsm") == 0
     assert content(results) == stopped
 
 
@@ -199,29 +170,29 @@ def test_an_attack_that_was_stopped_goes_on(tiny, capsys, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(methods, "run_attacks", interrupted)
-        assert call() == 130
+        assert call("--methods", "fgsm") == 130
     run = Path("runs/methods/small/fgsm_2epochs_seed0")
     trained = (run / "summary.json").stat().st_mtime_ns
     assert calls and not Path("runs/methods/results/small/fgsm_2epochs_seed0.json").exists()
-    assert call() == 0
+    assert call("--methods", "fgsm") == 0
     assert (run / "summary.json").stat().st_mtime_ns == trained
 
 
 def test_folders_of_several_machines_are_put_together(tiny, capsys):
     """Seeds 0 and 1 in one folder, or in two: the same tables, and nothing is trained twice."""
-    assert call("--seeds", "2", "--results", "both") == 0
+    assert call("--methods", "fgsm", "--seeds", "2", "--results", "both") == 0
     whole = capsys.readouterr().out
     for folder, seed in (("a", 0), ("b", 1)):
         Path(folder, "small").mkdir(parents=True)
         for file in Path("both/small").glob(f"*_seed{seed}.json"):
             shutil.copy(file, f"{folder}/small")
     shutil.rmtree("runs")
-    assert call("--seeds", "2", "--results", "a", "b") == 0
+    assert call("--methods", "fgsm", "--seeds", "2", "--results", "a", "b") == 0
     out = capsys.readouterr().out
     assert "[1/" not in out and not Path("runs").exists()
     shown = lambda text: [line for line in text.splitlines() if line.startswith("|")]
     assert shown(out) == shown(whole) and any("0, 1" in line for line in shown(out))
-    assert len(list(Path("a/small").iterdir())) == 3  # the others' files stay where they are
+    assert len(list(Path("a/small").iterdir())) == 1  # the others' files stay where they are
 
 
 def test_test_images_that_changed_are_noticed(tiny, few_bars, capsys, monkeypatch):
@@ -229,10 +200,10 @@ def test_test_images_that_changed_are_noticed(tiny, few_bars, capsys, monkeypatc
     other = shutil.copytree(few_bars, tiny / "bars")
     with monkeypatch.context() as patched:
         patched.setattr(methods, "run_attacks", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert call("--data", str(other)) == 130
+        assert call("--methods", "fgsm", "--data", str(other)) == 130
     for file in (other / "test").rglob("*3.png"):
         file.unlink()
-    assert call("--data", str(other)) == 1
+    assert call("--methods", "fgsm", "--data", str(other)) == 1
     assert "open: fgsm_2epochs_seed0:" in capsys.readouterr().out
     assert not Path("runs/methods/results/small/fgsm_2epochs_seed0.json").exists()
 
@@ -379,3 +350,18 @@ def test_the_records_are_what_the_files_say():
         assert stored["setting"] == setting.digest(config) and stored["cost"] == setting.cost(
             config.method, stored["epochs"]
         )
+
+
+def test_the_advice_says_what_the_files_say():
+    """docs/choosing.md: how many runs there are, and for each method the seconds and the memory of a step."""
+    folder, text = ROOT / "benchmarks/results/methods/small", (ROOT / "docs/choosing.md").read_text()
+    done, every = len(list(folder.glob("*_seed*.json"))), len(methods.wanted("small", list(setting.METHODS), 3))
+    assert re.search(rf"of {every} runs {done} (is|are) done", " ".join(text.split()))
+    costs = json.loads((folder / "costs_amd_epyc_1threads.json").read_text())["methods"]
+    rows = [line.split("|")[2:4] for line in text.splitlines() if re.search(r"` \d\.\d\d", line)]
+    told = {m: (float(x), cell) for names, cell in rows for m, x in re.findall(r"`(\w+)` (\d\.\d\d)", names)}
+    assert told.keys() == set(setting.METHODS) - {"standard"}
+    for method, (ratio, memory) in told.items():
+        assert ratio == round(costs[method]["over_fgsm"], 2), method
+        ends = [float(number) for number in re.findall(r"\d+", memory)]
+        assert min(ends) <= round(costs[method]["peak_memory"] / 1e6) <= max(ends), method

@@ -1,4 +1,4 @@
-"""Configs of newer methods and networks: the work that their heads name is what is computed."""
+"""The work that the comparison of methods counts with, and that the heads of newer configs name, is what is computed."""
 
 from __future__ import annotations
 
@@ -7,16 +7,49 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_steps import shapes_of
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import method_setting as setting
+from fastrobust.attack.threat import Threat
 from fastrobust.config import reading
 from fastrobust.models.weights import build_model
+from fastrobust.train.learner import Learner
+from fastrobust.train.methods.base import Inputs
+from fastrobust.train.optimizers import Sgd
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 NEWER = ["cifar10_liet", "cifar10_fgsm_pgi", "cifar10_fgsm_uap", "imagenet_convnext_tiny", "imagenet_convnext_tiny_finetune"]
 SIZES = {"cifar10": (50_000, 10), "imagenet": (1_281_167, 1000)}
 UNITS = {"G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+
+
+class ConvNet(nn.Module):
+    """No hook of FlopCounterMode sees this module: they refuse leaves under autograd.grad. Its children see x + 0."""
+
+    widths = ((3, 16), (16, 16), (16, 16))
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in self.widths]
+        self.network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+
+    def __call__(self, x):
+        return self.network(x + 0)
+
+
+@pytest.mark.parametrize("name", setting.METHODS)
+def test_what_a_step_costs_is_what_it_computes(name):
+    """To the gradient of the first layer's input, which an update does not need, and LIET's grey images."""
+    n, side = 20, 8
+    forward = sum(2 * n * side * side * 9 * a * b for a, b in ConvNet.widths) + 2 * n * 160
+    method, x, y = setting.base("small", name).method, torch.rand(n, 3, side, side), torch.arange(n) % 10
+    learner = Learner(ConvNet(), Sgd(name="sgd"), torch.full((100,), 0.1), epoch_table=torch.arange(100.0))
+    state = method.state(shapes_of(x)._replace(classes=10))
+    with FlopCounterMode(display=False) as counted:
+        method.step(learner, Inputs(x, y, torch.arange(n)), Threat(8 / 255), 1.0, state)
+    assert counted.get_total_flops() / forward / method.updates_per_batch == pytest.approx(setting.passes(method), abs=0.35)
 
 
 def near(text: str, flop: float) -> bool:
