@@ -159,7 +159,7 @@ def notes_of(scale: str, results: list[Result], methods: int) -> list[str]:
         first, seeds = results[0], sorted({r.job.seed for r in results})
         low, high = max((r.interval for r in results), key=lambda ends: ends[1] - ends[0])
         notes.append(
-            f"{len(results)} runs so far, seeds {', '.join(map(str, seeds))}. {first.data}, {first.examples} test images, "
+            f"Runs so far: {len(results)}; seeds: {', '.join(map(str, seeds))}. {first.data}, {first.examples} test images, "
             f"the same for all (digest {first.images[:12]}). The 95 % interval of one run's AutoAttack accuracy is as wide "
             f"as {100 * (high - low):.0f} points: what differs by less in one seed may be chance."
         )
@@ -263,7 +263,7 @@ def plot(comparison: Comparison) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}" if f"{x:g}"[0] in "25" else ""))
     axes.tick_params(which="both", labelsize="medium")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, 1))
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
 
@@ -295,14 +295,19 @@ def ranking(rows: list[Row]) -> Figure:
     return figure
 
 
+def wide(figure: str) -> str:
+    """A figure that is moved sideways on a phone, instead of being too small to read."""
+    return f'<div class="scroll"><div style="min-width: 46rem">{figure}</div></div>'
+
+
 def write_page(file: Path, comparison: Comparison, left_open: Sequence[str] = ()) -> None:
     title = f"Training methods by robustness and cost{' (small)' if comparison.scale == 'small' else ''}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="warn">{escape(comparison.notes[0])}</p>']
     if any(comparison.rows.values()):
-        parts.append(framed("Accuracy under AutoAttack against cost", plot(comparison)))
+        parts.append(wide(framed("Accuracy under AutoAttack against cost", plot(comparison))))
     for (name, head, cells), rows in zip(tables(comparison), comparison.rows.values(), strict=True):
         parts.append(f"<h2>{escape(name.capitalize())}</h2>")
-        drawn = framed(f"{name.capitalize()}: each seed", ranking(rows)) if rows else "<p>No run yet.</p>"
+        drawn = wide(framed(f"{name.capitalize()}: each seed", ranking(rows))) if rows else "<p>No run yet.</p>"
         parts += [drawn, table([list(map(escape, row)) for row in cells], list(map(escape, head))) if rows else ""]
     parts += [f'<p class="note">{escape(note)}</p>' for note in comparison.notes[1:]]
     parts += [f'<p class="note">open: {escape(line)}</p>' for line in left_open]

@@ -1,7 +1,7 @@
 """The training methods side by side: how robust each is, and what that costs.
 
     python -m benchmarks.methods --seeds 3 --minutes 600    # CIFAR-10, the PreActResNet-18, 30 epochs: for a GPU
-    python -m benchmarks.methods --scale small              # a miniature for one CPU core: an hour and a half
+    python -m benchmarks.methods --scale small              # a miniature for one CPU core: hours
     python -m benchmarks.methods --scale small --costs      # seconds and memory of a step; trains nothing
 
 Every run is trained, attacked with PGD-50-10 and AutoAttack, and written to a file of its own: the first seed of all methods

@@ -281,7 +281,7 @@ def test_the_table_has_means_and_every_seed_and_the_most_robust_first(tmp_path):
     assert second["cost of the training"] == f"{usual * 5 / 3:.1f}"
     assert [row["method"].split()[0] for row in cells(found, 1)] == ["fgsm", "liet"]
     assert cells(found, 1)[1]["AutoAttack %"] == "19.0"
-    assert "5 runs so far, seeds 0, 1, 2" in tables.as_markdown(found) and "11 points" in tables.as_markdown(found)
+    assert "Runs so far: 5; seeds: 0, 1, 2" in tables.as_markdown(found) and "11 points" in tables.as_markdown(found)
 
 
 def test_runs_of_another_setting_or_other_images_are_left_out_and_named(tmp_path):
