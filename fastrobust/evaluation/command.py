@@ -122,7 +122,7 @@ def at_radius(
         world=world,
     )
     result = report(attack, records) | {"weights": trained.digest, "images": data.checksum(), "chosen": data.chosen}
-    result["data"] = place
+    result |= {"data": place, "split": loaders.test_split(config)}
     result["attacks"] = [
         {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum()), **facts(r)}
         for r in records
@@ -223,7 +223,8 @@ def facts(record) -> dict:
 def show(result: dict, dataset: str, folder: Path | None) -> None:
 
     n, worst = result["examples"], result["worst_case"]
-    print(f"test images      {n} of {dataset}, {result['resolution']} pixels wide")
+    kind = "held-out images " if result["split"] == "held_out" else "test images     "
+    print(f"{kind} {n} of {dataset}, {result['resolution']} pixels wide")
     if result["data"]:
         print(f"{INDENT}{result['data']}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"

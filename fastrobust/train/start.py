@@ -22,7 +22,7 @@ from fastrobust.data.formats import Unusable
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights
-from fastrobust.runtime import distributed, interrupt, limits, run_directory
+from fastrobust.runtime import distributed, interrupt, limits, memory, run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
@@ -159,13 +159,36 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     test, skipped, tested_on = world.first(look_at_test_images)
     made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": test}
     made.skipped, made.tested_on = {"train": getattr(made.loader, "skipped", ()), "test": skipped}, tested_on
-    memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
+    available = limits.available_memory()
+    free = f"{available / 1e9:.3g} GB of memory free"
     told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
-    print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {memory}", flush=True)
+    print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {free}", flush=True)
+    if device.type == "cpu":  # elsewhere a lack of memory is an error with a message; here the system kills the process
+        warn_of_memory(made, available)
     if config.data.held_out:
         apart = "the test images" if "held-out" in tested_on else "kept apart from the others and from the test images"
         print(f"held out: {config.data.held_out:,} training images, {apart}", flush=True)
     return made
+
+
+def warn_of_memory(made: Training, available: float) -> None:
+    """Say so if a step is sure to need more memory than there is."""
+    phases = made.config.phases
+    index = max(range(len(phases)), key=lambda i: phases[i].batch_size * phases[i].resolution ** 2)
+    size, resolution = phases[index].batch_size, phases[index].resolution
+    model = made.learner.model.eval()  # BatchNorm cannot train on one image
+    each = memory.of_a_pass(model, torch.zeros(1, made.loader.channels, resolution, resolution))
+    model.train()
+    share = size // made.world.size
+    if share * each > available:
+        fits = int(0.5 * available / each) * made.world.size  # a step needs more than what it keeps
+        advice = f"phases.{index}.batch_size={fits} needs less" if fits else "use a smaller model or resolution"
+        print(
+            f"warning: a step on {share} images needs at least {share * each / 1e9:.2g} GB of memory, but "
+            f"{available / 1e9:.2g} GB are free: the system may kill this run without a message; {advice}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def load_weights(model, config: Config, world: World = distributed.ALONE) -> None:
