@@ -108,6 +108,12 @@ def read_all(folders: Sequence[Path]) -> list[Result]:
     return list(found.values())
 
 
+def of_today(scale: str, result: Result) -> bool:
+    """Whether it was made with the setting that the scale has today."""
+    job = result.job
+    return job.method in METHODS and result.setting == setting.digest(setting.config_of(scale, job))
+
+
 def pareto(points: dict) -> set:
     """Of points {name: (cost, accuracy)} those that no other one beats: none is as cheap and as accurate, and better in one
     of the two."""
@@ -122,14 +128,10 @@ def pareto(points: dict) -> set:
 
 def compare(scale: str, folders: Sequence[Path], methods: Iterable[str] = tuple(METHODS)) -> Comparison:
     """Raises FastrobustError for damaged files."""
-    methods, every = list(methods), read_all(folders)
-    digests = {
-        (m, n): setting.digest(setting.config_of(scale, Job(m, n, 0)))
-        for m in methods
-        for n in {setting.epochs(scale, m, s) for s in SCHEDULES}
-    }
-    of_setting = [r for r in every if digests.get((r.job.method, r.job.epochs)) == r.setting]
-    foreign = [r.file for r in every if r.job.method in methods and r not in of_setting]
+    methods = list(methods)
+    every = [r for r in read_all(folders) if r.job.method in methods]
+    of_setting = [r for r in every if of_today(scale, r)]
+    foreign = [r.file for r in every if r not in of_setting]
     sets = {r.images: sum(q.images == r.images for q in of_setting) for r in of_setting}
     images = max(sets, key=sets.get, default=None)  # those that most runs were attacked on
     kept = [r for r in of_setting if r.images == images]

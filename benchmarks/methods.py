@@ -39,7 +39,9 @@ ATTACK = "autoattack"
 
 def run(job: Job, folder: Path, scale: str, device: str, data: str | None) -> None:
     """Train, evaluate, and write the result. Raises FastrobustError."""
-    config = setting.config_of(scale, job, device, data)
+    config, file = setting.config_of(scale, job, device, data), folder / f"{job.name}.json"
+    if file.exists():
+        raise RunError(f"{file} is of another setting: move it away, and the run is trained with today's")
     directory = Path(config.output) / config.name
     only_read = (directory / run_directory.SUMMARY).exists()
     place = distributed.pick_device(config.device)
@@ -69,7 +71,7 @@ def run(job: Job, folder: Path, scale: str, device: str, data: str | None) -> No
         "config": one.config.to_dict(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{job.name}.json", found)
+    write_json(file, found)
 
 
 def attacked(directory: Path, device) -> dict:
@@ -145,7 +147,7 @@ def start(arguments: argparse.Namespace) -> int:
         method_costs.measure_all(scale, arguments.methods, folders[0], arguments.device)
     elif not arguments.show:
         settings = (folders[0], scale, arguments.device, arguments.data)
-        there = {r.job for r in method_tables.read_all(folders)}
+        there = {r.job for r in method_tables.read_all(folders) if method_tables.of_today(scale, r)}
         todo = [job for job in wanted(scale, arguments.methods, arguments.seeds) if job not in there]
         left_open = jobs.work([(job.name, partial(run, job, *settings)) for job in todo], arguments.minutes)
     comparison = method_tables.compare(scale, folders, arguments.methods)

@@ -240,6 +240,17 @@ def test_mistakes_are_explained(tiny, capsys, arguments, word):
     assert not Path("runs").exists()
 
 
+def test_a_result_of_another_setting_is_neither_counted_nor_written_over(tiny, capsys):
+    Path("results/small").mkdir(parents=True)
+    write(Path("results/small"), "fgsm", 0.9, setting="another")
+    (file,) = Path("results/small").iterdir()
+    before = file.read_bytes()
+    assert call("--methods", "fgsm", "--results", "results") == 1
+    out = capsys.readouterr().out
+    assert f"open: {file.stem}: {file} is of another setting" in out and f"left out, of another setting: {file}" in out
+    assert file.read_bytes() == before and not Path("runs").exists()
+
+
 def test_a_damaged_result_is_named(tiny, capsys):
     Path("results/small").mkdir(parents=True)
     Path("results/small/fgsm_2epochs_seed0.json").write_text("{}")
