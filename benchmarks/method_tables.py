@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from benchmarks import method_setting as setting
 from benchmarks.method_setting import METHODS, REFERENCE, RULE, SCHEDULES, Job
+from fastrobust.config import reading
 from fastrobust.reporting.charts import escape, framed, page, table
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_text
@@ -88,7 +89,7 @@ def read_result(file: Path) -> Result:
             interval=tuple(found["autoattack"]["robust_interval"]),
             attack=found["pgd"]["attack"],
             images=found["images"],
-            setting=found["setting"],
+            setting=setting.digest(reading.parse(found["config"], str(file))),
             data=found["data"],
             hardware=found["hardware"]["device"],
             warnings=len(found["warnings"]),

@@ -58,7 +58,6 @@ def run(job: Job, folder: Path, scale: str, device: str, data: str | None) -> No
         "schedules": [s for s in SCHEDULES if setting.epochs(scale, job.method, s) == job.epochs],
         "forward_passes": setting.passes(config.method),
         "cost": setting.cost(config.method, job.epochs),
-        "setting": setting.digest(config),
         "data": source_of(one.config),
         **attacked(directory, place),
         "trained": time.strftime("%Y-%m-%d", time.gmtime((directory / run_directory.SUMMARY).stat().st_mtime)),

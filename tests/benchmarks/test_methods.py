@@ -84,6 +84,7 @@ def tiny(config_file, few_bars, tmp_path, monkeypatch):
     changes = {"data__path": str(few_bars), "phases": [{"epochs": 2, "batch_size": 35, "resolution": 28}], "epsilon": 0.1}
     changes |= {
         "data__limit": 70,
+        "data__channels": 3,  # as in the settings of both scales, a run finds out no key of these by itself
         "evaluation": {"steps": 2, "restarts": 1},
         "guard": {"action": "warn"},
         "label_smoothing": 0.1,
@@ -242,7 +243,7 @@ def test_mistakes_are_explained(tiny, capsys, arguments, word):
 
 def test_a_result_of_another_setting_is_neither_counted_nor_written_over(tiny, capsys):
     Path("results/small").mkdir(parents=True)
-    write(Path("results/small"), "fgsm", 0.9, setting="another")
+    write(Path("results/small"), "fgsm", 0.9, config=setting.base("small", "fgsm", ("epsilon=0.03",)).to_dict())
     (file,) = Path("results/small").iterdir()
     before = file.read_bytes()
     assert call("--methods", "fgsm", "--results", "results") == 1
@@ -266,7 +267,7 @@ def write(folder: Path, method: str, autoattack: float, seed: int = 0, schedule:
     attack = {"attack": "pgd-50-10", "robust_accuracy": autoattack + 0.02, "robust_interval": [0, 1]}
     found = {"method": method, "epochs": job.epochs, "seed": seed, "clean_accuracy": 0.5, "pgd": attack, "examples": 200,
              "autoattack": {"robust_accuracy": autoattack, "robust_interval": [autoattack - 0.05, autoattack + 0.06]},
-             "images": "abc", "setting": setting.digest(setting.config_of("small", job)), "data": "cifar10 (x)",
+             "images": "abc", "config": setting.config_of("small", job).to_dict(), "data": "cifar10 (x)",
              "hardware": {"device": "CPU", "threads": 1}, "warnings": []}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{job.name}.json").write_text(json.dumps(found | changes))
@@ -298,7 +299,7 @@ def test_the_table_has_means_and_every_seed_and_the_most_robust_first(tmp_path):
 def test_runs_of_another_setting_or_other_images_are_left_out_and_named(tmp_path):
     for seed in (0, 1):
         write(tmp_path, "fgsm", 0.2, seed)
-    write(tmp_path, "fgsm", 0.9, 2, setting="another")
+    write(tmp_path, "fgsm", 0.9, 2, config=setting.base("small", "fgsm", ("epsilon=7/255",)).to_dict())
     write(tmp_path, "fgsm", 0.9, 3, images="others")
     found = tables.compare("small", [tmp_path])
     assert [(row["AutoAttack %"], row["seeds"]) for row in cells(found)] == [("20.0 (20.0, 20.0)", "0, 1")]
@@ -358,9 +359,7 @@ def test_the_records_are_what_the_files_say():
     for file in folder.glob("*_seed*.json"):
         stored = json.loads(file.read_text())
         config = reading.parse(stored["config"], str(file))
-        assert stored["setting"] == setting.digest(config) and stored["cost"] == setting.cost(
-            config.method, stored["epochs"]
-        )
+        assert stored["cost"] == setting.cost(config.method, stored["epochs"])
 
 
 def test_the_advice_says_what_the_files_say():
