@@ -41,6 +41,7 @@ def test_all_methods_of_the_package_are_compared_with_one_recipe(scale):
     for method, c in configs.items():
         own = hasattr(getattr(c.method, "of", c.method), "label_smoothing")
         assert c.label_smoothing == (0 if own else usual), method
+        assert c.precision != "auto"  # else a machine would decide it
         assert c.guard.action == "warn"  # else the guard would save what collapses
     digests = [setting.digest(c) for c in configs.values()]
     assert len(set(digests)) == len(digests)

@@ -67,6 +67,7 @@ def test_the_work_in_the_head_is_counted(name):
     head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
     config = reading.load(CONFIGS / f"{name}.yaml")
     images, classes = SIZES[config.data.dataset]
+    images -= config.data.held_out
     side = config.phases[0].resolution
     with torch.device("meta"), FlopCounterMode(display=False) as counted:
         build_model(config, tuple(map(str, range(classes)))).eval()(torch.empty(1, 3, side, side))
@@ -89,6 +90,7 @@ def test_the_cifar_configs_are_one_recipe(name, method):
         0.9995,
         5e-4,
     )
+    assert (c.data.held_out, c.selection.steps, c.selection.every) == (1000, 10, 1)
     assert (c.model.name, c.model.mean, c.model.std) == ("cifar_resnet18", (0, 0, 0), (1, 1, 1))
     assert c.method.label_smoothing == (0.6 if name == "liet" else 0.4) and not c.method.stop_gradient
     assert (c.evaluation.steps, c.evaluation.restarts, c.evaluation.epsilon) == (50, 10, (8 / 255,))
