@@ -37,7 +37,7 @@ class Curves:
     def draw(self, record: dict) -> None:
         if self.writer is None:
             return
-        for name in record.keys() - {"epoch", "phase", "updates", "warning", "guard_images"}:
+        for name in record.keys() - {"epoch", "phase", "updates", "warning", "guard_images", "went_back_to", "method"}:
             self.writer.add_scalar(name, record[name], record["updates"])
         self.writer.flush()
 

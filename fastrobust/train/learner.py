@@ -20,6 +20,7 @@ from torch.func import functional_call
 from fastrobust.attack.gradient import frozen
 from fastrobust.models import fused
 from fastrobust.runtime import cuda_graph
+from fastrobust.train.alignment import UNKNOWN, alignment
 from fastrobust.train.averaging import Average
 from fastrobust.train.optimizers import set_rates
 from fastrobust.train.shadow import Shadow
@@ -31,7 +32,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Learner:
     """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run;
     epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
-    uses our own; reads_weights, whether the method reads the model's weights itself; the others as in a config.
+    uses our own; reads_weights, whether the method reads the model's weights itself; watched, whether the alignment of the
+    attack's gradients is noted (`alignment.py`); the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -56,6 +58,7 @@ class Learner:
         averaging: float | None = None,
         kernels: bool = False,
         reads_weights: bool = False,
+        watched: bool = False,
     ):
         self.model = model
         self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
@@ -72,6 +75,8 @@ class Learner:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.alignments = torch.full((len(lr_table) if watched else 0,), UNKNOWN, device=self.device)  # by update
+        self.of_attack: Tensor | None = None  # the gradient of the attack whose update comes next
         self.optimizer = optimizer.build(model, self.lr)
         self.shared: nn.Module | None = None
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
@@ -130,6 +135,8 @@ class Learner:
             logits = self.forward(x)
             scaled = self.scaler.scale((loss or self.loss)(logits, y))
             (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
+        if len(self.alignments) and mode is None and not twice:
+            self.of_attack = gradient
         return gradient, logits if keep else logits.detach()
 
     def attack_logits(self, x: Tensor) -> Tensor:
@@ -153,6 +160,9 @@ class Learner:
 
     def update(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> None:
         """One optimiser step on the loss of the logits at x; adds to the running sums."""
+        if self.of_attack is not None:
+            self.update_with_input_gradient(x, y, loss)
+            return
         loss = loss or self.loss
         with self.around_update(self, x, y, loss):
             self._step(self._forward_of_update(x.detach()), y, loss)
@@ -163,6 +173,10 @@ class Learner:
         loss = loss or self.loss
         with self.around_update(self, x, y, loss):
             self._step(self._forward_of_update(x), y, loss, x)
+        if self.of_attack is not None:
+            last = (self.updates - 1).clamp(max=len(self.alignments) - 1)
+            self.alignments.index_copy_(0, last, alignment(self.of_attack, x.grad)[None])
+            self.of_attack = None
         return x.grad
 
     def mean(self, t: Tensor) -> Tensor:
@@ -232,7 +246,8 @@ class Learner:
             tensors |= {f"optimizer.{i}.{name}": t for name, t in self.optimizer.state[p].items()}
         if self.average is not None:
             tensors |= {f"averaged.{name}": t for name, t in self.average.tensors.items()}
-        tensors |= {f"sums.{name}": getattr(self, name) for name in ("updates", "loss_sum", "correct", "seen")}
+        sums = ("updates", "loss_sum", "correct", "seen", *(["alignments"] if len(self.alignments) else []))
+        tensors |= {f"sums.{name}": getattr(self, name) for name in sums}
         return tensors
 
     def state_dict(self) -> dict:

@@ -1,6 +1,6 @@
 """PGD adversarial training (Madry et al., 2018)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ def pgd(
 
 
 class Pgd(Attacked):
+    one_step: ClassVar[bool] = False
     name: Literal["pgd"]
     steps: Count = 7
     alpha: Pixels
