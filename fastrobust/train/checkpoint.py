@@ -50,7 +50,7 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         totals = world.total(*learner.read_sums())
         for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
             tensors[f"learner.sums.{name}"].fill_(total)
-        own = _generators(training) | {f"learner.sums.alignments": learner.alignments.cpu()}
+        own = _generators(training) | {"learner.sums.alignments": learner.alignments.cpu()}
         own |= {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
         if learner.average is not None:
             own |= {f"learner.averaged.{name}": t.cpu() for name, t in learner.average.buffers().items()}

@@ -214,7 +214,7 @@ class Training:
         verdict = guard.verdict(self.history, self.robust_before, found.robust, settings.drop)
         self.robust_before = found.robust
         overfit = verdict is not None and verdict[0] == "overfit"
-        if not overfit and settings.action == "stop" or verdict is None and settings.action == "recover":
+        if (not overfit and settings.action == "stop") or (verdict is None and settings.action == "recover"):
             self._keep(record["epoch"], found.robust)
         if verdict is not None:
             record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {verdict[1]}"

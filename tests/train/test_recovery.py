@@ -1,4 +1,4 @@
-"""`guard.action: recover`: what a run goes back to, what it goes on with, and that it does so bit for bit after interruptions."""
+"""`guard.action: recover`: what a run goes back to, what it goes on with, and the same bits after interruptions."""
 
 from __future__ import annotations
 
