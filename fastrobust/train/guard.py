@@ -22,13 +22,14 @@ from fastrobust.runtime.distributed import World
 from fastrobust.train.methods.awp import Awp
 from fastrobust.train.methods.base import Method
 from fastrobust.train.methods.n_fgsm import NFgsm
+from fastrobust.train.methods.pgd import Pgd
 
 IMAGES = 512  # training images that are attacked, evenly spaced over all; fewer only where there are fewer
 ENOUGH = 256  # images for a verdict that ends a run
 SURE = 3.3  # standard deviations: a fall by chance alone is so significant in one epoch of 2,000
 FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
 GAP = 0.5  # between the accuracy under the training attack and under PGD
-RECOVERIES = 3  # of a run with `guard.action: recover`; overfitting after that stops it
+RECOVERIES = 2  # of a run with `guard.action: recover`; overfitting after that stops it
 PATIENCE = 3  # epochs that such a gap may last without PGD accuracy rising: some runs start with one and close it
 WENT_BACK = "went_back_to"  # in the record of an epoch: the epoch whose state the run recovered
 ADVICE = "train with a smaller alpha, with method n_fgsm, or with more noise"
@@ -122,21 +123,25 @@ def recoveries(history: list[dict]) -> int:
     return sum(WENT_BACK in record for record in history)
 
 
-def remedy(method: Method, epsilon: float) -> Method:
-    """What a run goes on with after `method` has overfitted: the same with more noise, by an epsilon, where it has noise;
-    else N-FGSM by its published rule (noise 2, alpha epsilon)."""
+def remedy(method: Method, epsilon: float, before: int) -> Method:
+    """What a run goes on with after `method` has overfitted. At first what costs no more: the same with more noise, by an
+    epsilon, where it has noise, else N-FGSM by its published rule (noise 2, alpha epsilon). After one recovery `before`
+    what is sure: PGD with three steps of epsilon / 2."""
     if isinstance(method, Awp):
-        return method.model_copy(update={"of": remedy(method.of, epsilon)})
+        return method.model_copy(update={"of": remedy(method.of, epsilon, before)})
+    batchnorm = {"attack_batchnorm": method.batchnorm_in_attack}
+    if before:
+        return Pgd(name="pgd", steps=3, alpha=epsilon / 2, **batchnorm)
     if hasattr(method, "noise"):
         return method.model_copy(update={"noise": method.noise + 1})
-    return NFgsm(name="n_fgsm", alpha=epsilon, attack_batchnorm=method.batchnorm_in_attack)
+    return NFgsm(name="n_fgsm", alpha=epsilon, **batchnorm)
 
 
 def method_now(config: Config, history: list[dict]) -> Method:
     """The method of a run's next step."""
     method = config.method
-    for _ in range(recoveries(history)):
-        method = remedy(method, config.epsilon)
+    for before in range(recoveries(history)):
+        method = remedy(method, config.epsilon, before)
     return method
 
 
