@@ -112,13 +112,13 @@ def test_without_a_healthy_epoch_it_begins_anew(config_of, begin, looks, monkeyp
     assert len(undone) == 1 and same(undone[0], fresh)
 
 
-def test_the_third_recovery_is_the_last(config_of, begin, looks):
-    """Every recovery adds noise. What was undone is not compared with; then the run stops with the good weights."""
+def test_the_second_recovery_is_the_last(config_of, begin, looks):
+    """N-FGSM, then PGD. What was undone is not compared with; then the run stops with the good weights."""
     seen = looks([True])
     job = run_of(begin, config_of(**RECOVER, phases__0__epochs=8))
-    assert [r.get(guard.WENT_BACK) for r in job.history] == [None, 1, 1, 1, None]
-    assert [r["method"] for r in job.history[1:4]] == [f"n_fgsm, noise {n} epsilon, alpha 0.05" for n in (2, 3, 4)]
-    assert "; the weights after epoch 1 are kept, after 3 recoveries. To train on" in job.position.stopped
+    assert [r.get(guard.WENT_BACK) for r in job.history] == [None, 1, 1, None]
+    assert [r["method"] for r in job.history[1:3]] == ["n_fgsm, noise 2 epsilon, alpha 0.05", "pgd-3, alpha 0.025"]
+    assert "; the weights after epoch 1 are kept, after 2 recoveries. To train on" in job.position.stopped
     assert same(weights(job), seen[0])
 
 
@@ -147,11 +147,13 @@ def test_what_was_undone_is_not_compared_with():
 )
 def test_the_remedies(method, expected, config_of):
     config = config_of(**RECOVER, method=method, epsilon=0.1)
-    found = guard.remedy(config.method, config.epsilon)
+    found = guard.remedy(config.method, config.epsilon, 0)
     assert expected.items() <= found.model_dump().items()
-    assert found.batchnorm_in_attack == config.method.batchnorm_in_attack
+    then = guard.remedy(found, config.epsilon, 1)
+    assert (then.name, then.steps, then.alpha, then.init) == ("pgd", 3, 0.05, "random")
+    assert then.batchnorm_in_attack == found.batchnorm_in_attack == config.method.batchnorm_in_attack
     around = config_of(**RECOVER, method={"name": "awp", "of": method}, epsilon=0.1)
-    found = guard.remedy(around.method, around.epsilon)
+    found = guard.remedy(around.method, around.epsilon, 0)
     assert found.name == "awp" and expected.items() <= found.of.model_dump().items() and found.gamma == around.method.gamma
 
 
