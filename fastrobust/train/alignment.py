@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+EVERY = 8  # updates that one is known of, but for CUDA graphs, where it is known of all
 UNKNOWN = 2.0  # no cosine
 
 

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from fastrobust.attack.gradient import frozen
 from fastrobust.models import fused
 from fastrobust.runtime import cuda_graph
-from fastrobust.train.alignment import UNKNOWN, alignment
+from fastrobust.train.alignment import EVERY, UNKNOWN, alignment
 from fastrobust.train.averaging import Average
 from fastrobust.train.optimizers import set_rates
 from fastrobust.train.shadow import Shadow
@@ -77,6 +77,7 @@ class Learner:
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.alignments = torch.full((len(lr_table) if watched else 0,), UNKNOWN, device=self.device)  # by update
         self.of_attack: Tensor | None = None  # the gradient of the attack whose update comes next
+        self.made = 0  # updates, as the host counts them
         self.optimizer = optimizer.build(model, self.lr)
         self.shared: nn.Module | None = None
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
@@ -135,7 +136,7 @@ class Learner:
             logits = self.forward(x)
             scaled = self.scaler.scale((loss or self.loss)(logits, y))
             (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
-        if len(self.alignments) and mode is None and not twice:
+        if self._looks() and mode is None and not twice:
             self.of_attack = gradient
         return gradient, logits if keep else logits.detach()
 
@@ -199,6 +200,12 @@ class Learner:
         """When the next update takes place, in epochs since the start (shape [])."""
         return self.now(self.epoch_table)
 
+    def _looks(self) -> bool:
+        """Whether the next update gives its gradient at the input too. It costs a pass through the first layer, up to a sixth of
+        the step of a network of two convolutions. So most steps do without; in a graph all are alike."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return len(self.alignments) > 0 and (capturing or self.made % EVERY == 0)
+
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
 
@@ -223,6 +230,7 @@ class Learner:
         if self.average is not None:
             self.average.update(self.updates)
         self.updates.add_(1)
+        self.made += 1
         self.loss_sum.add_(loss.detach() * len(y))
         self.correct.add_((logits.detach().argmax(1) == y).sum())
         self.seen.add_(len(y))
@@ -267,6 +275,7 @@ class Learner:
             for name, t in mine.items():
                 t.copy_(state["tensors"][name])
             self.refresh()
+        self.made = int(self.updates)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
             self.scaler.load_state_dict(state["scaler"])

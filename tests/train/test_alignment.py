@@ -13,12 +13,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrobust.attack.threat import Threat
+from fastrobust.train import learner
 from fastrobust.train.alignment import UNKNOWN, alignment
 from fastrobust.train.learner import Learner
 from fastrobust.train.methods.base import Inputs
 from fastrobust.train.optimizers import Sgd
 
 UPDATES = 6
+
+
+@pytest.fixture(autouse=True)
+def every(monkeypatch):
+    monkeypatch.setattr(learner, "EVERY", 1)
 
 
 def watching(model, watched=True) -> Learner:
@@ -161,3 +167,19 @@ def test_looking_changes_no_bit_of_the_weights(keys):
         found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*found)
     assert (learner.alignments[:3].abs() <= 1).all()
+
+
+def test_most_steps_do_without(monkeypatch):
+    """Also after a state was put back, which tells the place in the run."""
+    monkeypatch.setattr(learner, "EVERY", 2)
+    method, (x, y), model = section("fgsm"), make_batch(), make_model()
+    whole, stopped, again = watching(model), watching(make_model()), watching(make_model(1))
+    for update in range(5):
+        take_step(whole, method, {}, x, y, update)
+    for update in range(3):
+        take_step(stopped, method, {}, x, y, update)
+    again.load_state_dict(stopped.state_dict())
+    for update in range(3, 5):
+        take_step(again, method, {}, x, y, update)
+    assert [a <= 1 for a in whole.alignments.tolist()] == [True, False, True, False, True, False]
+    assert torch.equal(whole.alignments, again.alignments)
