@@ -30,6 +30,7 @@ SURE = 3.3  # standard deviations: a fall by chance alone is so significant in o
 FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
 GAP = 0.5  # between the accuracy under the training attack and under PGD
 RECOVERIES = 2  # of a run with `guard.action: recover`; overfitting after that stops it
+LOW = 0.1  # alignment of the attack's gradients below which they hardly agree; a warning where it was 3 times as high
 PATIENCE = 3  # epochs that such a gap may last without PGD accuracy rising: some runs start with one and close it
 WENT_BACK = "went_back_to"  # in the record of an epoch: the epoch whose state the run recovered
 ADVICE = "train with a smaller alpha, with method n_fgsm, or with more noise"
@@ -117,6 +118,15 @@ def verdict(history: list[dict], before: Tensor | None, now: Tensor, drop: float
         then, current = history[-2]["train_accuracy"], last["train_accuracy"]
         return "suspect", f"accuracy under the training attack jumped from {then:.1%} to {current:.1%}"
     return None
+
+
+def disagreement(history: list[dict]) -> tuple[str, str] | None:
+    """("suspect", why) where the gradients at both ends of the attack have ceased to agree (`alignment.py`)."""
+    known = [record["alignment"] for record in comparable(history) if "alignment" in record]
+    if not known or known[-1] >= LOW or max(known) <= 3 * LOW:
+        return None
+    why = f"alignment {known[-1]:.2f}, at best {max(known):.2f}"
+    return "suspect", f"the gradients at both ends of the attack hardly agree: {why}"
 
 
 def recoveries(history: list[dict]) -> int:

@@ -201,8 +201,8 @@ class Learner:
         return self.now(self.epoch_table)
 
     def _looks(self) -> bool:
-        """Whether the next update gives its gradient at the input too. It costs a pass through the first layer, up to a sixth
-        of the step of a network of two convolutions. So most steps do without; in a graph all are alike."""
+        """Whether the next update gives its gradient at the input too. It costs a pass through the first layer: a sixth of a
+        step of a network of two convolutions. So most steps do without; in a graph all are alike."""
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         return len(self.alignments) > 0 and (capturing or self.made % EVERY == 0)
 

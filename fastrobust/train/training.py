@@ -23,6 +23,7 @@ from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.interrupt import Interrupted, handled
 from fastrobust.runtime.progress import Progress
 from fastrobust.train import checkpoint, guard, schedules, step
+from fastrobust.train.alignment import WINDOW
 from fastrobust.train.checkpoint import Position
 from fastrobust.train.curves import Curves, epoch_line
 from fastrobust.train.threads import Threads
@@ -172,9 +173,12 @@ class Training:
             "seconds": seconds,
             "images_per_second": seen / self.config.replays / seconds,
         }
-        noted = self._alignments(self.history[-1]["updates"] if self.history else 0, record["updates"])
+        before = self.history[-1]["updates"] if self.history else 0
+        noted = self.learner.alignments[max(before, record["updates"] - WINDOW) : record["updates"]].clone()
         if len(noted):
-            record["alignment"] = noted.mean().item()
+            self.world.average_([noted])
+        if (noted <= 1).any():
+            record["alignment"] = noted[noted <= 1].mean().item()
         self.history.append(record)
         self.learner.reset_sums()
         buffers = [b for b in self.learner.model.buffers() if b.is_floating_point()]
@@ -193,13 +197,6 @@ class Training:
         self._agree()
         self._stop_if_asked()
 
-    def _alignments(self, first: int, last: int) -> Tensor:
-        """Those of updates `first` to `last`, as far as they are known, on the CPU."""
-        noted = self.learner.alignments[first:last].clone()
-        if len(noted):
-            self.world.average_([noted])
-        return noted[noted <= 1].cpu()
-
     def _guard(self) -> None:
         """Attack the guard's images with the radius that training has reached; on overfitting go back to the weights of the
         last healthy epoch that saw this radius."""
@@ -214,10 +211,11 @@ class Training:
         verdict = guard.verdict(self.history, self.robust_before, found.robust, settings.drop)
         self.robust_before = found.robust
         overfit = verdict is not None and verdict[0] == "overfit"
+        hint = verdict or guard.disagreement(self.history)
         if (not overfit and settings.action == "stop") or (verdict is None and settings.action == "recover"):
             self._keep(record["epoch"], found.robust)
-        if verdict is not None:
-            record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {verdict[1]}"
+        if hint is not None:
+            record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {hint[1]}"
         if overfit and settings.action == "recover" and guard.recoveries(self.history) < guard.RECOVERIES:
             self._recover(record)
         elif overfit and settings.action != "warn":

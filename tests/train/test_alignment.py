@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastrobust.attack.threat import Threat
-from fastrobust.train import learner
+from fastrobust.train import guard, learner, training
 from fastrobust.train.alignment import UNKNOWN, alignment
 from fastrobust.train.learner import Learner
 from fastrobust.train.methods.base import Inputs
@@ -183,3 +183,35 @@ def test_most_steps_do_without(monkeypatch):
         take_step(again, method, {}, x, y, update)
     assert [a <= 1 for a in whole.alignments.tolist()] == [True, False, True, False, True, False]
     assert torch.equal(whole.alignments, again.alignments)
+
+
+def test_an_epoch_records_the_mean_of_its_last_updates(config_of, begin, monkeypatch):
+    """Epochs of 4, 3 and 3 updates; none looks into the one before."""
+    monkeypatch.setattr(training, "WINDOW", 4)
+    job = begin(config_of())
+    job.train()
+    noted = job.learner.alignments.tolist()
+    assert len(noted) == 10 and max(noted) <= 1
+    for record, first, end in zip(job.history, (0, 4, 7), (4, 7, 10), strict=True):
+        assert record["alignment"] == pytest.approx(sum(noted[first:end]) / (end - first))
+    job = begin(config_of(), "short")
+    monkeypatch.setattr(training, "WINDOW", 2)
+    job.train()
+    assert [r["alignment"] for r in job.history] == pytest.approx([sum(noted[i - 2 : i]) / 2 for i in (4, 7, 10)])
+    off = begin(config_of(guard={"action": "off"}), "off")
+    off.train()
+    assert "alignment" not in off.history[0] and len(off.learner.alignments) == 0
+
+
+def test_low_alignment_is_a_warning_and_training_goes_on(config_of, begin, monkeypatch, capsys):
+    """Whether an epoch is one to go back to does not depend on it."""
+    values = iter([0.9] * 4 + [0.04] * 6)
+    monkeypatch.setattr(learner, "alignment", lambda a, b: torch.tensor(next(values)))
+    monkeypatch.setattr(training, "WINDOW", 3)
+    monkeypatch.setattr(guard, "verdict", lambda *given: None)
+    job = begin(config_of(guard={"action": "recover"}))
+    job.train()
+    told = "suspicious: the gradients at both ends of the attack hardly agree: alignment 0.04, at best 0.90"
+    assert [record.get("warning") for record in job.history] == [None, told, told]
+    assert f"warning: {told}" in capsys.readouterr().out
+    assert job.position.stopped is None and job.good_epoch == 3
