@@ -254,7 +254,7 @@ class Learner:
             tensors |= {f"optimizer.{i}.{name}": t for name, t in self.optimizer.state[p].items()}
         if self.average is not None:
             tensors |= {f"averaged.{name}": t for name, t in self.average.tensors.items()}
-        sums = ("updates", "loss_sum", "correct", "seen", *(["alignments"] if len(self.alignments) else []))
+        sums = ("updates", "loss_sum", "correct", "seen", "alignments")
         tensors |= {f"sums.{name}": getattr(self, name) for name in sums}
         return tensors
 
