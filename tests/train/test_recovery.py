@@ -11,6 +11,8 @@ from training_runs import CPU, assert_same_end, same, stop_at, weights
 
 from fastrobust.attack.verdicts import Verdicts
 from fastrobust.config import reading
+from fastrobust.reporting import export, report
+from fastrobust.reporting.stored import read_run
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.runtime.errors import ConfigError
@@ -73,13 +75,19 @@ def test_it_goes_back_and_on_with_n_fgsm(config_of, begin, looks, capsys):
     assert job.learner.lr == learner.lr and int(job.learner.updates) == 10
 
 
-def test_the_summary_says_so(config_of, tmp_path, looks):
+def test_the_summary_the_page_and_the_card_say_so(config_of, tmp_path, looks, capsys):
     looks(FALLS)
     made = config_of(**RECOVER, name="told")
     summary = start.run(made, tmp_path / "told", CPU, ALONE)
     assert summary["recovered"] == [{"epoch": 2, "went_back_to": 1, "method": "n_fgsm, noise 2 epsilon, alpha 0.05"}]
     stored = [json.loads(line) for line in (tmp_path / "told" / run_directory.METRICS).read_text().splitlines()]
     assert stored[1]["went_back_to"] == 1 and "back to the weights of epoch 1" in stored[1]["warning"]
+    start.show_summary(summary, tmp_path / "told")
+    told = "overfitting in epoch 2: back to epoch 1, and on with n_fgsm, noise 2 epsilon, alpha 0.05"
+    assert told in capsys.readouterr().out
+    run = read_run(tmp_path / "told")
+    assert "It overfitted in epoch 2, went back to epoch 1, and on with n_fgsm" in export.training(run.config, run.summary)
+    assert "epoch 2: catastrophic overfitting" in report.warnings(run)
 
 
 @pytest.mark.parametrize("at", [3, 6, 9], ids=["before", "in the epoch that is undone", "after"])
