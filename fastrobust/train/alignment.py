@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-EVERY = 8  # updates that one is known of, but for CUDA graphs, where it is known of all
+EVERY = 8  # updates that one is known of
 WINDOW = 64  # updates that an epoch's figure is the mean of: its last ones
 UNKNOWN = 2.0  # no cosine
 

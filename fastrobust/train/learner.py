@@ -78,6 +78,7 @@ class Learner:
         self.alignments = torch.full((len(lr_table) if watched else 0,), UNKNOWN, device=self.device)  # by update
         self.of_attack: Tensor | None = None  # the gradient of the attack whose update comes next
         self.made = 0  # updates, as the host counts them
+        self.looks: bool | None = None  # whether the next update gives its alignment, if that is not to go by `due`
         self.optimizer = optimizer.build(model, self.lr)
         self.shared: nn.Module | None = None
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
@@ -136,7 +137,7 @@ class Learner:
             logits = self.forward(x)
             scaled = self.scaler.scale((loss or self.loss)(logits, y))
             (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
-        if self._looks() and mode is None and not twice:
+        if (self.due() if self.looks is None else self.looks) and mode is None and not twice:
             self.of_attack = gradient
         return gradient, logits if keep else logits.detach()
 
@@ -200,11 +201,10 @@ class Learner:
         """When the next update takes place, in epochs since the start (shape [])."""
         return self.now(self.epoch_table)
 
-    def _looks(self) -> bool:
-        """Whether the next update gives its gradient at the input too. It costs a pass through the first layer: a sixth of a
-        step of a network of two convolutions. So most steps do without; in a graph all are alike."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        return len(self.alignments) > 0 and (capturing or self.made % EVERY == 0)
+    def due(self) -> bool:
+        """Whether the next update gives its alignment too. It costs a pass through the first layer: a sixth of a step of a
+        network of two convolutions. So most do without."""
+        return len(self.alignments) > 0 and self.made % EVERY == 0
 
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
