@@ -125,7 +125,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         averaging=None if config.averaging is None else config.averaging.decay,
         kernels=kernels,
         reads_weights=config.method.reads_weights,
-        watched=config.method.attacks and config.guard.action != "off",
+        watched=config.guard.action != "off",
     )
     if world.joined:
         learner.share_gradients()

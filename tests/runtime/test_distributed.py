@@ -27,7 +27,7 @@ from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.interrupt import Interrupted
-from fastrobust.train import checkpoint, guard, training
+from fastrobust.train import checkpoint, guard, learner, training
 from fastrobust.train.training import Training
 from tests.stress import child
 from tests.stress.ranks import together
@@ -161,6 +161,7 @@ def recovering(file: str, output: str) -> int:
         p.setattr(guard, "pgd", made_up)
         p.setattr(guard, "ENOUGH", 65)
         p.setattr(training, "AGREE_EVERY", 1)
+        p.setattr(learner, "EVERY", 1)
         p.setattr(torch, "rand_like", lambda t: 0.5 + 0.5 * (37 * t.detach()).sin())
         config, ended = resolved(file), {}
         for name in ("whole", "stopped"):
