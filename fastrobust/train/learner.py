@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -29,11 +30,26 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (logits N x classes, labels N) -> t
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def right(logits: Tensor, y: Tensor) -> Tensor:
+    """Which rows of logits name their label, or of shares of the classes the largest (bool, N)."""
+    return logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))
+
+
+class Part(NamedTuple):
+    """Which part of a batch an update is about: the first one, the last one (which moves the weights), its share of the
+    images."""
+
+    first: bool = True
+    last: bool = True
+    share: float = 1.0
+
+
 class Learner:
     """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run;
     epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
-    uses our own; reads_weights, whether the method reads the model's weights itself; watched, whether the alignment of the
-    attack's gradients is noted (`alignment.py`); the others as in a config.
+    uses our own; reads_weights, whether the method reads the model's weights itself; in_parts, whether some updates are
+    made of the gradients of several parts of a batch (`part`); watched, whether the alignment of the attack's gradients
+    is noted (`alignment.py`); the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -58,9 +74,10 @@ class Learner:
         averaging: float | None = None,
         kernels: bool = False,
         reads_weights: bool = False,
+        in_parts: bool = False,
         watched: bool = False,
     ):
-        self.model = model
+        self.model, self.part = model, Part()
         self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
         self.around_update = lambda learner, x, y, loss: contextlib.nullcontext()  # a context in which updates are made
         self.device = next(model.parameters()).device
@@ -85,7 +102,8 @@ class Learner:
         self.average = None if averaging is None else Average(model, averaging)
         self.shadow: Shadow | None = None
         self.count = fused.prepare(model, kernels) if kernels or self.device.type == "cuda" else lambda: None
-        plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None and not reads_weights
+        plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None
+        plain = plain and not reads_weights and not in_parts
         if kernels and precision != "fp32" and plain and all(g["factor"] == 1 for g in self.optimizer.param_groups):
             self.shadow = Shadow(model, self.optimizer, DTYPES[precision])
 
@@ -117,7 +135,7 @@ class Learner:
         """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified
         correctly there (bool, N). Weights get no gradient."""
         gradient, logits = self.attack_gradient(x, y)
-        return gradient, logits.argmax(1) == y
+        return gradient, right(logits, y)
 
     def attack_gradient(
         self,
@@ -137,7 +155,8 @@ class Learner:
             logits = self.forward(x)
             scaled = self.scaler.scale((loss or self.loss)(logits, y))
             (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
-        if (self.due() if self.looks is None else self.looks) and mode is None and not twice:
+        looks = self.due() if self.looks is None else self.looks
+        if looks and self.part.last and mode is None and not twice:
             self.of_attack = gradient
         return gradient, logits if keep else logits.detach()
 
@@ -166,7 +185,7 @@ class Learner:
             self.update_with_input_gradient(x, y, loss)
             return
         loss = loss or self.loss
-        with self.around_update(self, x, y, loss):
+        with self.around_update(self, x, y, loss), self._exchanging():
             self._step(self._forward_of_update(x.detach()), y, loss)
 
     def update_with_input_gradient(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> Tensor:
@@ -202,9 +221,13 @@ class Learner:
         return self.now(self.epoch_table)
 
     def due(self) -> bool:
-        """Whether the next update gives its alignment too. It costs a pass through the first layer: a sixth of a step of a
-        network of two convolutions. So most do without."""
+        """Whether the next update (of its parts, the last) gives its alignment too. It costs a pass through the first layer:
+        a sixth of a step of a network of two convolutions. So most do without."""
         return len(self.alignments) > 0 and self.made % EVERY == 0
+
+    def _exchanging(self) -> contextlib.AbstractContextManager:
+        """Only the backward pass of the last part exchanges gradients with other processes: those of all parts."""
+        return contextlib.nullcontext() if self.part.last or self.shared is None else self.shared.no_sync()
 
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
@@ -214,26 +237,33 @@ class Learner:
         self.lr.copy_(self.now(self.lr_table))
         if self.shadow is None:
             set_rates(self.optimizer, self.lr)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-            if self.clip_gradients is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            if self.part.first:
+                self.optimizer.zero_grad(set_to_none=True)
+            self.scaler.scale(loss if self.part.share == 1 else loss * self.part.share).backward()
+            if self.part.last:
+                self._move()
         else:
             wanted = self.shadow.differentiated() + ([] if x is None else [x])
             gradients = list(torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True))
             if x is not None:
                 x.grad = gradients.pop()
             self.shadow.update(gradients, self.lr, self.scaler)
-        if self.average is not None:
-            self.average.update(self.updates)
-        self.updates.add_(1)
-        self.made += 1
+        if self.part.last:
+            if self.average is not None:
+                self.average.update(self.updates)
+            self.updates.add_(1)
+            self.made += 1
         self.loss_sum.add_(loss.detach() * len(y))
-        self.correct.add_((logits.detach().argmax(1) == y).sum())
+        self.correct.add_(right(logits.detach(), y).sum())
         self.seen.add_(len(y))
+
+    def _move(self) -> None:
+        """One step of the optimiser along the gradients that are there."""
+        if self.clip_gradients is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def now(self, table: Tensor) -> Tensor:
         """The entry of a table over updates that belongs to the next one (shape [])."""

@@ -215,3 +215,13 @@ def test_low_alignment_is_a_warning_and_training_goes_on(config_of, begin, monke
     assert [record.get("warning") for record in job.history] == [None, told, told]
     assert f"warning: {told}" in capsys.readouterr().out
     assert job.position.stopped is None and job.good_epoch == 3
+
+
+def test_of_a_batch_in_parts_the_last_part_tells(config_of, begin):
+    job = begin(config_of(phases=[{"epochs": 3, "batch_size": 20, "resolution": 28, "accumulate": 2}]))
+    told, tell = [], learner.alignment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learner, "alignment", lambda a, b: told.append((len(a), tell(a, b))) or told[-1][1])
+        job.train()
+    assert [n for n, _ in told] == [10] * 10
+    assert job.learner.alignments.tolist() == [value.item() for _, value in told]

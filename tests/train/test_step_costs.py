@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import STEP_METHODS, Noise, on_noise
+from training_runs import STEP_METHODS, STEP_OPTIONS, Noise, on_noise
 
 from fastrobust.attack.pgd import StaticAttack
 from fastrobust.attack.threat import Threat
@@ -93,6 +93,12 @@ def test_a_step_that_notes_the_alignment_waits_for_nothing_either():
         noise.step.learner.looks = looks
         counts.append(on_fakes(noise, noise.step.take))
     assert 10 < counts[1].operators - counts[0].operators < 40 and counts[1].bytes < 1.03 * counts[0].bytes
+
+
+@pytest.mark.parametrize("option", STEP_OPTIONS)
+def test_options_wait_for_nothing(option):
+    noise = on_noise(more=STEP_OPTIONS[option])
+    assert on_fakes(noise, noise.step.take).operators > CEILINGS["fgsm"]["fp32"][0] / SLACK
 
 
 def test_an_attack_step_waits_for_nothing():

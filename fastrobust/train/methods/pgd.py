@@ -34,6 +34,8 @@ def pgd(
 
 class Pgd(Attacked):
     one_step: ClassVar[bool] = False
+    splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: not self.skip_misclassified)
     name: Literal["pgd"]
     steps: Count = 7
     alpha: Pixels

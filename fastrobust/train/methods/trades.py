@@ -38,6 +38,8 @@ def divergence(p: Tensor, logits: Tensor) -> Tensor:
 
 class Trades(Attacked):
     one_step: ClassVar[bool] = False
+    splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: True)
     name: Literal["trades"]
     steps: Count = 10
     alpha: Pixels | None = None  # default epsilon / 4: 2/255 at 8/255
