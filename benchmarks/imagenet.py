@@ -153,7 +153,8 @@ class CountFlops(TorchDispatchMode):
 
 def flops(step: Step, batch: Batch) -> dict[str, float]:
     """Floating-point operations of convolutions and linear layers, for one image: of a forward pass, and of a whole step
-    (counted while it is run)."""
+    (counted while it is run), one without the gradient of the first layer that every eighth step has."""
+    step.learner.looks = False
     x = torch.zeros(1, *batch.images.shape[1:], device=batch.images.device)
     with CountFlops() as forward, evaluating(step.learner.model), torch.no_grad():
         step.learner.model(x)

@@ -155,7 +155,7 @@ class Guard(Section):
     """PGD on 512 training images after each epoch (paper, appendix B: on one minibatch): a fall of robust accuracy by more
     than `drop` from one epoch to the next is catastrophic overfitting. alpha defaults to epsilon / 4: 2/255 at 8/255."""
 
-    action: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_off)] = "stop"
+    action: Annotated[Literal["stop", "recover", "warn", "off"], BeforeValidator(_off)] = "stop"
     steps: Count = 5
     alpha: Pixels | None = None
     drop: Annotated[Number, Field(gt=0, lt=1)] = 0.2
@@ -232,6 +232,10 @@ class Config(Section):
         self.method.resolve(self.epsilon)
         if self.method.attacks and self.epsilon == 0:
             raise ValueError("epsilon is 0: use `method: {name: standard}` for training without an attack")
+        if self.guard.action == "recover" and self.method.attacks and not self.method.one_step:
+            raise ValueError(
+                f"guard.action: recover goes on with n_fgsm, which is no substitute for {self.method.name}: use stop"
+            )
         if self.norm != "linf" and (what := self.method.linf_alone):
             raise ValueError(f"norm is {self.norm}, but {what} is for the L-infinity ball alone: use norm: linf")
         if self.label_smoothing and getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:

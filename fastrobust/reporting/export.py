@@ -237,6 +237,9 @@ def training(config, summary: Summary | None) -> str:
     settings = "".join(f", {key} {plain(value)}" for key, value in vars(config.method).items() if key != "name")
     radius = ball_in_words(config.epsilon, config.norm)
     lines = [f"Method {config.method.name}{settings}; {radius}, {config.epochs} epochs, seed {config.seed}."]
+    for found in summary.recovered if summary else ():
+        went = f"It overfitted in epoch {found['epoch']}, went back to epoch {found['went_back_to']}"
+        lines.append(f"{went}, and on with {found['method']}.")
     if summary and summary.stopped:
         lines.append(f"It was {summary.stopped}.")
     if summary and "device" in summary.hardware:

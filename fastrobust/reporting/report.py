@@ -25,6 +25,7 @@ CURVES = [  # (key of metrics.jsonl, title, is an accuracy)
     ("train_accuracy", "Accuracy under the training attack", True),
     ("guard_clean_accuracy", "Clean accuracy, guard's images", True),
     ("guard_accuracy", "PGD accuracy, guard's images", True),
+    ("alignment", "Alignment of the attack's gradients", False),
     ("learning_rate", "Learning rate at the epoch's end", False),
     ("images_per_second", "Training images per second", False),
 ]
@@ -101,7 +102,8 @@ def render(runs: list[Run]) -> str:
 
 
 def warnings(one: Run) -> str:
-    told = [f"epoch {record.epoch}: {record.warning}" for record in one.history if record.warning][-1:]
+    warned = [record for record in one.history if record.warning]
+    told = [f"epoch {r.epoch}: {r.warning}" for r in warned if r.went_back_to is not None or r is warned[-1]]
     if one.summary is None:
         told = ["is not finished: what it has so far is shown."]
     elif one.summary.stopped:

@@ -28,6 +28,8 @@ class Epoch(Stored):
     guard_clean_accuracy: float | None = None
     guard_accuracy: float | None = None
     guard_images: int | None = None
+    alignment: float | None = None
+    went_back_to: int | None = None
     learning_rate: float | None = None
     images_per_second: float | None = None
     seconds: float = 0.0
@@ -67,6 +69,7 @@ class Summary(Environment):
     train_seconds: float
     epochs: int
     stopped: str | None
+    recovered: list[dict[str, Any]] = []
     training_images: int | None = None
     tested_on: str = ""
 

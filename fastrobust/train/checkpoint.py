@@ -44,13 +44,15 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors |= {f"state.{name}": t for name, t in stored["state"].items()}
     tensors |= {f"good.{name}": t for name, t in training.good.items()} | _generators(training)
     tensors |= {f"best.{name}": t for name, t in training.best.items()}
-    if training.robust_before is not None:
-        tensors["guard.robust"] = training.robust_before
+    for name, found in (("robust", training.robust_before), ("good_robust", training.good_robust)):
+        if found is not None:
+            tensors[f"guard.{name}"] = found
     if world.size > 1:
         totals = world.total(*learner.read_sums())
         for name, total in zip(("loss_sum", "correct", "seen"), totals, strict=True):
             tensors[f"learner.sums.{name}"].fill_(total)
-        own = _generators(training) | {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
+        own = _generators(training) | {"learner.sums.alignments": learner.alignments.cpu()}
+        own |= {f"learner.model.{name}": t.cpu() for name, t in learner.model.named_buffers()}
         if learner.average is not None:
             own |= {f"learner.averaged.{name}": t.cpu() for name, t in learner.average.buffers().items()}
         agreed = training.step.method.agreed
@@ -102,6 +104,8 @@ def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
+    if "learner.sums.alignments" not in tensors:  # version 0.1 noted none
+        tensors["learner.sums.alignments"] = training.learner.alignments
     try:
         training.position = Position.model_validate(facts["position"])
         training.history, training.good_epoch = facts["history"], facts["good_epoch"]
@@ -119,7 +123,7 @@ def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     training.good = {name: t.to(training.device) for name, t in part("good.").items()}
     training.best = {name: t.to(training.device) for name, t in part("best.").items()}
     training.selected = facts.get("selected")
-    training.robust_before = tensors.get("guard.robust")
+    training.robust_before, training.good_robust = tensors.get("guard.robust"), tensors.get("guard.good_robust")
     if training.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], training.device)
     if rank:

@@ -144,14 +144,29 @@ class StaticStep:
 
 
 class GraphStep(StaticStep):
-    """The step recorded as one CUDA graph. Recording trains a little; everything that changed is put back, the random
-    generator included, so that the first replay is the first step. Raises RuntimeError where it cannot be captured."""
+    """The step recorded as a CUDA graph; where alignments are noted, as two, with and without. Recording trains a little;
+    everything that changed is put back, the random generator included, so that the first replay is the first step. Raises
+    RuntimeError where it cannot be captured."""
 
     def __init__(self, run: Run, batch: Batch, owner):
         super().__init__(run, batch)
-        put_back = keep_state(owner, batch.images.device)
+        self.learner = learner = owner.learner
+        put_back, device = keep_state(owner, batch.images.device), batch.images.device
+        warm_up = WARM_UP if learner.shared is None else WARM_UP_SHARED
+        self.graphs, self.updates = {}, 0
         try:
-            warm_up = WARM_UP if owner.learner.shared is None else WARM_UP_SHARED
-            self.run = record(super().run, batch.images.device, put_back, warm_up)
+            for looks in (True, False) if len(learner.alignments) else (False,):
+                learner.looks = looks
+                self.graphs[looks] = record(self._once, device, put_back, warm_up)
         finally:
+            learner.looks = None
             put_back()
+
+    def _once(self) -> None:
+        before = self.learner.made
+        self.eager(self.batch)
+        self.updates = self.learner.made - before
+
+    def run(self) -> None:
+        self.graphs[self.learner.due()]()
+        self.learner.made += self.updates

@@ -17,14 +17,22 @@ from torch import Tensor
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import Verdicts
+from fastrobust.config.schema import Config
 from fastrobust.runtime.distributed import World
+from fastrobust.train.methods.awp import Awp
+from fastrobust.train.methods.base import Method
+from fastrobust.train.methods.n_fgsm import NFgsm
+from fastrobust.train.methods.pgd import Pgd
 
 IMAGES = 512  # training images that are attacked, evenly spaced over all; fewer only where there are fewer
 ENOUGH = 256  # images for a verdict that ends a run
 SURE = 3.3  # standard deviations: a fall by chance alone is so significant in one epoch of 2,000
 FREE_JUMP = 0.1  # a rise of training accuracy within an epoch that the epochs before it do not explain
 GAP = 0.5  # between the accuracy under the training attack and under PGD
+RECOVERIES = 2  # of a run with `guard.action: recover`; overfitting after that stops it
+LOW = 0.1  # alignment of the attack's gradients below which they hardly agree; a warning where it was 3 times as high
 PATIENCE = 3  # epochs that such a gap may last without PGD accuracy rising: some runs start with one and close it
+WENT_BACK = "went_back_to"  # in the record of an epoch: the epoch whose state the run recovered
 ADVICE = "train with a smaller alpha, with method n_fgsm, or with more noise"
 
 
@@ -73,10 +81,14 @@ def jumped(history: list[dict]) -> bool:
 
 def comparable(history: list[dict]) -> list[dict]:
     """The last epochs that were trained as the last of all: in its phase and with its radius. While epsilon warms up every
-    epoch has a larger radius than the one before, and a lower accuracy is to be expected."""
+    epoch has a larger radius than the one before, and a lower accuracy is to be expected. What a recovery has undone is
+    left out."""
     alike = ("phase", "guard_epsilon")
-    last, kept = history[-1], []
+    last, kept, undone = history[-1], [], math.inf
     for record in reversed(history):
+        undone = min(undone, record.get(WENT_BACK, math.inf))
+        if record.get("epoch", 0) > undone:
+            continue
         if "guard_accuracy" not in record or any(record.get(key) != last.get(key) for key in alike):
             break
         kept.insert(0, record)
@@ -108,6 +120,41 @@ def verdict(history: list[dict], before: Tensor | None, now: Tensor, drop: float
     return None
 
 
+def disagreement(history: list[dict]) -> tuple[str, str] | None:
+    """("suspect", why) where the gradients at both ends of the attack have ceased to agree (`alignment.py`)."""
+    known = [record["alignment"] for record in comparable(history) if "alignment" in record]
+    if not known or known[-1] >= LOW or max(known) <= 3 * LOW:
+        return None
+    why = f"alignment {known[-1]:.2f}, at best {max(known):.2f}"
+    return "suspect", f"the gradients at both ends of the attack hardly agree: {why}"
+
+
+def recoveries(history: list[dict]) -> int:
+    return sum(WENT_BACK in record for record in history)
+
+
+def remedy(method: Method, epsilon: float, before: int) -> Method:
+    """What a run goes on with after `method` has overfitted. At first what costs no more: the same with more noise, by an
+    epsilon, where it has noise, else N-FGSM by its published rule (noise 2, alpha epsilon). After one recovery `before`
+    what is sure: PGD with three steps of epsilon / 2."""
+    if isinstance(method, Awp):
+        return method.model_copy(update={"of": remedy(method.of, epsilon, before)})
+    batchnorm = {"attack_batchnorm": method.batchnorm_in_attack}
+    if before:
+        return Pgd(name="pgd", steps=3, alpha=epsilon / 2, **batchnorm)
+    if hasattr(method, "noise"):
+        return method.model_copy(update={"noise": method.noise + 1})
+    return NFgsm(name="n_fgsm", alpha=epsilon, **batchnorm)
+
+
+def method_now(config: Config, history: list[dict]) -> Method:
+    """The method of a run's next step."""
+    method = config.method
+    for before in range(recoveries(history)):
+        method = remedy(method, config.epsilon, before)
+    return method
+
+
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether every number of the tensors is one. Waits for the device once."""
     finite = [t.isfinite().all() for t in tensors if t.is_floating_point()]
@@ -119,7 +166,7 @@ def trouble(learner) -> str | None:
     Looks at the weights too: the loss of an update is taken before it, so that the last update of an epoch can spoil them
     unseen. fp16 skips updates that overflow and halves its loss scale at each, to find its place; below 1 it has none."""
     loss, fp16 = learner.loss_sum.item(), learner.scaler.is_enabled()
-    finite = all_finite(t for name, t in learner.tensors().items() if name != "sums.loss_sum")
+    finite = all_finite(t for name, t in learner.tensors().items() if not name.startswith("sums."))
     if not finite or (not fp16 and not math.isfinite(loss)):
         spoilt = "weights or optimiser hold infinite numbers or NaN" if math.isfinite(loss) else f"the loss became {loss}"
         return f"training diverged: {spoilt}. Lower the learning rate (schedule) and start anew"

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from fastrobust.attack.gradient import frozen
 from fastrobust.models import fused
 from fastrobust.runtime import cuda_graph
+from fastrobust.train.alignment import EVERY, UNKNOWN, alignment
 from fastrobust.train.averaging import Average
 from fastrobust.train.optimizers import set_rates
 from fastrobust.train.shadow import Shadow
@@ -47,7 +48,8 @@ class Learner:
     """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run;
     epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
     uses our own; reads_weights, whether the method reads the model's weights itself; in_parts, whether some updates are
-    made of the gradients of several parts of a batch (`part`); the others as in a config.
+    made of the gradients of several parts of a batch (`part`); watched, whether the alignment of the attack's gradients
+    is noted (`alignment.py`); the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -73,6 +75,7 @@ class Learner:
         kernels: bool = False,
         reads_weights: bool = False,
         in_parts: bool = False,
+        watched: bool = False,
     ):
         self.model, self.part = model, Part()
         self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
@@ -89,6 +92,10 @@ class Learner:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self.correct = torch.zeros((), dtype=torch.int64, device=self.device)
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.alignments = torch.full((len(lr_table) if watched else 0,), UNKNOWN, device=self.device)  # by update
+        self.of_attack: Tensor | None = None  # the gradient of the attack whose update comes next
+        self.made = 0  # updates, as the host counts them
+        self.looks: bool | None = None  # whether the next update gives its alignment, if that is not to go by `due`
         self.optimizer = optimizer.build(model, self.lr)
         self.shared: nn.Module | None = None
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
@@ -148,6 +155,9 @@ class Learner:
             logits = self.forward(x)
             scaled = self.scaler.scale((loss or self.loss)(logits, y))
             (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
+        looks = self.due() if self.looks is None else self.looks
+        if looks and self.part.last and mode is None and not twice:
+            self.of_attack = gradient
         return gradient, logits if keep else logits.detach()
 
     def attack_logits(self, x: Tensor) -> Tensor:
@@ -171,6 +181,9 @@ class Learner:
 
     def update(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> None:
         """One optimiser step on the loss of the logits at x; adds to the running sums."""
+        if self.of_attack is not None:
+            self.update_with_input_gradient(x, y, loss)
+            return
         loss = loss or self.loss
         with self.around_update(self, x, y, loss), self._exchanging():
             self._step(self._forward_of_update(x.detach()), y, loss)
@@ -181,6 +194,10 @@ class Learner:
         loss = loss or self.loss
         with self.around_update(self, x, y, loss):
             self._step(self._forward_of_update(x), y, loss, x)
+        if self.of_attack is not None:
+            last = (self.updates - 1).clamp(max=len(self.alignments) - 1)
+            self.alignments.index_copy_(0, last, alignment(self.of_attack, x.grad)[None])
+            self.of_attack = None
         return x.grad
 
     def mean(self, t: Tensor) -> Tensor:
@@ -202,6 +219,11 @@ class Learner:
     def epoch(self) -> Tensor:
         """When the next update takes place, in epochs since the start (shape [])."""
         return self.now(self.epoch_table)
+
+    def due(self) -> bool:
+        """Whether the next update (of its parts, the last) gives its alignment too. It costs a pass through the first layer:
+        a sixth of a step of a network of two convolutions. So most do without."""
+        return len(self.alignments) > 0 and self.made % EVERY == 0
 
     def _exchanging(self) -> contextlib.AbstractContextManager:
         """Only the backward pass of the last part exchanges gradients with other processes: those of all parts."""
@@ -230,6 +252,7 @@ class Learner:
             if self.average is not None:
                 self.average.update(self.updates)
             self.updates.add_(1)
+            self.made += 1
         self.loss_sum.add_(loss.detach() * len(y))
         self.correct.add_(right(logits.detach(), y).sum())
         self.seen.add_(len(y))
@@ -261,7 +284,8 @@ class Learner:
             tensors |= {f"optimizer.{i}.{name}": t for name, t in self.optimizer.state[p].items()}
         if self.average is not None:
             tensors |= {f"averaged.{name}": t for name, t in self.average.tensors.items()}
-        tensors |= {f"sums.{name}": getattr(self, name) for name in ("updates", "loss_sum", "correct", "seen")}
+        sums = ("updates", "loss_sum", "correct", "seen", "alignments")
+        tensors |= {f"sums.{name}": getattr(self, name) for name in sums}
         return tensors
 
     def state_dict(self) -> dict:
@@ -281,6 +305,7 @@ class Learner:
             for name, t in mine.items():
                 t.copy_(state["tensors"][name])
             self.refresh()
+        self.made = int(self.updates)
         if self.scaler.is_enabled():
             self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
             self.scaler.load_state_dict(state["scaler"])

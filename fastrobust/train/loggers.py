@@ -97,7 +97,8 @@ class Mlflow(Logger):
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
     """What of an epoch's record is drawn."""
-    return {name: record[name] for name in sorted(record.keys() - {"epoch", "phase", "updates", "warning", "guard_images"})}
+    others = {"epoch", "phase", "updates", "warning", "guard_images", "went_back_to", "method"}
+    return {name: record[name] for name in sorted(record.keys() - others)}
 
 
 def needed(module: str, packages: str = "") -> Any:

@@ -313,6 +313,9 @@ def show_summary(summary: dict[str, Any], directory: Path) -> None:
         console.print(selection.in_words(summary["selection"]), soft_wrap=True)
     if "held-out" in summary.get("tested_on", ""):
         console.print(f"the test images: {summary['tested_on']}", soft_wrap=True)
+    for r in summary.get("recovered", ()):
+        told = f"overfitting in epoch {r['epoch']}: back to epoch {r['went_back_to']}, and on with {r['method']}"
+        console.print(f"note: {told}", markup=False, soft_wrap=True)
     if summary["stopped"]:
         console.print(f"warning: {summary['stopped']}", markup=False, soft_wrap=True)
     per_epoch = duration(summary["seconds_per_epoch"])

@@ -144,6 +144,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         kernels=kernels,
         reads_weights=config.method.reads_weights,
         in_parts=any(phase.accumulate > 1 for phase in config.phases),
+        watched=config.guard.action != "off",
     )
     if world.joined:
         learner.share_gradients()

@@ -23,6 +23,7 @@ from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.interrupt import Interrupted, handled
 from fastrobust.runtime.progress import Progress
 from fastrobust.train import checkpoint, guard, schedules, selection, step
+from fastrobust.train.alignment import WINDOW
 from fastrobust.train.checkpoint import Position
 from fastrobust.train.curves import Curves, epoch_line
 from fastrobust.train.threads import Threads
@@ -53,8 +54,9 @@ class Training:
         self.threads = Threads(self.step, world, config.deterministic)
         self.position = Position()
         self.history: list[dict] = []
-        self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
+        self.good: dict[str, Tensor] = {}  # the state after the last epoch that the guard found healthy
         self.good_epoch = 0
+        self.good_robust: Tensor | None = None  # which of the guard's images were robust then
         self.best: dict[str, Tensor] = {}  # the weights that did best on the held-out images
         self.selected: dict[str, Any] | None = None  # which those are: see `selection.look`
         self.guarded: tuple[Tensor, Tensor] | None = None  # the images that the guard attacks, and their labels
@@ -72,11 +74,19 @@ class Training:
 
     def enter_phase(self) -> None:
         """Get ready for the phase that the run stands in."""
-        index = min(self.position.phase, len(self.config.phases) - 1)
-        self.loader, phase = self.phases.enter(index), self.config.phases[index]
+        self.loader = self.phases.enter(self._phase_index())
+        self.prepare_step()
+        self.guarded = self.robust_before = None
+
+    def _phase_index(self) -> int:
+        return min(self.position.phase, len(self.config.phases) - 1)
+
+    def prepare_step(self) -> None:
+        """For the phase, and for the method that the run has come to."""
+        phase = self.config.phases[self._phase_index()]
+        self.step.method = guard.method_now(self.config, self.history)
         shape = phase.batch_size // self.world.size, self.loader.channels, phase.resolution
         self.step.enter_phase(*shape, phase.accumulate)
-        self.guarded = self.robust_before = None
 
     def save(self) -> None:
         """Begins to write a checkpoint of this moment, when the one before is written; training goes on meanwhile. Raises
@@ -112,6 +122,8 @@ class Training:
 
     def _train(self) -> None:
         config, position = self.config, self.position
+        if config.guard.action == "recover" and not self.good:
+            self._keep(0, None)
         steps = [schedules.steps_in(config, phase, len(self.loader)) for phase in config.phases]
         done = sum(steps[: position.phase]) + position.step
         with (
@@ -166,6 +178,12 @@ class Training:
             "seconds": seconds,
             "images_per_second": seen / self.config.replays / seconds,
         }
+        before = self.history[-1]["updates"] if self.history else 0
+        noted = self.learner.alignments[max(before, record["updates"] - WINDOW) : record["updates"]].clone()
+        if len(noted):
+            self.world.average_([noted])
+        if (noted <= 1).any():
+            record["alignment"] = noted[noted <= 1].mean().item()
         self.history.append(record)
         self.learner.reset_sums()
         buffers = [b for b in self.learner.model.buffers() if b.is_floating_point()]
@@ -203,19 +221,48 @@ class Training:
         verdict = guard.verdict(self.history, self.robust_before, found.robust, settings.drop)
         self.robust_before = found.robust
         overfit = verdict is not None and verdict[0] == "overfit"
-        if not overfit and settings.action == "stop":
-            self.good = {name: t.detach().clone() for name, t in self.weights().items()}
-            self.good_epoch = record["epoch"]
-        if verdict is not None:
-            record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {verdict[1]}"
-        if overfit and settings.action == "stop":
-            self._go_back(record)
+        hint = verdict or guard.disagreement(self.history)
+        if (not overfit and settings.action == "stop") or (verdict is None and settings.action == "recover"):
+            self._keep(record["epoch"], found.robust)
+        if hint is not None:
+            record["warning"] = f"{'catastrophic overfitting' if overfit else 'suspicious'}: {hint[1]}"
+        if overfit and settings.action == "recover" and guard.recoveries(self.history) < guard.RECOVERIES:
+            self._recover(record)
+        elif overfit and settings.action != "warn":
+            self._stop(record)
 
     def weights(self) -> dict[str, Tensor]:
         """The model's weights, and the averaged ones as `averaged.NAME`, without copying."""
         average = self.learner.average
         averaged = {} if average is None else {f"averaged.{name}": t for name, t in average.tensors.items()}
         return self.learner.model.state_dict() | averaged
+
+    def _state(self) -> dict[str, Tensor]:
+        """What the guard goes back to: the weights, and to train on from there the optimiser's state."""
+        if self.config.guard.action != "recover":
+            return self.weights()
+        return self.weights() | {k: t for k, t in self.learner.tensors().items() if k.startswith("optimizer.")}
+
+    def _keep(self, epoch: int, robust: Tensor | None) -> None:
+        self.good = {name: t.detach().clone() for name, t in self._state().items()}
+        self.good_epoch, self.good_robust = epoch, robust
+
+    def _put_back(self) -> None:
+        state = self._state()
+        with torch.no_grad():
+            for name, t in self.good.items():
+                state[name].copy_(t)
+
+    def _recover(self, record: dict) -> None:
+        """Put back the state of the last healthy epoch, and go on from here, in the schedule and in the data, with a method
+        that overfits less."""
+        self._put_back()
+        record[guard.WENT_BACK] = self.good_epoch
+        self.prepare_step()
+        self.robust_before = self.good_robust
+        record["method"] = self.step.method.describe()
+        place = f"epoch {self.good_epoch}" if self.good_epoch else "the start"
+        record["warning"] += f"; back to the weights of {place}, and on with {record['method']}"
 
     def _guarded_images(self) -> tuple[Tensor, Tensor]:
         """The training images that the guard attacks, at the phase's resolution, with their labels."""
@@ -227,20 +274,19 @@ class Training:
             self.guarded = images, labels.to(self.device)
         return self.guarded
 
-    def _go_back(self, record: dict) -> None:
+    def _stop(self, record: dict) -> None:
         """End the run with the weights of the last healthy epoch, if it was trained with the radius of this one."""
         before = [r for r in self.history if r["epoch"] == self.good_epoch and self.good]
         full = None if self.config.epsilon_warmup else self.config.epsilon  # version 0.1 did not record the radius
         if before and before[0].get("guard_epsilon", full) == record["guard_epsilon"]:
             kept = f"the weights after epoch {self.good_epoch} are kept"
-            weights = self.weights()
-            with torch.no_grad():
-                for name, t in self.good.items():
-                    weights[name].copy_(t)
+            self._put_back()
         else:
             kept = "no epoch with this epsilon was healthy"
         kept = "the weights that did best on the held-out images are kept" if self.selected else kept
         said = f"stopped after epoch {record['epoch']}: {record['warning']}; {kept}"
+        if recoveries := guard.recoveries(self.history):
+            said += f", after {recoveries} recoveries"
         self.position.stopped = f"{said}. To train on, {guard.ADVICE}"
 
     def _check_numbers(self) -> None:
@@ -320,6 +366,9 @@ def summarize(training: Training, evaluations: list[dict]) -> dict[str, Any]:
         "engine": config.engine,
         "epochs": epochs,
         "stopped": position.stopped,
+        "recovered": [
+            {key: r[key] for key in ("epoch", guard.WENT_BACK, "method")} for r in training.history if guard.WENT_BACK in r
+        ],
         "train_seconds": position.train_seconds,
         "seconds_per_epoch": position.train_seconds / epochs,
         "seed": config.seed,

@@ -163,6 +163,23 @@ def test_two_phases_of_a_run(tmp_path, monkeypatch):
     assert sim.counts()["graph"] == 2 * 2 + 2 * 5
 
 
+def test_a_recovery_records_another_graph(tmp_path, monkeypatch):
+    """The graph of the method that overfitted is let go, and the state is put back without a forbidden call."""
+    judged = iter([None, ("overfit", "made up"), None])
+    monkeypatch.setattr(guard, "trouble", lambda learner: None)  # it asks for numbers
+    monkeypatch.setattr(guard, "verdict", lambda *given: next(judged))
+    monkeypatch.setattr(Learner, "read_sums", lambda self: (1.0, 10, 50))
+    monkeypatch.setattr("fastrobust.data.loaders.Phases.enter", lambda self, index: Resident(image_set(16), CUDA))
+    monkeypatch.setattr("fastrobust.data.loaders.Phases.check_files", lambda self, count: None)
+    phases = [{"epochs": 3, "batch_size": 25, "resolution": 16}]
+    training = Training(config_of("preact_resnet18_w16", 16, phases=phases, guard={"action": "recover"}), tmp_path, CUDA)
+    prepared, prepare = [], engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda *a: prepared.append(prepare(*a)) or prepared[-1])
+    training.train()
+    assert [type(run) for run in prepared] == [engine.GraphStep] * 2 and training.step.method.name == "n_fgsm"
+    assert training.history[1]["went_back_to"] == 1
+
+
 @pytest.mark.parametrize("method", ["fgsm", "free"])
 def test_gradients_are_shared_within_the_graph(method, monkeypatch):
     """One process, as torchrun starts it. `free` with 9 replays is at pass 100 when it is captured."""

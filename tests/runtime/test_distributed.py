@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from training_runs import before_step, without_times
 
 from fastrobust.__main__ import main as cli
+from fastrobust.attack.verdicts import Verdicts
 from fastrobust.config import reading
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
@@ -24,7 +26,8 @@ from fastrobust.evaluation import results
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.command import main_with_errors
-from fastrobust.train import checkpoint
+from fastrobust.runtime.interrupt import Interrupted
+from fastrobust.train import checkpoint, guard, learner, training
 from fastrobust.train.training import Training
 from tests.stress import child
 from tests.stress.ranks import together
@@ -143,6 +146,57 @@ def newer_methods(file: str, output: str) -> int:
             assert stored == [f"state.{key}" for key in job.step.state], "once, and not for each process"
         torch.save(ended, f"{output}.{world.rank}")
     return 0
+
+
+def recovering(file: str, output: str) -> int:
+    """A run that overfits in its second epoch and recovers, whole and with a signal after its ninth step; with numbers in
+    the place of random ones. What both have in the end goes to files."""
+    looks, patch = [], pytest.MonkeyPatch()
+
+    def made_up(model, images, labels, **settings):
+        looks.append(1)
+        everyone = torch.ones(len(labels), dtype=torch.bool)
+        return Verdicts(everyone, ~everyone if len(looks) == 2 else everyone)
+
+    with patch.context() as p, distributed.joined("cpu") as (world, device):
+        p.setattr(guard, "pgd", made_up)
+        p.setattr(guard, "ENOUGH", 65)
+        p.setattr(training, "AGREE_EVERY", 1)
+        p.setattr(learner, "EVERY", 1)
+        p.setattr(torch, "rand_like", lambda t: 0.5 + 0.5 * (37 * t.detach()).sin())
+        config, ended = resolved(file), {}
+        for name in ("whole", "stopped"):
+            looks.clear()
+            (directory := Path(f"{output}.{name}")).mkdir(exist_ok=True)
+            job = Training(config, directory, device, world=world)
+            if name == "stopped":
+                before_step(job, 9, lambda job=job: job._note_signal(signal.SIGTERM, None))
+                with pytest.raises(Interrupted):
+                    job.train()
+                job = Training(config, directory, device, world=world)
+                job.restore(*run_directory.load_checkpoint(directory))
+            job.train()
+            tensors = {key: t.clone() for key, t in job.learner.tensors().items()}
+            ended[name] = tensors, without_times(job.history), job.step.method.describe()
+        torch.save(ended, f"{output}.{world.rank}")
+    return 0
+
+
+def test_two_processes_recover_as_one_does(quick, tmp_path):
+    """From the same epoch, to the same method; interrupted after it, to the same bits in both."""
+    file = str(quick(method=ZERO, guard={"action": "recover"}))
+    assert ended_well(together(tmp_path, recovering, file, str(tmp_path / "two")))
+    assert recovering(file, str(tmp_path / "one")) == 0
+    one, *two = (torch.load(tmp_path / n, weights_only=True) for n in ("one.0", "two.0", "two.1"))
+    for run in (one, *two):
+        assert [r.get("went_back_to") for r in run["whole"][1]] == [None, 1, None]
+        assert run["whole"][1:] == run["stopped"][1:] and run["whole"][2].startswith("n_fgsm")
+        for name, t in run["whole"][0].items():
+            assert torch.equal(t, run["stopped"][0][name]), name
+            if name.startswith(("model.", "optimizer.")):
+                torch.testing.assert_close(t, one["whole"][0][name], rtol=0, atol=1e-4)
+    alignments = [[record["alignment"] for record in run["whole"][1]] for run in (one, *two)]
+    assert alignments[1] == alignments[2] == pytest.approx(alignments[0], abs=1e-3)
 
 
 def test_newer_methods_in_two_processes_are_those_in_one(quick, tmp_path):

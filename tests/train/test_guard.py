@@ -168,3 +168,29 @@ def test_the_simulation():
     assert rows["paper's, 16 images"]["stopped_healthy_0"] > 0.75
     for rule in ("guard, 256 images, churn 10%", "guard, 512 images, churn 30%"):
         assert rows[rule]["stopped_healthy_0"] == 0 and rows[rule]["missed_fall_0.4"] == 0
+
+
+@pytest.mark.parametrize(
+    ("alignments", "hint"),
+    [
+        ((0.7, 0.5, 0.3, 0.11), False),
+        ((0.7, 0.5, 0.3, 0.09), True),
+        ((0.7, 0.5, 0.05, 0.4), False),  # it is the last epoch that counts
+        ((0.25, 0.2, 0.05), False),  # it never was high
+        ((0.05,), False),
+        ((), False),
+    ],
+)
+def test_gradients_that_no_longer_agree_are_a_hint(alignments, hint):
+    records = [record | {"alignment": a} for record, a in zip(HEALTHY, alignments, strict=False)] or HEALTHY
+    found = guard.disagreement(records)
+    assert (found is not None) is hint
+    if hint:
+        assert found[0] == "suspect" and found[1].endswith("alignment 0.09, at best 0.70")
+
+
+def test_alignments_of_another_radius_are_not_compared():
+    records = [record | {"alignment": a} for record, a in zip(HEALTHY, (0.9, 0.05), strict=False)]
+    assert guard.disagreement(records) is not None
+    records[0]["guard_epsilon"] /= 2
+    assert guard.disagreement(records) is None

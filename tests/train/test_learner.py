@@ -300,7 +300,7 @@ def test_a_state_holds_all_that_training_changes():
     names = Learner(make_model(), adam(), torch.tensor(RATES)).state_dict()["tensors"].keys()
     model = {f"model.{name}" for name in make_model().state_dict()}
     moments = {f"optimizer.{i}.{name}" for i in range(6) for name in ("exp_avg", "exp_avg_sq", "step")}
-    assert names == model | moments | {f"sums.{name}" for name in ("updates", "loss_sum", "correct", "seen")}
+    assert names == model | moments | {f"sums.{name}" for name in ("updates", "loss_sum", "correct", "seen", "alignments")}
 
 
 def test_a_state_that_does_not_fit_is_refused():

@@ -76,12 +76,23 @@ def on_fakes(noise: Noise, take) -> Count:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", STEP_METHODS)
 def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
+    """An ordinary step: at one of eight the alignment of the attack's gradients comes on top."""
     noise = on_noise(method, precision)
+    noise.step.learner.looks = False
     count = on_fakes(noise, noise.step.take)
     found = count.operators, round(count.bytes / 1e6, 1)
     for what, value, ceiling in zip(("operators", "MB"), found, CEILINGS[method][precision], strict=True):
         assert value <= 1.01 * ceiling, f"the step has grown to {value} {what}"
         assert ceiling <= SLACK * value, f"well done: lower the ceiling to {value} {what}"
+
+
+def test_a_step_that_notes_the_alignment_waits_for_nothing_either():
+    counts = []
+    for looks in (False, True):
+        noise = on_noise("fgsm")
+        noise.step.learner.looks = looks
+        counts.append(on_fakes(noise, noise.step.take))
+    assert 10 < counts[1].operators - counts[0].operators < 40 and counts[1].bytes < 1.03 * counts[0].bytes
 
 
 @pytest.mark.parametrize("option", STEP_OPTIONS)

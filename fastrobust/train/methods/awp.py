@@ -51,6 +51,7 @@ class Awp(Method):
     begin: Annotated[Number, Field(ge=0, le=1)] = 0.05  # share of training before the weights are moved
 
     attacks = property(lambda self: self.of.attacks)
+    one_step = property(lambda self: self.of.one_step)
     by_slot = property(lambda self: self.of.by_slot)
     agreed = property(lambda self: self.of.agreed)
     updates_per_batch = property(lambda self: self.of.updates_per_batch)

@@ -75,12 +75,14 @@ class Method(Section, ABC):
     """The base of all methods. A method of one's own derives from it, in a module that the config names
     (`method: {name: package.module:Class}`), and its fields are the keys of the config's `method` section.
 
-    `attacks`: whether it trains on adversarial examples, so that the guard has something to watch. `by_slot`: the tensors
+    `attacks`: whether it trains on adversarial examples, so that the guard has something to watch. `one_step`: whether
+    `n_fgsm` can take its place after catastrophic overfitting (`guard.action: recover`). `by_slot`: the tensors
     of the state whose first dimension is the place in the batch; of several processes each keeps its own part. `agreed`:
     the tensors of the state that are the same in all processes after every step. `splits`: whether a step on a batch is one
     update, by the mean of what steps on its parts would come to (`phases.N.accumulate`)."""
 
     attacks: ClassVar[bool] = True
+    one_step: ClassVar[bool] = False
     splits: ClassVar[bool] = False
     by_slot: ClassVar[tuple[str, ...]] = ()
     agreed: ClassVar[tuple[str, ...]] = ()
@@ -134,6 +136,7 @@ class Attacked(Method):
     """`attack_batchnorm`: `train` (the authors' code) lets the attack pass use batch statistics and move the running
     averages; `eval` makes it use the running averages and leave them alone."""
 
+    one_step: ClassVar[bool] = True
     attack_batchnorm: Literal["train", "eval"] = "train"
 
     @property

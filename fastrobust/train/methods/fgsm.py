@@ -60,6 +60,10 @@ class Fgsm(Attacked):
     ibp_weight: Annotated[Number, Field(ge=0, le=1)] = 0.0  # share of the loss that is its interval bound within epsilon
 
     @property
+    def one_step(self) -> bool:
+        return not self.ibp_weight
+
+    @property
     def reads_weights(self) -> bool:
         return self.ibp_weight > 0
 

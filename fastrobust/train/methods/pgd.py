@@ -33,6 +33,7 @@ def pgd(
 
 
 class Pgd(Attacked):
+    one_step: ClassVar[bool] = False
     splits: ClassVar[bool] = True
     soft_labels = property(lambda self: not self.skip_misclassified)
     name: Literal["pgd"]

@@ -37,6 +37,7 @@ def divergence(p: Tensor, logits: Tensor) -> Tensor:
 
 
 class Trades(Attacked):
+    one_step: ClassVar[bool] = False
     splits: ClassVar[bool] = True
     soft_labels = property(lambda self: True)
     name: Literal["trades"]
