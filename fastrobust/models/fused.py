@@ -1,15 +1,13 @@
 """BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
 
 Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
-the kernels of `norm_kernels`, and counts BatchNorm's batches for all layers at once. Names of weights and buffers stay.
+the kernels of `norm_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers stay.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections import Counter
-from collections.abc import Callable
 from functools import cache, partial
 from types import MethodType
 
@@ -50,9 +48,10 @@ def have_kernels(device: torch.device) -> bool:
 
 
 class CountedNorm(nn.BatchNorm2d):
-    """A BatchNorm2d that notes that it has seen a batch instead of counting at once (`prepare`)."""
+    """A BatchNorm2d that counts its batches on the host: `num_batches_tracked` is right in every state that is taken, and
+    costs no kernel in a step (`prepare`)."""
 
-    waiting: list[Tensor]
+    unwritten: list[int]  # one number: the batches that are not yet in `num_batches_tracked`
     kernels: str | None  # the kind of device on which the kernels are used
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +64,17 @@ class CountedNorm(nn.BatchNorm2d):
 
     def note(self) -> None:
         if self.training:
-            self.waiting.append(self.num_batches_tracked)
+            self.unwritten[0] += 1
+
+    def _save_to_state_dict(self, *arguments) -> None:
+        if self.unwritten[0] and not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.num_batches_tracked.add_(self.unwritten[0])
+            self.unwritten[0] = 0
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        self.unwritten[0] = 0
+        super()._load_from_state_dict(*arguments)
 
 
 class CountedNormRelu(CountedNorm):
@@ -119,28 +128,22 @@ def _kernels(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool) -> tup
     return NormRelu.apply(x, add, norm.weight, norm.bias, *averages, norm.training, after)
 
 
-def prepare(model: nn.Module, kernels: bool = False) -> Callable[[], None]:
-    """Lets the BatchNorm2d of a model note their batches, and with `kernels` run as kernels where a ReLU follows: in our
-    networks and in torchvision's ResNets. Returns a function that counts what was noted, with one kernel: call it after each
-    forward pass. The module is changed; names and values of its state are not."""
-    waiting: list[Tensor] = []
+def prepare(model: nn.Module, kernels: bool = False) -> None:
+    """Lets the BatchNorm2d of a model count their batches on the host, and with `kernels` run as kernels where a ReLU follows:
+    in our networks and in torchvision's ResNets. The module is changed; names and values of its state are not."""
     for module in model.modules():
         if type(module) in (nn.BatchNorm2d, CountedNorm) and _usual(module):
             device = module.weight.device
             module.kernels = device.type if kernels and have_kernels(device) else None
-            module.__class__, module.waiting = CountedNorm, waiting
+            module.__class__, module.unwritten = CountedNorm, [0]
     for module in model.modules() if kernels else ():
         if type(module).__module__ == "torchvision.models.resnet":
             _resnet(module)
 
-    def count() -> None:
-        if waiting:
-            times = Counter(map(id, waiting))
-            each = list({id(t): t for t in waiting}.values())
-            torch._foreach_add_(each, [times[id(t)] for t in each])
-            waiting.clear()
 
-    return count
+def unwritten(model: nn.Module) -> list[tuple[list[int], int]]:
+    """Of each BatchNorm that counts on the host: its counter, and what it says."""
+    return [(m.unwritten, m.unwritten[0]) for m in model.modules() if isinstance(m, CountedNorm)]
 
 
 def _usual(norm: nn.BatchNorm2d) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from fastrobust.data.batch import Batch
-from fastrobust.models.fused import trouble
+from fastrobust.models.fused import trouble, unwritten
 from fastrobust.runtime.cuda_graph import record
 from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
@@ -153,5 +153,11 @@ class GraphStep(StaticStep):
         try:
             warm_up = WARM_UP if owner.learner.shared is None else WARM_UP_SHARED
             self.run = record(super().run, batch.images.device, put_back, warm_up)
+            self.counted = unwritten(owner.learner.model)  # in the capture alone: `put_back` came before it
         finally:
             put_back()
+
+    def __call__(self, batch: Batch) -> None:
+        super().__call__(batch)
+        for counter, batches in self.counted:  # a replay runs no Python
+            counter[0] += batches

@@ -77,7 +77,8 @@ class Learner:
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
         self.average = None if averaging is None else Average(model, averaging)
         self.shadow: Shadow | None = None
-        self.count = fused.prepare(model, kernels) if kernels or self.device.type == "cuda" else lambda: None
+        if kernels or self.device.type == "cuda":
+            fused.prepare(model, kernels)
         plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None and not reads_weights
         if kernels and precision != "fp32" and plain and all(g["factor"] == 1 for g in self.optimizer.param_groups):
             self.shadow = Shadow(model, self.optimizer, DTYPES[precision])
@@ -96,11 +97,8 @@ class Learner:
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast:
             if self.moved is not None:
-                logits = functional_call(self.model, self.moved, x).float()
-            else:
-                logits = (self.shadow or self.model)(x).float()
-        self.count()
-        return logits
+                return functional_call(self.model, self.moved, x).float()
+            return (self.shadow or self.model)(x).float()
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, of attack and update, where a method has none of its own."""

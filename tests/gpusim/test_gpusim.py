@@ -12,12 +12,14 @@ from training_runs import STEP_METHODS, on_noise
 from benchmarks.step import cifar_config, images
 from fastrobust.attack.base import Setting
 from fastrobust.attack.pgd import Pgd
+from fastrobust.attack.pgd_targeted import PgdT
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import breaks, evaluating
 from fastrobust.config import reading
 from fastrobust.data.augment import to_unit
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
+from fastrobust.models import fused
 from fastrobust.models.weights import build_model
 from fastrobust.runtime import distributed
 from fastrobust.runtime.cuda_graph import record
@@ -207,6 +209,31 @@ def test_no_kernels_are_tried_out_for_new_numbers_of_images(monkeypatch):
             breaks(model, x, y, x, attack.threat, attack.batch_size)
             waits.append(sim.counts().get("cudaDeviceSynchronize", 0))
     assert waits[0] > 20 and waits[1:] == [0, 0, 0]
+
+
+def test_other_attacks_have_kernels_tried_out_for_few_numbers_of_images(monkeypatch):
+    """Of 40 images and less, ever fewer are left: 40, 20, 10, 5, 2 and 1 are all that cuDNN sees."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model = build_model(config_of("preact_resnet18_w16", 32), tuple("0123456789")).cuda().eval()
+    data = images(70).images.cuda().contiguous(memory_format=torch.channels_last)
+    attack = PgdT(Setting(model, data, Threat(0.03), 0.01, 40, 0), (1, 1))
+    waits = []
+    with evaluating(model):
+        for count in (37, 18, 9, 4, 2, 1, 33, 31, 22, 19, 11, 7, 3):
+            sim.reset()
+            x, y = to_unit(data[:count]), torch.zeros(count, dtype=torch.int64, device="cuda")
+            attack.run(x, y, (torch.zeros_like(x), 0))
+            waits.append(sim.counts().get("cudaDeviceSynchronize", 0))
+    assert waits[0] > 20 and not any(waits[6:]), waits
+
+
+def test_batches_are_counted_in_replays_without_a_kernel():
+    noise = on_noise("fgsm", "fp16", "cuda")
+    captured(noise.step, next(noise.batches(1)))  # two steps of two passes each
+    counters = [counter for counter, _ in fused.unwritten(noise.step.learner.model)]
+    assert len(counters) > 10 and all(counter == [4] for counter in counters)
+    noise.step.state_dict()
+    assert all(counter == [0] for counter in counters)
 
 
 def test_the_simulation_forbids_what_cuda_forbids():
