@@ -1,7 +1,7 @@
 """BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
 
 Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
-the kernels of `norm_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers stay.
+the kernels of `norm_kernels` and `pixel_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers stay.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrobust.models.pixels import Normalized
 from fastrobust.runtime.errors import first_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -129,9 +130,12 @@ def _kernels(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool) -> tup
 
 
 def prepare(model: nn.Module, kernels: bool = False) -> None:
-    """Lets the BatchNorm2d of a model count their batches on the host, and with `kernels` run as kernels where a ReLU follows:
-    in our networks and in torchvision's ResNets. The module is changed; names and values of its state are not."""
+    """Lets the BatchNorm2d of a model count their batches on the host. With `kernels` those that a ReLU follows, in our networks
+    and in torchvision's ResNets, run as kernels, and so does the normalisation of images. The module is changed; names and
+    values of its state are not."""
     for module in model.modules():
+        if isinstance(module, Normalized) and kernels and have_kernels(module.mean.device):
+            module.kernels = module.mean.device.type
         if type(module) in (nn.BatchNorm2d, CountedNorm) and _usual(module):
             device = module.weight.device
             module.kernels = device.type if kernels and have_kernels(device) else None
