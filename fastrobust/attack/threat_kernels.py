@@ -87,8 +87,8 @@ def climb(
     radius: float | Tensor | None,
     sees: Sees | None = None,
 ) -> Tensor:
-    """clip_to_box(signed_step(delta, gradient, alpha), x); with a radius `project` instead. sees: `seen` of the result is x +
-    delta for the network."""
+    """clip_to_box(signed_step(delta, gradient, alpha), x); with a radius `project` instead. sees: then the result has an
+    attribute `seen`, x + it for the network."""
     (out, places, seen), n = _made(x, sees), delta.numel()
     _climb[(triton.cdiv(n, BLOCK),)](
         delta, gradient, x, out, *places, alpha, 0.0 if radius is None else radius, n, x.shape[1],

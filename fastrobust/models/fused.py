@@ -1,7 +1,8 @@
 """BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
 
 Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
-the kernels of `norm_kernels` and `pixel_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers stay.
+the kernels of `norm_kernels` and `pixel_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers
+stay.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust.models.pixels import Normalized
+from fastrobust.models.pixels import KernelNormalized, Normalized
 from fastrobust.runtime.errors import first_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,9 +51,9 @@ def have_kernels(device: torch.device) -> bool:
 
 class CountedNorm(nn.BatchNorm2d):
     """A BatchNorm2d that counts its batches on the host: `num_batches_tracked` is right in every state that is taken, and
-    costs no kernel in a step (`prepare`)."""
+    costs no kernel in a step (`prepare`). That tensor's attribute `unwritten`, a list of one number, is what it lacks. One
+    that takes its place has no such attribute, and is counted in at once."""
 
-    unwritten: list[int]  # one number: the batches that are not yet in `num_batches_tracked`
     kernels: str | None  # the kind of device on which the kernels are used
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,16 +66,21 @@ class CountedNorm(nn.BatchNorm2d):
 
     def note(self) -> None:
         if self.training:
-            self.unwritten[0] += 1
+            batches = self.num_batches_tracked
+            if hasattr(batches, "unwritten"):
+                batches.unwritten[0] += 1
+            else:
+                batches.add_(1)
 
     def _save_to_state_dict(self, *arguments) -> None:
-        if self.unwritten[0] and not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.num_batches_tracked.add_(self.unwritten[0])
-            self.unwritten[0] = 0
+        waiting = getattr(self.num_batches_tracked, "unwritten", [0])
+        if waiting[0] and not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.num_batches_tracked.add_(waiting[0])
+            waiting[0] = 0
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments) -> None:
-        self.unwritten[0] = 0
+        getattr(self.num_batches_tracked, "unwritten", [0])[0] = 0
         super()._load_from_state_dict(*arguments)
 
 
@@ -130,16 +136,16 @@ def _kernels(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool) -> tup
 
 
 def prepare(model: nn.Module, kernels: bool = False) -> None:
-    """Lets the BatchNorm2d of a model count their batches on the host. With `kernels` those that a ReLU follows, in our networks
-    and in torchvision's ResNets, run as kernels, and so does the normalisation of images. The module is changed; names and
-    values of its state are not."""
+    """Lets the BatchNorm2d of a model count their batches on the host. With `kernels` those that a ReLU follows, in our
+    networks and in torchvision's ResNets, run as kernels, and so does the normalisation of images. The module is changed;
+    names and values of its state are not."""
     for module in model.modules():
-        if isinstance(module, Normalized) and kernels and have_kernels(module.mean.device):
-            module.kernels = module.mean.device.type
+        if type(module) is Normalized and kernels and have_kernels(module.mean.device):
+            module.__class__ = KernelNormalized
         if type(module) in (nn.BatchNorm2d, CountedNorm) and _usual(module):
             device = module.weight.device
             module.kernels = device.type if kernels and have_kernels(device) else None
-            module.__class__, module.unwritten = CountedNorm, [0]
+            module.__class__, module.num_batches_tracked.unwritten = CountedNorm, [0]
     for module in model.modules() if kernels else ():
         if type(module).__module__ == "torchvision.models.resnet":
             _resnet(module)
@@ -147,7 +153,7 @@ def prepare(model: nn.Module, kernels: bool = False) -> None:
 
 def unwritten(model: nn.Module) -> list[tuple[list[int], int]]:
     """Of each BatchNorm that counts on the host: its counter, and what it says."""
-    return [(m.unwritten, m.unwritten[0]) for m in model.modules() if isinstance(m, CountedNorm)]
+    return [(b.unwritten, b.unwritten[0]) for b in model.buffers() if hasattr(b, "unwritten")]
 
 
 def _usual(norm: nn.BatchNorm2d) -> bool:

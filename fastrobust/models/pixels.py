@@ -27,9 +27,7 @@ class Seen(Tensor):
 
 
 class Normalized(nn.Module):
-    """(x - mean) / std per channel, then `network`. x: N x C x H x W in [0, 1], or `Seen`."""
-
-    kernels: str | None = None  # the kind of device on which a kernel does it
+    """(x - mean) / std per channel, then `network`. x: N x C x H x W in [0, 1]."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -38,15 +36,22 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.network((x - self.mean) / self.std)
+
+
+class KernelNormalized(Normalized):
+    """The same by a kernel, in the precision of the passes. x may be `Seen`: then the network takes it as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Seen):
             with torch._C.DisableTorchFunctionSubclass():
                 x = x.as_subclass(Tensor)
-        elif self.kernels == x.device.type and _fit(x):
+        elif x.device == self.mean.device and _fit(x):
             kind = x.device.type
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
             x = _Normalise.apply(x, self.mean, self.std, dtype)
         else:
-            x = (x - self.mean) / self.std
+            return super().forward(x)
         return self.network(x)
 
 

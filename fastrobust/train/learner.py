@@ -64,6 +64,8 @@ class Learner:
         self.batchnorm_in_attack = batchnorm_in_attack
         self.autocast = torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
+        self.one = torch.ones((), device=self.device)
         self.lr_table = lr_table.to(self.device)
         self.epoch_table = (torch.zeros(1) if epoch_table is None else epoch_table).to(self.device)
         self.epochs = max(1, math.ceil(self.epoch_table[-1]))
@@ -100,6 +102,10 @@ class Learner:
                 return functional_call(self.model, self.moved, x).float()
             return (self.shadow or self.model)(x).float()
 
+    def scale_of(self, loss: Tensor) -> Tensor:
+        """What a loss is differentiated with, as `grad_outputs`: its gradients are those of the scaled loss."""
+        return (self.scaler._scale if self.scaler.is_enabled() else self.one).to(loss.dtype)
+
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, of attack and update, where a method has none of its own."""
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
@@ -126,8 +132,8 @@ class Learner:
         x, later = x.detach().requires_grad_(), keep or twice
         with self._attacking(mode), contextlib.nullcontext() if later else self._frozen():
             logits = self.forward(x)
-            scaled = self.scaler.scale((loss or self.loss)(logits, y))
-            (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
+            found = (loss or self.loss)(logits, y)
+            (gradient,) = torch.autograd.grad(found, x, self.scale_of(found), retain_graph=later, create_graph=twice)
         return gradient, logits if keep else logits.detach()
 
     def attack_logits(self, x: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ class Learner:
         if self.shadow is None:
             set_rates(self.optimizer, self.lr)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
+            loss.backward(self.scale_of(loss))
             if self.clip_gradients is not None:
                 self.scaler.unscale_(self.optimizer)
                 nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
@@ -200,16 +206,15 @@ class Learner:
             self.scaler.update()
         else:
             wanted = self.shadow.differentiated() + ([] if x is None else [x])
-            gradients = list(torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True))
+            gradients = list(torch.autograd.grad(loss, wanted, self.scale_of(loss), allow_unused=True))
             if x is not None:
                 x.grad = gradients.pop()
             self.shadow.update(gradients, self.lr, self.scaler)
         if self.average is not None:
             self.average.update(self.updates)
-        self.updates.add_(1)
-        self.loss_sum.add_(loss.detach() * len(y))
+        torch._foreach_add_([self.updates, self.seen], [1, len(y)])
+        self.loss_sum.add_(loss.detach(), alpha=len(y))
         self.correct.add_((logits.detach().argmax(1) == y).sum())
-        self.seen.add_(len(y))
 
     def now(self, table: Tensor) -> Tensor:
         """The entry of a table over updates that belongs to the next one (shape [])."""
@@ -251,7 +256,6 @@ class Learner:
                 t.copy_(state["tensors"][name])
             self.refresh()
         if self.scaler.is_enabled():
-            self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
             self.scaler.load_state_dict(state["scaler"])
 
     def refresh(self) -> None:

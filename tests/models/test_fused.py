@@ -205,8 +205,8 @@ def test_what_the_kernels_cannot_do_torch_does(monkeypatch, why):
 
 
 def test_batches_are_counted_as_torch_counts_them():
-    """A layer that is used twice counts twice; one in eval mode does not count; unusual ones are left alone. What was counted
-    is in every state that is taken, once, and in copies; a state that is loaded takes its place."""
+    """A layer that is used twice counts twice; one in eval mode does not count; unusual ones are left alone. What was
+    counted is in every state that is taken, once, and in copies; a state that is loaded takes its place."""
     torch.manual_seed(0)
     shared, still, odd = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None)
     plain = nn.Sequential(shared, still, nn.ReLU(), shared, odd).to(DEVICE)
