@@ -7,8 +7,10 @@ stay.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from functools import cache, partial
 from types import MethodType
 
@@ -55,14 +57,18 @@ class CountedNorm(nn.BatchNorm2d):
     that takes its place has no such attribute, and is counted in at once."""
 
     kernels: str | None  # the kind of device on which the kernels are used
+    apart: bool = False  # whether the running averages that the backward pass holds are copies
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler puts the counting beside other work
             return super().forward(x)
         self.note()
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+        averages = self.running_mean, self.running_var
+        used = [t.clone() for t in averages] if self.apart else averages
+        y = F.batch_norm(x, *used, self.weight, self.bias, self.training, self.momentum, self.eps)
+        if self.apart and self.training:
+            torch._foreach_copy_(list(averages), used)
+        return y
 
     def note(self) -> None:
         if self.training:
@@ -149,6 +155,20 @@ def prepare(model: nn.Module, kernels: bool = False) -> None:
     for module in model.modules() if kernels else ():
         if type(module).__module__ == "torchvision.models.resnet":
             _resnet(module)
+
+
+@contextlib.contextmanager
+def without_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorms run as torch's operations, on copies of the running averages: for a gradient that is differentiated
+    again, or taken after kernels have changed those averages, which autograd refuses."""
+    norms = [(m, m.kernels) for m in model.modules() if isinstance(m, CountedNorm) and m.kernels]
+    for norm, _ in norms:
+        norm.kernels, norm.apart = None, True
+    try:
+        yield
+    finally:
+        for norm, kernels in norms:
+            norm.kernels, norm.apart = kernels, False
 
 
 def unwritten(model: nn.Module) -> list[tuple[list[int], int]]:

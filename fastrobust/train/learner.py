@@ -130,7 +130,9 @@ class Learner:
         gradient. With `keep` the logits can be a part of the next update's loss, whose backward pass goes through them too;
         with `twice` the gradient can. mode: `train` or `eval` for BatchNorm, if not that of all attacks."""
         x, later = x.detach().requires_grad_(), keep or twice
-        with self._attacking(mode), contextlib.nullcontext() if later else self._frozen():
+        nothing, held = contextlib.nullcontext(), twice or (keep and (mode or self.batchnorm_in_attack) == "eval")
+        plain = fused.without_kernels(self.model) if held else nothing
+        with self._attacking(mode), plain, nothing if later else self._frozen():
             logits = self.forward(x)
             found = (loss or self.loss)(logits, y)
             (gradient,) = torch.autograd.grad(found, x, self.scale_of(found), retain_graph=later, create_graph=twice)

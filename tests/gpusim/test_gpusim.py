@@ -3,6 +3,7 @@ nothing here depends on one; what does is in tests/test_gpu.py. `make gpu-sim` r
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
@@ -21,8 +22,9 @@ from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
 from fastrobust.models import fused
 from fastrobust.models.weights import build_model
-from fastrobust.runtime import distributed
+from fastrobust.runtime import cuda_graph, distributed
 from fastrobust.runtime.cuda_graph import record
+from fastrobust.runtime.interrupt import Stop
 from fastrobust.train import engine, guard
 from fastrobust.train.learner import Learner
 from fastrobust.train.step import build
@@ -159,20 +161,66 @@ def test_two_phases_of_a_run(tmp_path, monkeypatch):
     assert sim.counts()["graph"] == 2 * 2 + 2 * 5
 
 
-@pytest.mark.parametrize("method", ["fgsm", "free"])
-def test_gradients_are_shared_within_the_graph(method, monkeypatch):
-    """One process, as torchrun starts it. `free` with 9 replays is at pass 100 when it is captured."""
+@pytest.fixture
+def torchrun(monkeypatch):
+    """One process, as torchrun starts it."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(distributed, "common_store", lambda world: torch.distributed.HashStore())
+
+
+def shared_and_captured(method: str) -> list[str]:
+    noise = on_noise(method, "fp16", "cuda")
+    noise.step.learner.share_gradients()
+    return captured(noise.step, next(noise.batches(1)))
+
+
+@pytest.mark.parametrize("method", ["fgsm", "free"])
+def test_gradients_are_shared_within_the_graph(method, monkeypatch, torchrun):
+    """`free` with 9 replays is at pass 100 when it is captured."""
     monkeypatch.setitem(STEP_METHODS, "free", {"name": "free", "replays": 9})
     with distributed.joined("cuda"):
-        noise = on_noise(method, "fp16", "cuda")
+        assert shared_and_captured(method).count("ncclAllReduce") >= (9 if method == "free" else 1)
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, ZeroDivisionError, Stop(15)], ids=str)
+def test_no_graph_outlives_the_processes_that_share_gradients(end, torchrun):
+    """Else NCCL waits for ever at its end: also after Ctrl-C, an error and a signal. What holds the graph still lives."""
+    kept = []
+    with contextlib.suppress(KeyboardInterrupt, ZeroDivisionError, Stop), distributed.joined("cuda"):
+        noise = on_noise("fgsm", "fp16", "cuda")
+        kept.append(noise.step)
         noise.step.learner.share_gradients()
-        nodes = captured(noise.step, next(noise.batches(1)))
-        assert nodes.count("ncclAllReduce") >= (9 if method == "free" else 1)
+        captured(noise.step, next(noise.batches(1)))
         assert sim.graphs_with_nccl() == 1
-    assert sim.graphs_with_nccl() == 0
+        if end is not None:
+            raise end
+    assert sim.graphs_with_nccl() == 0 and kept[0]._run is not None
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["as it is", "unguarded"])
+def test_an_old_graph_that_is_garbage_is_not_freed_within_a_capture(guarded, monkeypatch):
+    """Python frees what refers to itself when it has made some more objects: if within a capture, that ends it."""
+    if not guarded:
+        monkeypatch.setattr(cuda_graph, "_no_collection", contextlib.nullcontext)
+    number, old = torch.zeros((), device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(old):
+        number.add_(1)
+    circle = [old]
+    circle.append(circle)
+    held = [circle]
+    del old, circle
+
+    def busy() -> None:
+        held.clear()  # from here on the graph is garbage
+        [[] for _ in range(50_000)]
+        number.add_(1)
+
+    with contextlib.nullcontext() if guarded else pytest.raises(RuntimeError):
+        record(busy, CUDA, warm_up=0)
+    assert gc.isenabled() and guarded == ("cudaGraphExecDestroy" not in "".join(sim.errors()))
+    if not guarded:
+        sim.reset()
 
 
 def test_an_evaluation_at_two_radii(capsys):

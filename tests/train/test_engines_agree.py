@@ -14,7 +14,7 @@ from fastrobust.train import engine
 from tests.gpusim import sim
 
 KERNELS = missing() is None
-METHODS = ["standard", "fgsm", "fgsm-previous", "n_fgsm", "pgd", "free", "class_uap", "gradalign", "awp"]
+METHODS = ["standard", "fgsm", "fgsm-previous", "n_fgsm", "pgd", "free", "class_uap", "rs_cs", "gradalign", "awp"]
 INTERPRETED = [("fgsm", "fp16"), ("free", "fp16"), ("gradalign", "fp32")]  # of which a few cost a minute
 CASES = [(m, p) for m in METHODS for p in ("fp32", "fp16", "bf16")] if CUDA or not KERNELS else INTERPRETED
 TOLERANCE = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 3e-2}  # of the sum of losses after a few steps, relative
