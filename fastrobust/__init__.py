@@ -11,13 +11,14 @@ __version__ = "0.1.0"
 _PLACES = {  # imported when they are first used, so that `import fastrobust` costs nothing
     "fit": "fastrobust.train.from_python",
     "evaluate": "fastrobust.evaluation.from_python",
+    "adversarial_images": "fastrobust.evaluation.from_python",
     "verify": "fastrobust.verification.from_python",
     "load": "fastrobust.models.weights",
 }
-__all__ = ["evaluate", "fit", "load", "verify"]
+__all__ = ["adversarial_images", "evaluate", "fit", "load", "verify"]
 
 if TYPE_CHECKING:
-    from fastrobust.evaluation.from_python import evaluate
+    from fastrobust.evaluation.from_python import adversarial_images, evaluate
     from fastrobust.models.weights import load
     from fastrobust.train.from_python import fit
     from fastrobust.verification.from_python import verify

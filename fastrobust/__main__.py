@@ -246,6 +246,8 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", metavar="NAME", action=Once, help=f"the model {told}")
     p.add_argument("--dataset", metavar="NAME", action=Once, help="the data set of --model, as data.dataset in a config")
     p.add_argument("--resolution", type=count, metavar="N", help="side of photographs for --model (default: 224)")
+    told = "instead of an attack: accuracy under common corruptions, of files as CIFAR-10-C's or folders as ImageNet-C's"
+    p.add_argument("--corruptions", type=place, metavar="FOLDER", help=told)
     p.add_argument("--sanity", action="store_true", help="then check on 300 images for signs of masked gradients")
     p.add_argument("--transfer", metavar="RUN2", help="whose adversarial examples --sanity tries (default: train a model)")
     p.add_argument("--fresh", action="store_true", help="attack again what is in RUN/evaluations already")

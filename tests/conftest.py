@@ -146,6 +146,7 @@ def settings(bars):
     base = {
         "name": "bars",
         "device": "cpu",
+        "precision": "fp32",
         "epsilon": 0.05,
         "data": {"dataset": "image_folder", "path": str(bars)},
         "model": {"name": "mnist_net"},

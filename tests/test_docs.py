@@ -258,6 +258,7 @@ def test_defaults_and_words_in_the_documentation_are_those_of_the_schema():
         assert len(of_key) == 1, f"{key} of {part or 'the config'} has {len(of_key)} rows"
         *_, values, default, _ = of_key[0]
         words = [word for kind in literals(field.annotation) for word in typing.get_args(kind)]
+        words = [str(word).lower() if isinstance(word, bool) else word for word in words]
         assert {f"`{word}`" for word in words} <= set(re.findall(r"`[^`]+`", values)), key
         if field.default is PydanticUndefined:
             expected = "the file's name without `.yaml`" if key == "name" else "needed"

@@ -49,6 +49,30 @@ def fit(network, folder, data=TRAIN, test=TEST, **options):
     return fastrobust.fit(network, data, test=test, **options)
 
 
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.08), ("l2", 1.5)])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_adversarial_images_are_what_evaluate_counts(run, norm, epsilon, kind):
+    """They lie in the ball and the box; those that changed were right and are wrong now; the others are as they were."""
+    images, labels = TEST[0] if kind == "uint8" else TEST[0].float() / 255, TEST[1]
+    options = {"epsilon": epsilon, "norm": norm, "attack": "pgd-10-2"}
+    found = fastrobust.adversarial_images(run.model.train(), images, labels, **options)
+    assert run.model.training and found.device == images.device and found.dtype == torch.float32
+    counted = fastrobust.evaluate(run.model.eval(), images, labels, **options)
+    x = images.float() / 255 if kind == "uint8" else images
+    distance = (found - x).flatten(1).norm(torch.inf if norm == "linf" else 2, dim=1)
+    assert found.min() >= 0 and found.max() <= 1 and distance.max() <= epsilon * (1 + 1e-5)
+    assert torch.equal(distance > 0, counted.clean & ~counted.robust) and int((distance > 0).sum()) > 0
+    with torch.no_grad():
+        assert torch.equal(run.model(found).argmax(1) == labels, counted.robust)
+
+
+def test_adversarial_images_wants_tensors_and_attacks_that_exist(run):
+    with pytest.raises(DataError, match="the images must be a tensor"):
+        fastrobust.adversarial_images(run.model, TEST[0].numpy(), TEST[1], epsilon=0.1)
+    with pytest.raises(ConfigError, match="attack"):
+        fastrobust.adversarial_images(run.model, *TEST, epsilon=0.1, attack="pgd50")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     torch.manual_seed(0)

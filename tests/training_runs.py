@@ -28,6 +28,11 @@ METHODS = {
     "free": {"method": {"name": "free", "replays": 2}, "phases__0__epochs": 6},
     "n_fgsm": {"method": {"name": "n_fgsm"}},
     "warm-up": {"method": {"name": "fgsm"}, "epsilon_warmup": 2},
+    "options": {
+        "method": {"name": "fgsm", "init": "previous"},
+        "data__augment": {"crop": "pad", "border": "reflect", "flip": "alternate", "cutout": 5, "mixup": 0.3},
+        "phases": [{"epochs": 3, "batch_size": 20, "resolution": 28, "accumulate": 2}],
+    },
 }
 NEWER = {  # methods after the paper, whose state is not that of a place in the batch
     "fgsm_uap": {"name": "fgsm_uap", "stop_gradient": True},
@@ -119,6 +124,18 @@ STEP_METHODS = {
 } | NEWER
 
 
+def augmented(**keys) -> dict:
+    return {"data": {"dataset": "image_folder", "augment": {"crop": "pad", "padding": 2, "flip": True} | keys}}
+
+
+# what a step has beside its method: changes of the config of `on_noise`
+STEP_OPTIONS = {
+    "mixup, reflect": augmented(mixup=0.4, border="reflect"),
+    "cutmix, cutout, alternate": augmented(cutmix=1.0, cutout=3, flip="alternate", randaugment=2),
+    "accumulate": {"phases": [{"epochs": 20, "batch_size": 16, "resolution": 8, "accumulate": 4}]},
+}
+
+
 class Noise(NamedTuple):
     """A step, and the loader of 50 images of noise that it trains on, in batches of 16."""
 
@@ -136,10 +153,11 @@ def on_noise(
     warmup: float = 0,
     side: int = 8,
     engine: str = "eager",
+    more: dict | None = None,
     network: nn.Module | None = None,
 ) -> Noise:
-    """A step at its start. side: of the images, in pixels; small ones still use all of the network. network: in place of
-    one of ours."""
+    """A step at its start. side: of the images, in pixels; small ones still use all of the network. more: other sections of
+    the config. network: in place of one of ours."""
     side = 28 if method == "fgsm-ibp" else side
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -160,7 +178,7 @@ def on_noise(
         "phases": [{"epochs": 20, "batch_size": 16, "resolution": side}],
     }
     loader = Resident(ImageSet(pixels, labels, tuple("0123456789"), "made up"), torch.device(device))
-    config = reading.parse(settings, "test").with_channels(3)
+    config = reading.parse(settings | (more or {}), "test").with_channels(3)
     return Noise(step.build(config, loader, torch.device(device), network=network), loader)
 
 

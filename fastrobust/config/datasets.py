@@ -18,7 +18,7 @@ class Dataset:
     channels: 1 (grey) or 3 (RGB). size: height and width in pixels. classes: their names in label order. mean, std: the
     normalisation that a model starts with, for pixels in [0, 1], one value for each channel. read: for a data set that is
     not one of the built-in formats, a function of (split, path), split being "train" or "test" and path the config's
-    `data.path`; it returns images, uint8 N x H x W x C, and labels, int64 N.
+    `data.path`; it returns images, uint8 N x H x W x C, and labels, int64 N, and perhaps what to call their source.
     """
 
     channels: int | None
@@ -26,7 +26,7 @@ class Dataset:
     classes: tuple[str, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    read: Callable[[str, str | None], tuple[Any, Any]] | None = None
+    read: Callable[[str, str | None], tuple[Any, ...]] | None = None
 
     def of_channels(self, channels: int | None) -> Dataset:
         """The same for images of so many channels, where the user's files decide that. Grey images are normalised by the
@@ -48,13 +48,18 @@ DATASETS: dict[str, Dataset] = {
     "mnist": Dataset(1, 28, tuple("0123456789"), *_RAW),
     "fashion_mnist": Dataset(1, 28, _FASHION, *_RAW),
     "cifar10": Dataset(3, 32, _CIFAR, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "tiny_imagenet": Dataset(3, 64, None, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     "imagenet": Dataset(3, None, None, *_PHOTOS),
     "imagenette": Dataset(3, None, None, *_PHOTOS),
     "image_folder": Dataset(None, None, None, *_PHOTOS),
 }
 
 
-FROM_FILES = {"arrays": "fastrobust.data.arrays:dataset"}  # functions of data.path
+FROM_FILES = {  # each in a file of its own: a Dataset, or a function of data.path that makes one
+    "cifar100": "fastrobust.data.cifar100:CIFAR100",
+    "svhn": "fastrobust.data.svhn:SVHN",
+    "arrays": "fastrobust.data.arrays:dataset",
+}
 
 
 def find(name: str) -> Dataset | Callable[[str | None], Dataset]:

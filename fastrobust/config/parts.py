@@ -69,6 +69,11 @@ ATTACKS = {
     "fab-t": "fastrobust.attack.autoattack:FabT",
     "square": "fastrobust.attack.autoattack:Square",
 }
+LOGGERS = {
+    "tensorboard": "fastrobust.train.loggers:TensorBoard",
+    "wandb": "fastrobust.train.loggers:Wandb",
+    "mlflow": "fastrobust.train.loggers:Mlflow",
+}
 
 BASES = {  # what a class of the user's own must derive from
     "method": "fastrobust.train.methods.base:Method",
@@ -76,6 +81,7 @@ BASES = {  # what a class of the user's own must derive from
     "schedule": "fastrobust.train.schedules:Schedule",
     "loader": "fastrobust.data.loaders.base:Loader",
     "attack": "fastrobust.attack.base:Attack",
+    "logging": "fastrobust.train.loggers:Logger",
 }
 
 

@@ -26,7 +26,8 @@ FAR_ALIKE = 0.8  # the least likeness of a key and one of another section that i
 MESSAGES = 20  # as many mistakes are told at once
 LARGEST = 10_000  # values in a config: a few lines of YAML with aliases can stand for more than any memory holds
 MAY_CHANGE = (
-    "device", "engine", "data.path", "data.prepared", "data.labels", "data.workers", "data.download", "evaluation",
+    "device", "engine", "logging", "data.path", "data.prepared", "data.labels", "data.workers", "data.download",
+    "evaluation",
 )  # fmt: skip
 _FREE = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})(\.[\w.]+)?: ")
 _MOVED = re.compile(r"(name|output): ")  # whoever moves a run may say so in its config
@@ -34,6 +35,7 @@ _ABSOLUTE = ("data.path", "data.prepared", "data.labels")  # a run stores them s
 _CHOSEN = {
     "loader": "auto",
     "engine": "auto",
+    "precision": "auto",
     "data.prepared": None,
     "data.channels": None,
 }  # keys that a run resolves, and what leaves it the choice

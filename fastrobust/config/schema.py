@@ -63,6 +63,10 @@ def _loader(value: str) -> str:
     return _word(("auto", *parts.LOADERS), value)
 
 
+def _logger(value: str) -> str:
+    return _word(tuple(parts.LOGGERS), value)
+
+
 def named(key: str, table: dict[str, str]) -> Any:
     """The type of a section whose `name` says which class of a table it is, or a class of the user's own."""
 
@@ -82,11 +86,23 @@ def named(key: str, table: dict[str, str]) -> Any:
 
 
 class Augment(Section):
-    """Applied on the training device, batch by batch. `pad` is the random crop with zero padding of the CIFAR-10 recipe."""
+    """Applied on the training device, batch by batch. `pad` is the random crop with zero padding of the CIFAR-10 recipe.
+    mixup, cutmix: alpha of the Beta distribution that an image's share is drawn from; 0 is without."""
 
     crop: Literal["none", "pad", "random_resized"] = "none"
     padding: Count = 4
-    flip: bool = False
+    border: Literal["zeros", "reflect"] = "zeros"  # what comes in at the edges of `pad`
+    flip: Literal[False, True, "alternate"] = False
+    randaugment: Annotated[int, Field(ge=0, le=10, strict=True)] = 0  # operations on each image
+    magnitude: Annotated[int, Field(ge=0, le=30, strict=True)] = 9  # of those
+    cutout: Annotated[int, Field(ge=0, strict=True)] = 0  # side of the square that is blackened, in pixels
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+
+    @property
+    def mixes(self) -> str:
+        """Which key gives images the labels of two; empty if none does."""
+        return "mixup" if self.mixup else "cutmix" if self.cutmix else ""
 
 
 class Data(Section):
@@ -100,6 +116,7 @@ class Data(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0  # of which those are
     labels: Place | None = None  # a CSV file with columns file, label, and perhaps split
     skip_corrupt: bool = False  # leave out images that cannot be decoded
+    balance: bool = False  # every class equally often, whatever the number of its images
     channels: Literal[1, 3] | None = None  # default: 1 where the files of an image folder are grey
     augment: Augment = Augment()
 
@@ -116,12 +133,18 @@ class Model(Section):
 
 
 class Phase(Section):
-    """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from."""
+    """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from. A
+    batch passes through the model in `accumulate` parts, whose gradients are averaged for its one update."""
 
     epochs: Count
     batch_size: Count
+    accumulate: Count = 1
     resolution: Count | None = None
     resize: Count | Literal["original"] | None = None
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
 
 
 def _off(value: Any) -> Any:
@@ -143,6 +166,15 @@ class Averaging(Section):
     in the first ones. 0.999 for 15 to 30 epochs, 0.9995 for 100."""
 
     decay: Annotated[Number, Field(gt=0, lt=1)] = 0.999
+
+
+class Selection(Section):
+    """PGD on the held-out images after every so many epochs, at the full epsilon; the run ends with the weights, trained or
+    averaged, that stood it best. alpha defaults to epsilon / 4."""
+
+    steps: Count = 10
+    alpha: Pixels | None = None
+    every: Count = 1
 
 
 class Evaluation(Section):
@@ -172,7 +204,8 @@ class Config(Section):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = "auto"
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    logging: Annotated[tuple[Annotated[str, AfterValidator(_logger)], ...], BeforeValidator(_listed)] = ("tensorboard",)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept
     norm: Literal["linf", "l2"] = "linf"  # of the ball; epsilon and all alpha are in its units
     epsilon: Pixels
@@ -189,6 +222,7 @@ class Config(Section):
     schedule: named("schedule", parts.SCHEDULES)
     phases: Annotated[tuple[Phase, ...], AfterValidator(some)]
     guard: Guard = Guard()
+    selection: Selection | None = None
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
@@ -202,10 +236,20 @@ class Config(Section):
             raise ValueError(f"norm is {self.norm}, but {what} is for the L-infinity ball alone: use norm: linf")
         if self.label_smoothing and getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:
             raise ValueError("label_smoothing: this method has a key of its own, method.label_smoothing: set that instead")
+        if augment.mixup and augment.cutmix:
+            raise ValueError("data.augment: mixup and cutmix exclude each other: set one of them to 0")
+        if augment.mixes and not self.method.soft_labels:
+            which = f"method {self.method.describe()} needs one label for each image"
+            raise ValueError(f"data.augment.{augment.mixes}: {which}")
+        if augment.flip == "alternate" and augment.crop == "random_resized":
+            raise ValueError("data.augment.flip: alternate is for crop: none or pad; use true")
         if self.epsilon_warmup > self.epochs:
             raise ValueError(f"epsilon_warmup is {self.epsilon_warmup:g} epochs, but the phases last {self.epochs}")
-        if self.guard.alpha is None:
-            self.guard.alpha = self.epsilon / 4
+        for section in (self.guard, self.selection):
+            if section is not None and section.alpha is None:
+                section.alpha = self.epsilon / 4
+        if self.selection and not self.data.held_out:
+            raise ValueError("selection needs training images that are set apart: set data.held_out, such as to 1000")
         if evaluation.epsilon is None:
             evaluation.epsilon = (self.epsilon,)
         if evaluation.alpha is None:
@@ -228,10 +272,16 @@ class Config(Section):
         if channels is not None and (len(self.model.mean) != channels or len(self.model.std) != channels):
             raise ValueError(f"model.mean and model.std need {channels} value(s) for {data.dataset}")
         for i, phase in enumerate(self.phases):
+            if phase.accumulate > 1 and not self.method.splits:
+                raise ValueError(f"phases.{i}.accumulate: method {self.method.name} needs its whole batch at once")
             if native is None and phase.resolution is None:
                 raise ValueError(f"phases.{i}.resolution is needed for {data.dataset}: the side of the training images")
             phase.resolution = phase.resolution or native
             phase.resize = phase.resize or (native or phase.resolution)
+            if augment.crop == "pad" and augment.border == "reflect" and augment.padding >= phase.resolution:
+                raise ValueError(
+                    f"data.augment.padding: {augment.padding} pixels cannot be reflected in images of {phase.resolution}"
+                )
             if native is not None and phase.resize != native:
                 raise ValueError(f"phases.{i}.resize is {phase.resize}, but {data.dataset} images are {native} pixels wide")
             if augment.crop != "random_resized" and phase.resolution != phase.resize:

@@ -113,7 +113,7 @@ class Member(NamedTuple):
 
     def ends(self) -> tuple[bytes, bytes]:
         """The first bytes and the last: without the rest where that is quicker."""
-        if not isinstance(self.read, partial) or self.read.func is not _read_at:
+        if not isinstance(self.read, partial) or self.read.func is not read_at:
             content = self.read()
             return content[:HEAD], content[-TAIL:]
         return self.read(0, HEAD), self.read(-TAIL, TAIL)
@@ -131,7 +131,7 @@ def folder_members(folder: Path) -> list[Member]:
             continue
         files += [Path(parent, name) for name in names]
     names = [(printable(file.relative_to(folder).as_posix()), printable(str(file))) for file in files]
-    return [Member(*name, partial(_read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
+    return [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
 
 
 def printable(name: str) -> str:
@@ -170,7 +170,7 @@ def tar_members(path: Path, nested: bool = False) -> list[Member]:
             tars = [entry for entry in found if entry[0].endswith(".tar")]
             inner = [(t, _tar_entries(source, f"{t[0]} in {path}", *t[1:])) for t in tars]
             found = [(f"{t[0][:-4]}/{name}", *where) for t, entries in inner for name, *where in entries]
-    return [Member(name, f"{name} in {path}", partial(_read_at, held or path, *where)) for name, *where in found]
+    return [Member(name, f"{name} in {path}", partial(read_at, held or path, *where)) for name, *where in found]
 
 
 def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None = None) -> list[tuple[str, int, int]]:
@@ -195,7 +195,7 @@ def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None 
     return entries
 
 
-def _read_at(source: io.BytesIO | Path, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
+def read_at(source: io.BytesIO | Path, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
     """`length` bytes, or all, from `start` of what lies at `offset` and takes `size` bytes, or all that the file has."""
     if size is None:
         size = os.stat(source).st_size if start < 0 else None
@@ -218,28 +218,36 @@ class _BatchUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_batches(batches: dict[str, Member], split: str, source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images N x 32 x 32 x 3 and labels N from the python version's batch files of a split."""
+def read_batches(
+    batches: dict[str, Member], names: list[str], source: str, key: str = "labels", classes: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images N x 32 x 32 x 3 and labels N from batch files of the python version of CIFAR-10, or of CIFAR-100, whose labels
+    have another key."""
     pixels, labels = [], []
-    for name in CIFAR_BATCHES[split]:
+    for name in names:
         if name not in batches:
-            raise DataError(f"{source} lacks the CIFAR-10 batch {name}: fetch it again")
+            raise DataError(f"{source} lacks the CIFAR-{classes} batch {name}: fetch it again")
         where = batches[name].where
         try:
-            batch = _BatchUnpickler(io.BytesIO(batches[name].read()), encoding="latin1").load()
-            rows, marks = batch["data"], np.asarray(batch["labels"])
+            batch = unpickled(batches[name])
+            rows, marks = batch["data"], np.asarray(batch[key])
             if rows.dtype != np.uint8 or rows.ndim != 2 or rows.shape[1] != 3072:
                 raise ValueError(f"data is {rows.dtype} {rows.shape}, not uint8 N x 3072")
             if marks.dtype.kind not in "iu" or marks.shape != rows.shape[:1]:
                 raise ValueError(f"labels are {marks.dtype} {marks.shape} for {len(rows)} images")
         except Exception as error:  # a damaged pickle can raise anything
             problem = f"{type(error).__name__}: {error}"
-            raise DataError(f"{where} is damaged or no CIFAR-10 batch ({problem}): fetch it again") from error
-        check_labels(marks, 10, where)
+            raise DataError(f"{where} is damaged or no CIFAR-{classes} batch ({problem}): fetch it again") from error
+        check_labels(marks, classes, where)
         pixels.append(rows)
         labels.append(marks)
     planes = np.concatenate(pixels).reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), np.concatenate(labels)
+
+
+def unpickled(member: Member) -> Any:
+    """What a pickle of arrays and plain values holds. A damaged one can raise anything."""
+    return _BatchUnpickler(io.BytesIO(member.read()), encoding="latin1").load()
 
 
 def is_image(name: str) -> bool:

@@ -62,7 +62,7 @@ def choose(
     refuse_copies(members, source)
     if not labels:
         tell_what_is_left_out(members, side, source)
-    index = {name: label for label, name in enumerate(sorted(expected))}
+    index = {name: label for label, name in enumerate(classes or sorted(expected))}
     chosen = sorted(images)
     return Split([member for _, _, member in chosen], np.array([index[name] for name, _, _ in chosen]), tuple(index))
 
@@ -71,6 +71,11 @@ def grouped(members: list[Member], place: Path, labels: str | None) -> tuple[lis
     """The files that are not hidden, by their names below the folder around all; and the images of each split."""
     members = [member for member in without_top_folder(members) if not is_hidden(member.name)]
     return members, by_file(members, place, labels) if labels else by_folder(members, place)
+
+
+def side_name(folder: str) -> str:
+    """The split that a folder of this name holds."""
+    return next((side for side, names in SPLITS.items() if folder in names), folder)
 
 
 def find_labels(labels: str, path: str | Path | None) -> Path:
@@ -147,11 +152,12 @@ def by_folder(members: list[Member], place: Path) -> dict[str, list[Image]]:
             flat = label_of
             groups.pop("test", None)  # these data sets' test images have no labels
     if flat:
-        groups["val"] = [
-            (flat[file], file, member)
-            for member in members
-            if member.name.startswith("val/") and (file := member.name.rpartition("/")[2]) in flat
-        ]
+        images = [m for m in members if m.name.startswith("val/") and formats.is_image(m.name)]
+        files = [member.name.rpartition("/")[2] for member in images]
+        if unknown := [file for file in files if file not in flat]:
+            told = f"the file of classes names {len(flat)}, but not {len(unknown)} of them, such as {unknown[0]}"
+            raise DataError(f"{place}: val/ holds {len(images)} images; {told}: fetch the data set again")
+        groups["val"] = [(flat[file], file, member) for file, member in zip(files, images, strict=True)]
     return groups
 
 

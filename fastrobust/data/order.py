@@ -26,16 +26,35 @@ def permutation(n: int, seed: int, phase: int, pass_: int) -> Tensor:
     return torch.randperm(n, generator=generator)
 
 
+def balanced(labels: Tensor, seed: int, phase: int, pass_: int) -> Tensor:
+    """The order of one pass in which every class that has images comes equally often, to within one, and every image of a
+    class as often as the others, over all passes. So images of small classes come several times in a pass, and those of
+    large ones not in every pass. labels: int64 N; as many numbers are given. int64, on the CPU."""
+    groups = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    place = pass_ * len(labels) + torch.arange(len(labels))  # classes take turns in the stream of all passes
+    found = torch.empty_like(labels)
+    for k, group in enumerate(groups):
+        mine = place % len(groups) == k
+        draw = place[mine] // len(groups)  # each image of the class once, in random order, then again in another order
+        rounds = draw // len(group)
+        for number in rounds.unique().tolist():
+            shuffled = group[permutation(len(group), seed * 1009 + k + 1, phase, number)]
+            found[mine.nonzero()[:, 0][rounds == number]] = shuffled[draw[rounds == number] % len(group)]
+    return found[permutation(len(labels), seed, phase, pass_)]
+
+
 def end_of_pass(pass_: int, n: int, batch_size: int) -> int:
     """The number of batches after which every example of passes 0 to `pass_` has been seen."""
     return math.ceil((pass_ + 1) * n / batch_size)
 
 
 class Order:
-    """The stream of a phase. Keeps the permutation of the pass that was asked for last, on `device`."""
+    """The stream of a phase. Keeps the order of the pass that was asked for last, on `device`. labels (int64 n): for passes
+    that are `balanced`."""
 
-    def __init__(self, n: int, seed: int, phase: int, device: torch.device | str = "cpu"):
+    def __init__(self, n: int, seed: int, phase: int, device: torch.device | str = "cpu", labels: Tensor | None = None):
         self.n, self.seed, self.phase, self.device = n, seed, phase, device
+        self.labels = None if labels is None else labels.cpu()
         self.current, self.order = -1, torch.empty(0)
 
     def take(self, start: int, stop: int) -> Tensor:
@@ -44,7 +63,8 @@ class Order:
         while position < stop:
             if position // self.n != self.current:
                 self.current = position // self.n
-                order = permutation(self.n, self.seed, self.phase, self.current)
+                of_pass = self.seed, self.phase, self.current
+                order = permutation(self.n, *of_pass) if self.labels is None else balanced(self.labels, *of_pass)
                 self.order = order.to(self.device, non_blocking=True)
             first = self.current * self.n
             end = min(stop, first + self.n)

@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
-from fastrobust.data import formats, ilsvrc, layouts
+from fastrobust.data import formats, ilsvrc, layouts, packed
 from fastrobust.data.held_out import ALL, SPLITS, Choice
 from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
@@ -31,11 +31,21 @@ _PLACES = {  # relative to the data root, in the order in which they are tried
     "mnist": ["mnist", "MNIST/raw", "."],
     "fashion_mnist": ["fashion_mnist", "fashion-mnist", "FashionMNIST/raw", _DEBIAN_FASHION],
     "cifar10": ["cifar-10-batches-py", "cifar-10-python.tar.gz", "cifar10", "cifar10-jpeg"],
+    "tiny_imagenet": ["tiny-imagenet-200", "tiny-imagenet-200.zip", "tiny_imagenet"],
     "imagenet": ["imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC"],
     "imagenette": ["imagenette", "imagenette2", "imagenette2-320", "imagenette2-160", "imagenette-224"],
     "image_folder": [],
 }
-_TORCHVISION_PLACES = ["MNIST/raw", "FashionMNIST/raw", "cifar-10-batches-py", "cifar-10-python.tar.gz"]
+_TORCHVISION_PLACES = ["MNIST/raw", "FashionMNIST/raw"] + [
+    f"cifar-{name}" for name in ("10-batches-py", "10-python.tar.gz", "100-python", "100-python.tar.gz")
+]
+_TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "svhn": "SVHN",
+}
 _IDX_NAMES = {
     "train": ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"],
     "test": ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"],
@@ -78,16 +88,18 @@ def load(
         raise DataError(f"{dataset} images are {size} x {size} pixels: leave out the resolution {resolution}")
     side = _side(split)
     if facts.read is not None:
-        return _take(*_read_own(dataset, facts, side, path), facts.classes, dataset, split, choice)
+        images, labels, source = _read_own(dataset, facts, side, path, download)
+        return _take(images, labels, facts.classes, source, split, choice)
     place = _located(dataset, path, download, choice)
     if dataset in ("mnist", "fashion_mnist"):
         images, labels, source = _read_idx_split(dataset, side, place)
         return _take(images, labels, facts.classes, source, split, choice)
-    members, source = _members(place)
+    members, source, named = _members(place)
     batches = {member.name.rpartition("/")[2]: member for member in members}
     if dataset == "cifar10" and ("data_batch_1" in batches or "test_batch" in batches):
-        return _take(*formats.read_batches(batches, side, source), facts.classes, source, split, choice)
-    listing = _chosen(members, split, facts.classes, source, place, choice)
+        read = formats.read_batches(batches, formats.CIFAR_BATCHES[side], source)
+        return _take(*read, facts.classes, source, split, choice)
+    listing = _chosen(members, split, facts.classes or named, source, place, choice)
     bad: dict[int, DataError] | None = {} if choice.skip_corrupt else None
     images = formats.decode_all(listing.members, size, facts.size is None, choice.channels, bad)
     names, labels, numbers = tuple(member.name for member in listing.members), listing.labels, listing.numbers
@@ -118,7 +130,7 @@ def _located(dataset: str, path: str | Path | None, download: bool, choice: Choi
     try:
         return locate(dataset, path, choice.labels)
     except DataError:
-        if not download or known(dataset).size is None:
+        if not download or dataset not in _TORCHVISION:
             raise
         _download(dataset, data_root(path))
         return locate(dataset, path)
@@ -146,13 +158,18 @@ def _chosen(members: list[formats.Member], split: str, classes, source: str, pla
     return Listing(chosen, labels[keep].astype(np.int64), classes, _told(source, split, keep), numbers)
 
 
-def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
-    """What a data set of the user's own gives, checked. Raises DataError."""
+def _read_own(
+    name: str, facts: Dataset, split: str, path: str | Path | None, download: bool
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """What the `read` of a data set gives, checked, and its source. Raises DataError."""
     try:
-        images, labels = facts.read(split, None if path is None else str(path))
+        images, labels, *told = facts.read(split, None if path is None else str(path))
         images, labels = np.ascontiguousarray(images), np.asarray(labels)
     except DataError:
-        raise
+        if not download or name not in _TORCHVISION:
+            raise
+        _download(name, data_root(path))
+        return _read_own(name, facts, split, path, False)
     except Exception as error:  # the user's code can raise anything
         raise DataError(f"{name} could not read its {split} images: {type(error).__name__}: {first_line(error)}") from error
     form = (facts.size, facts.size, facts.channels)
@@ -162,7 +179,7 @@ def _read_own(name: str, facts: Dataset, split: str, path: str | Path | None) ->
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise DataError(f"{name} must give one integer label for each of its {len(images)} {split} images")
     formats.check_labels(labels, len(facts.classes), f"{name}, {split}")
-    return images, labels
+    return images, labels, told[0] if told else name
 
 
 class Listing(NamedTuple):
@@ -178,8 +195,8 @@ class Listing(NamedTuple):
 def list_images(dataset: str, split: str, path: str | Path | None = None, choice: Choice = ALL) -> Listing:
     """The image files of one split of an image folder (or tars of one): for what reads them one by one. Raises DataError."""
     place = locate(dataset, path, choice.labels)
-    members, source = _members(place)
-    return _chosen(members, split, None, source, place, choice)
+    members, source, named = _members(place)
+    return _chosen(members, split, named and (known(dataset).classes or named), source, place, choice)
 
 
 def has_test_images(dataset: str, path: str | Path | None = None, labels: str | None = None) -> bool:
@@ -235,13 +252,15 @@ def pictures_of(listing: Listing) -> Pictures:
     return Pictures(image, where, lambda i: members[i].name.rpartition("/")[2], *listing[1:4], members)
 
 
-def _members(place: Path) -> tuple[list[formats.Member], str]:
-    """All files of a folder or of its archives, and what to call their source."""
+def _members(place: Path) -> tuple[list[formats.Member], str, tuple[str, ...] | None]:
+    """All files of a folder or of its archives, what to call their source, and the classes where their order is known."""
     if official := ilsvrc.folder_of(place):
-        return list(ilsvrc.members(official)), str(official)
+        return list(ilsvrc.members(official)), str(official), None
+    if found := packed.read(place):
+        return found.members, found.source, found.classes
     archives = _archives(place)
     listings = [formats.archive_members(archive) for archive in archives] or [formats.folder_members(place)]
-    return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place)
+    return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place), None
 
 
 def locate(dataset: str, path: str | Path | None = None, labels: str | None = None) -> Path:
@@ -253,13 +272,18 @@ def locate(dataset: str, path: str | Path | None = None, labels: str | None = No
     known(dataset)
     if labels and path is not None and data_root(path).exists():  # any folders
         return data_root(path)
-    names = _PLACES[dataset]
+    return find(dataset, _PLACES[dataset], path, lambda place: _problem(dataset, place))
+
+
+def find(dataset: str, names: list[str], path: str | Path | None, problem_of: Callable[[Path], str | None]) -> Path:
+    """The first of some places that has no problem; `names` are relative to the data root. With a path only this is looked
+    at, and below it the places that torchvision downloads to. Raises DataError that lists where it looked."""
     if path is not None:
         names = [name for name in names if name in _TORCHVISION_PLACES] + ["."]
     looked = []
     for place in (data_root(path) / name for name in names):
         try:
-            problem = _problem(dataset, place)
+            problem = problem_of(place)
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         if problem is None:
@@ -270,7 +294,7 @@ def locate(dataset: str, path: str | Path | None = None, labels: str | None = No
         f"FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the data sets' folder.\n"
         "`apt-get install dataset-fashion-mnist` installs fashion_mnist."
     )
-    if known(dataset).size is None:
+    if dataset not in _TORCHVISION:
         advice = f"Set `path` in the config's data section to {layouts.LAYOUT}"
     raise DataError("\n".join([f"{dataset} was not found. Looked in:", *looked, advice]))
 
@@ -308,7 +332,7 @@ def _problem(dataset: str, place: Path) -> str | None:
     if dataset in ("mnist", "fashion_mnist"):
         absent = [name for names in _IDX_NAMES.values() for name in names if _idx_file(place, name) is None]
         return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
-    if place.is_file() or _is_split(place):
+    if place.is_file() or _is_split(place) or packed.files(place):
         return None
     batches = [name for names in formats.CIFAR_BATCHES.values() for name in names]
     absent = [name for name in batches if not (place / name).is_file()]
@@ -342,11 +366,12 @@ def _archives(place: Path) -> list[Path]:
 
 def _download(dataset: str, root: Path) -> None:
     datasets = import_torchvision().datasets
-    kind = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}[dataset]
+    kind, parts = _TORCHVISION[dataset], [{"split": split} for split in ("train", "test")] if dataset == "svhn" else [{}]
     made = [folder for folder in (root / kind / "raw", root / kind, root, *root.parents) if not folder.exists()]
     print(f"{dataset} is downloaded to {root.absolute()}", flush=True)
     try:
-        getattr(datasets, kind)(str(root), download=True)
+        for part in parts:
+            getattr(datasets, kind)(str(root), download=True, **part)
     except Exception as error:  # whatever the network, the server or the disk came up with
         for folder in made:
             with contextlib.suppress(OSError):  # what is not empty stays

@@ -18,7 +18,7 @@ from fastrobust.attack.threat import ball
 from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
-from fastrobust.evaluation import images_file, masking, results
+from fastrobust.evaluation import corruptions, images_file, masking, results
 from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed
@@ -38,6 +38,8 @@ def command(arguments) -> int:
 def evaluate_in(world, device, arguments) -> int:
     places = list(dict.fromkeys(arguments.data or [None]))
     trained = opened(arguments, places[0], device)
+    if arguments.corruptions:
+        return corrupted(world, arguments, trained)
     settings, file = trained.config.evaluation, arguments.save_images and Path(arguments.save_images)
     attack = arguments.attack or f"pgd-{arguments.steps or settings.steps}-{arguments.restarts or settings.restarts}"
     attack, radii = as_named(attack), arguments.epsilon or [settings.epsilon[0]]
@@ -77,6 +79,21 @@ def evaluate_in(world, device, arguments) -> int:
         show_all(found)
     if arguments.json:
         print(json.dumps(found[0] if len(found) == 1 else {"evaluations": found}))
+    return 0
+
+
+def corrupted(world, arguments, trained: Trained) -> int:
+    """--corruptions: accuracies without an attack."""
+    for option in ("--attack", "--sanity", "--save-images", "--data"):
+        if getattr(arguments, option[2:].replace("-", "_")):
+            raise ConfigError(f"{option} and --corruptions are two evaluations: give one of them")
+    if world.size > 1:
+        raise ConfigError("--corruptions runs in one process: leave torchrun away")
+    settings = trained.config.evaluation
+    batch_size, kept = arguments.batch_size or settings.batch_size, keeping(trained.path)
+    result = corruptions.evaluate(trained, arguments.corruptions, arguments.limit, batch_size, kept)
+    if arguments.json:
+        print(json.dumps(result))
     return 0
 
 
@@ -122,7 +139,7 @@ def at_radius(
         world=world,
     )
     result = report(attack, records) | {"weights": trained.digest, "images": data.checksum(), "chosen": data.chosen}
-    result["data"] = place
+    result |= {"data": place, "split": loaders.test_split(config)}
     result["attacks"] = [
         {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum()), **facts(r)}
         for r in records
@@ -223,7 +240,8 @@ def facts(record) -> dict:
 def show(result: dict, dataset: str, folder: Path | None) -> None:
 
     n, worst = result["examples"], result["worst_case"]
-    print(f"test images      {n} of {dataset}, {result['resolution']} pixels wide")
+    kind = "held-out images " if result["split"] == "held_out" else "test images     "
+    print(f"{kind} {n} of {dataset}, {result['resolution']} pixels wide")
     if result["data"]:
         print(f"{INDENT}{result['data']}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"

@@ -1,4 +1,5 @@
-"""`fastrobust.evaluate`: clean and robust accuracy of a program's own model on its own images."""
+"""`fastrobust.evaluate`: clean and robust accuracy of a program's own model on its own images, and
+`fastrobust.adversarial_images`: the images that an attack finds."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrobust.attack.verdicts import check_images, evaluating
 from fastrobust.data import given
+from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
@@ -76,6 +78,32 @@ def evaluate(
         weights=weights_digest(model),
         images=data.checksum(),
     )
+
+
+def adversarial_images(
+    model: nn.Module,
+    images: Tensor,
+    labels: Any,
+    *,
+    epsilon: float,
+    norm: str = "linf",
+    attack: str = "pgd-50-10",
+    alpha: float | None = None,
+    batch_size: int = 500,
+    seed: int = 0,
+) -> Tensor:
+    """The images as an attack changes them: float N x C x H x W in [0, 1], on the device of `images`, each in the ball
+    around its own and in the box. An image that withstands the attack, or that is misclassified as it is, is given back as
+    it is: an image that differs is one that the model gets right, and its change one that it gets wrong. Arguments as for
+    `evaluate`; only `images` must be a tensor. Raises FastrobustError."""
+    if not isinstance(images, Tensor):
+        raise DataError(f"the images must be a tensor, N x C x H x W; they are a {type(images).__name__}")
+    names, data = attack_names(attack), image_set(images, labels)
+    check_model(model, data.images[:1])
+    found = to_unit(data.images).clone()
+    options = {"norm": norm, "epsilon": float(epsilon), "alpha": epsilon / 4 if alpha is None else alpha}
+    run_attacks(model, data, names, **options, batch_size=batch_size, seed=seed, found=found)
+    return found.to(images.device)
 
 
 def image_set(images: Any, labels: Any = None, classes: Sequence[str] | None = None) -> ImageSet:

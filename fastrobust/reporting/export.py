@@ -5,6 +5,7 @@ RUN/export/model.py          the network and `load()`, in plain PyTorch
            model.onnx        the same network for ONNX runtimes, any batch size
            README.md         the model card: data, threat model, every accuracy with its attack and n
            robustbench.json  the same in the form of a RobustBench entry
+           robustbench.pt    the weights for RobustBench's own class of the network, where it has one
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from fastrobust.config.numbers import ball_in_words, describe, radius_in_words
 from fastrobust.models import Normalized
 from fastrobust.models.fused import plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
-from fastrobust.reporting import known
+from fastrobust.reporting import known, robustbench
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
 from fastrobust.reporting.stored import Summary
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
@@ -46,17 +47,19 @@ def command(arguments) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     facts = known.read(path, weights_digest(model))
 
-    buffer = io.BytesIO()
-    torch.save({name: t.contiguous() for name, t in model.state_dict().items()}, buffer)
-    write_atomically(folder / "weights.pt", lambda file: file.write(buffer.getvalue()))
+    save(folder / "weights.pt", {name: t.contiguous() for name, t in model.state_dict().items()})
+    tensors = robustbench.state(model, config)
+    if tensors is not None:
+        save(folder / "robustbench.pt", tensors)
     write_text(folder / "model.py", snippet(config, classes))
     images = examples(config)
     check_snippet(folder, model, images)
     difference = write_onnx(folder / "model.onnx", model, images)
     write_text(folder / "README.md", card(config, classes, facts, onnx=difference is not None))
-    write_json(folder / "robustbench.json", robustbench(config, facts))
+    write_json(folder / "robustbench.json", entry(config, facts))
 
     print(f"{folder}/: model.py with weights.pt (the same logits as the run's), README.md, robustbench.json", end="")
+    print(", robustbench.pt" if tensors is not None else "", end="")
     if difference is None:
         print("\nmodel.onnx is left out: it needs onnx, onnxscript and onnxruntime: pip install 'fastrobust[export]'")
     else:
@@ -65,6 +68,12 @@ def command(arguments) -> int:
         rows = [row.to_dict() for row in facts.accuracies]
         print(json.dumps({"folder": str(folder), "onnx_difference": difference, "accuracies": rows}))
     return 0
+
+
+def save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 
 def examples(config):
@@ -177,7 +186,7 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     images = facts.summary and facts.summary.training_images  # version 0.1 did not count them
     used = f"{images:,} training images" if images else "its training images"
     tested = facts.summary.tested_on if facts.summary and "held-out" in facts.summary.tested_on else "its test images"
-    side = config.phases[-1].resolution
+    side, usage = config.phases[-1].resolution, robustbench.usage(config, len(classes))
     paragraphs = [
         f"# {config.name}",
         f"An image classifier ({config.model.name}, {len(classes)} classes) trained with fastrobust to withstand "
@@ -199,6 +208,7 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
         "```python\nfrom model import CLASSES, load\n\n"
         "logits = load()(images)  # float N x C x H x W in [0, 1]; the normalisation is inside\n```",
         *(["`model.onnx` takes the same images (input `images`, output `logits`)."] if onnx else []),
+        *([f"With RobustBench's own class:\n\n```python\n{usage}\n```"] if usage else []),
     ]
     return "\n\n".join(paragraphs) + "\n"
 
@@ -234,7 +244,7 @@ def training(config, summary: Summary | None) -> str:
     return "\n".join(lines)
 
 
-def robustbench(config, facts: Known) -> dict[str, Any]:
+def entry(config, facts: Known) -> dict[str, Any]:
     """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null."""
     percent = lambda value: None if value is None else f"{100 * value:.2f}"
     first, auto = facts.summary and facts.summary.evaluations[0], facts.autoattack

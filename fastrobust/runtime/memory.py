@@ -1,4 +1,4 @@
-"""Out of memory: which batch size would fit, found out by trying."""
+"""Memory: what a step needs, and which batch size would fit where it ran out."""
 
 import contextlib
 import gc
@@ -6,11 +6,25 @@ import traceback
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrobust.runtime.errors import FastrobustError, first_line, is_out_of_memory
 
 Trial = Callable[..., None]
+
+
+def of_a_pass(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass keeps for its backward pass, seen by making one: the least that a step on x needs beside the
+    weights."""
+    kept, weights = {}, {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _ = model(x)
+    return sum(size for place, size in kept.items() if place not in weights)
 
 
 def largest_that_fits(trial: Trial, *batch: Tensor) -> int:

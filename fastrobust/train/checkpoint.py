@@ -43,6 +43,7 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"learner.{name}": t for name, t in stored["tensors"].items()}
     tensors |= {f"state.{name}": t for name, t in stored["state"].items()}
     tensors |= {f"good.{name}": t for name, t in training.good.items()} | _generators(training)
+    tensors |= {f"best.{name}": t for name, t in training.best.items()}
     if training.robust_before is not None:
         tensors["guard.robust"] = training.robust_before
     if world.size > 1:
@@ -65,6 +66,7 @@ def pack(training) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "history": list(training.history),
         "scaler": stored["scaler"],
         "good_epoch": training.good_epoch,
+        "selected": training.selected,
         "data": training.data_checksum,
         "examples": len(training.loader),
         "processes": world.size,
@@ -115,6 +117,8 @@ def unpack(training, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     except (KeyError, RuntimeError, TypeError) as error:
         raise RunError(f"the checkpoint in {directory} does not fit its config: {error}") from None
     training.good = {name: t.to(training.device) for name, t in part("good.").items()}
+    training.best = {name: t.to(training.device) for name, t in part("best.").items()}
+    training.selected = facts.get("selected")
     training.robust_before = tensors.get("guard.robust")
     if training.device.type == "cuda" and "rng.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng.cuda"], training.device)

@@ -1,45 +1,48 @@
-"""What a training shows of itself: TensorBoard's curves and a line for each epoch."""
+"""What a training shows of itself: its loggers' curves and a line for each epoch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from fastrobust.config import parts
 from fastrobust.config.schema import Config
 from fastrobust.runtime.distributed import World
-from fastrobust.runtime.files import explained
+from fastrobust.runtime.errors import ConfigError, first_line
 from fastrobust.runtime.progress import Progress
+from fastrobust.train.loggers import Logger, figures
 
 
 class Curves:
-    """TensorBoard's events in a run directory, written anew from the history: it orders files by the clock, which may have
-    been changed. Process 0 alone writes them. Raises RunError."""
+    """The loggers of a config, in process 0 alone. One that fails is left out from then on, which is said in one line of
+    `say`. Raises ConfigError for one that is not installed."""
 
-    def __init__(self, directory: Path, history: list[dict], world: World):
-        self.writer = None
-        if world.rank:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # its import takes longer than a short run's first epoch
-
-        with explained(f"TensorBoard events cannot be written to {directory}"):
-            for old in directory.glob("events.out.tfevents.*"):
-                old.unlink()
-            self.writer = SummaryWriter(str(directory))
-        for record in history:
-            self.draw(record)
+    def __init__(self, directory: Path, config: Config, history: list[dict], world: World):
+        self.loggers: dict[str, Logger] = {}
+        self.say: Callable[[str], None] = print
+        for name in config.logging if world.rank == 0 else ():
+            kind = parts.find_class("logging", parts.LOGGERS, name)
+            self._try(name, lambda kind=kind, name=name: self.loggers.update({name: kind(directory, config, history)}))
 
     def __enter__(self) -> Curves:
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        for name, logger in list(self.loggers.items()):
+            self._try(name, logger.close)
 
     def draw(self, record: dict) -> None:
-        if self.writer is None:
-            return
-        for name in record.keys() - {"epoch", "phase", "updates", "warning", "guard_images"}:
-            self.writer.add_scalar(name, record[name], record["updates"])
-        self.writer.flush()
+        for name, logger in list(self.loggers.items()):
+            self._try(name, lambda logger=logger: logger.log(figures(record), record["updates"]))
+
+    def _try(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except ConfigError:
+            raise
+        except Exception as error:  # a server that is away, a full disk, a package of another version
+            self.loggers.pop(name, None)
+            self.say(f"warning: logging to {name} has ended: {type(error).__name__}: {first_line(error)}")
 
 
 def epoch_line(record: dict, config: Config, bar: Progress) -> str:

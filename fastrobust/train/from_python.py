@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastrobust.config import parts, reading
-from fastrobust.config.datasets import DATASETS
+from fastrobust.config.datasets import DATASETS, FROM_FILES
 from fastrobust.config.numbers import ball_in_words
 from fastrobust.data import arrays, given
 from fastrobust.models import GIVEN
@@ -125,7 +125,7 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
         if test is not None:
             raise DataError("test= belongs to images given from Python: a folder or data set has its own test images")
         name, path = str(data), Path(data)
-        if name in DATASETS or (":" in name and not path.exists()):
+        if name in {*DATASETS, *FROM_FILES} or (":" in name and not path.exists()):
             yield name, None
         elif not path.exists():
             raise DataError(f"data: there is no folder or file {path}, and no data set: {parts.unknown(name, DATASETS)}")

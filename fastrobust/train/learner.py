@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from inspect import signature
+from typing import NamedTuple
 
 import torch
 import torch.distributed
@@ -28,10 +29,25 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (logits N x classes, labels N) -> t
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def right(logits: Tensor, y: Tensor) -> Tensor:
+    """Which rows of logits name their label, or of shares of the classes the largest (bool, N)."""
+    return logits.argmax(1) == (y if y.dim() == 1 else y.argmax(1))
+
+
+class Part(NamedTuple):
+    """Which part of a batch an update is about: the first one, the last one (which moves the weights), its share of the
+    images."""
+
+    first: bool = True
+    last: bool = True
+    share: float = 1.0
+
+
 class Learner:
     """Args: model on its device; optimizer, a config section; lr_table, the learning rate of every update of the run;
     epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
-    uses our own; reads_weights, whether the method reads the model's weights itself; the others as in a config.
+    uses our own; reads_weights, whether the method reads the model's weights itself; in_parts, whether some updates are
+    made of the gradients of several parts of a batch (`part`); the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -56,8 +72,9 @@ class Learner:
         averaging: float | None = None,
         kernels: bool = False,
         reads_weights: bool = False,
+        in_parts: bool = False,
     ):
-        self.model = model
+        self.model, self.part = model, Part()
         self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
         self.around_update = lambda learner, x, y, loss: contextlib.nullcontext()  # a context in which updates are made
         self.device = next(model.parameters()).device
@@ -81,7 +98,8 @@ class Learner:
         self.shadow: Shadow | None = None
         if kernels or self.device.type == "cuda":
             fused.prepare(model, kernels)
-        plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None and not reads_weights
+        plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None
+        plain = plain and not reads_weights and not in_parts
         if kernels and precision != "fp32" and plain and all(g["factor"] == 1 for g in self.optimizer.param_groups):
             self.shadow = Shadow(model, self.optimizer, DTYPES[precision])
 
@@ -114,7 +132,7 @@ class Learner:
         """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified
         correctly there (bool, N). Weights get no gradient."""
         gradient, logits = self.attack_gradient(x, y)
-        return gradient, logits.argmax(1) == y
+        return gradient, right(logits, y)
 
     def attack_gradient(
         self,
@@ -160,7 +178,7 @@ class Learner:
     def update(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> None:
         """One optimiser step on the loss of the logits at x; adds to the running sums."""
         loss = loss or self.loss
-        with self.around_update(self, x, y, loss):
+        with self.around_update(self, x, y, loss), self._exchanging():
             self._step(self._forward_of_update(x.detach()), y, loss)
 
     def update_with_input_gradient(self, x: Tensor, y: Tensor, loss: Loss | None = None) -> Tensor:
@@ -191,6 +209,10 @@ class Learner:
         """When the next update takes place, in epochs since the start (shape [])."""
         return self.now(self.epoch_table)
 
+    def _exchanging(self) -> contextlib.AbstractContextManager:
+        """Only the backward pass of the last part exchanges gradients with other processes: those of all parts."""
+        return contextlib.nullcontext() if self.part.last or self.shared is None else self.shared.no_sync()
+
     def _forward_of_update(self, x: Tensor) -> Tensor:
         return self.forward(x) if self.shared is None else self.shared(x)
 
@@ -199,24 +221,32 @@ class Learner:
         self.lr.copy_(self.now(self.lr_table))
         if self.shadow is None:
             set_rates(self.optimizer, self.lr)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward(self.scale_of(loss))
-            if self.clip_gradients is not None:
-                self.scaler.unscale_(self.optimizer)
-                nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            if self.part.first:
+                self.optimizer.zero_grad(set_to_none=True)
+            scale = self.scale_of(loss)
+            loss.backward(scale if self.part.share == 1 else scale * self.part.share)
+            if self.part.last:
+                self._move()
         else:
             wanted = self.shadow.differentiated() + ([] if x is None else [x])
             gradients = list(torch.autograd.grad(loss, wanted, self.scale_of(loss), allow_unused=True))
             if x is not None:
                 x.grad = gradients.pop()
             self.shadow.update(gradients, self.lr, self.scaler)
-        if self.average is not None:
+        last = self.part.last
+        if last and self.average is not None:
             self.average.update(self.updates)
-        torch._foreach_add_([self.updates, self.seen], [1, len(y)])
+        torch._foreach_add_([self.updates, self.seen], [int(last), len(y)])
         self.loss_sum.add_(loss.detach(), alpha=len(y))
-        self.correct.add_((logits.detach().argmax(1) == y).sum())
+        self.correct.add_(right(logits.detach(), y).sum())
+
+    def _move(self) -> None:
+        """One step of the optimiser along the gradients that are there."""
+        if self.clip_gradients is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters(), self.clip_gradients)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def now(self, table: Tensor) -> Tensor:
         """The entry of a table over updates that belongs to the next one (shape [])."""

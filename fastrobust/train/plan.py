@@ -15,7 +15,7 @@ from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import Progress, duration
-from fastrobust.train import schedules, step
+from fastrobust.train import schedules, selection, step
 from fastrobust.train.threads import Threads
 
 WARM_UP, TIMED = 2, 4  # steps
@@ -29,6 +29,8 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     phases = loaders.Phases(config, device, world)
     loader = phases.enter(0)
     phases.check_files(len(loader))
+    if config.selection:
+        held = selection.held_out(config, loader.classes, device, world)
     training_step = step.build(config, loader, device, world)
     with world.one_after_the_other(config.data.download):
         test = loaders.test_set(config, config.evaluation.limit).labelled_as(loader.classes, config.name)
@@ -39,7 +41,8 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
         tick = lambda share=0.0: bar.advance(1, "" if bar.due() else None)
         for index, phase in enumerate(config.phases):
             loader = phases.enter(index)
-            training_step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
+            shape = phase.batch_size // world.size, loader.channels, phase.resolution
+            training_step.enter_phase(*shape, phase.accumulate)
             steps = schedules.steps_in(config, phase, len(loader))
             batches = loader.batches(config.seed, index, phase.batch_size, 0, WARM_UP + TIMED)
             seconds = seconds_per_step(training_step, Threads(training_step, world, config.deterministic), batches, tick)
@@ -66,6 +69,10 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
     radii = ball_in_words(settings.epsilon[0], config.norm) + "".join(f", {describe(e)}" for e in settings.epsilon[1:])
     console.print(f"training about {duration(total)} on {where}, as measured over a few steps")
+    if config.selection:
+        looks = -(-sum(map(config.passes, config.phases)) // config.selection.every) * (1 if config.averaging is None else 2)
+        seconds = looks * config.selection.steps * len(held.labels) * attack_step / world.size
+        console.print(f"selection at most {duration(seconds)}: {len(held.labels):,} held-out images, {looks} times")
     console.print(f"evaluation at most {duration(evaluation)}: examples that break early are left alone")
     console.print(f"  PGD-{settings.steps}-{settings.restarts} at {radii}, {len(test.labels)} images", soft_wrap=True)
     console.print(f"files would go to {Path(config.output) / config.name}/; nothing was written", soft_wrap=True)

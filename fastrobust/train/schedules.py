@@ -169,6 +169,16 @@ def epsilon_scale_table(config: Config, examples: int) -> Tensor:
     return torch.tensor([min(1.0, epoch / warmup) if warmup else 1.0 for epoch in update_epochs(config, examples)])
 
 
+def starts(config: Config, examples: int) -> list[int]:
+    """Where the batch of every weight update begins, in images since the first pass over the data."""
+    found, passes = [], 0
+    for phase in config.phases:
+        steps = range(steps_in(config, phase, examples))
+        found += [passes * examples + step * phase.batch_size for step in steps for _ in range(config.replays)]
+        passes += config.passes(phase)
+    return found
+
+
 def steps_in(config: Config, phase, examples: int) -> int:
     """The number of batches in a phase."""
     return end_of_pass(config.passes(phase) - 1, examples, phase.batch_size)

@@ -22,13 +22,13 @@ from fastrobust.data.formats import Unusable
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights
-from fastrobust.runtime import distributed, interrupt, limits, run_directory
+from fastrobust.runtime import distributed, interrupt, limits, memory, run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, engine
+from fastrobust.train import changes, engine, precision, selection
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -66,15 +66,17 @@ def command(arguments) -> int:
 
 
 def warn_of_precision(config: Config, device: torch.device, world: World) -> None:
-    if device.type == "cpu" and config.precision != "fp32" and world.rank == 0:
-        slow = "most CPUs emulate it, many times slower than fp32: set precision=fp32"
+    emulated = config.precision == "fp16" or (config.precision == "bf16" and not precision.has_bf16())
+    if device.type == "cpu" and emulated and world.rank == 0:
+        slow = "this processor emulates it, many times slower than fp32: set precision=auto"
         print(f"warning: precision {config.precision} is meant for GPUs; {slow}", file=sys.stderr, flush=True)
 
 
-def resolve(config: Config, device: torch.device, world: World) -> Config:
+def resolve(config: Config, device: torch.device, world: World, network=None) -> Config:
     """The config with what `auto` stands for here; the same in all processes. Raises ConfigError or DataError."""
     config = world.first(lambda: loaders.resolve(config, device))
-    return config.model_copy(update={"engine": engine.choose(config.engine, device)})
+    chosen = world.first(lambda: precision.choose(config, device, network))
+    return config.model_copy(update={"engine": engine.choose(config.engine, device), "precision": chosen})
 
 
 def run(
@@ -94,7 +96,7 @@ def run(
         together = f", {world.size} processes" if world.size > 1 else ""
         what = f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}"
         print(what, flush=True)
-    config = resolve(config, device, world)
+    config = resolve(config, device, world, network)
     if begun:
         with held(directory, world), interrupt.resumable(directory):
             checkpoint = world.first(lambda: run_directory.load_checkpoint(directory))
@@ -159,13 +161,40 @@ def training(config: Config, directory: Path, device: torch.device, world: World
     test, skipped, tested_on = world.first(look_at_test_images)
     made.images = {"train": counted(made.loader.labels, made.loader.classes), "test": test}
     made.skipped, made.tested_on = {"train": getattr(made.loader, "skipped", ()), "test": skipped}, tested_on
-    memory = f"{limits.available_memory() / 1e9:.3g} GB of memory free"
+    available = limits.available_memory()
+    machine = f"{device}, {config.precision}, {limits.cores()} cores, {available / 1e9:.3g} GB of memory free"
     told = "\n        ".join(f"{split} {in_words(found)}" for split, found in made.images.items())
-    print(f"images: {told}\n{config.loader} loader, {device}, {limits.cores()} cores, {memory}", flush=True)
+    print(f"images: {told}\n{config.loader} loader, {machine}", flush=True)
+    if device.type == "cpu":  # elsewhere a lack of memory is an error with a message; here the system kills the process
+        warn_of_memory(made, available)
+    if config.data.balance:
+        sizes = [count for count in made.images["train"].values() if count]
+        each = f"every class comes {len(made.loader) // len(sizes):,} times in a pass"
+        print(f"balance: {each}, of {min(sizes):,} to {max(sizes):,} images", flush=True)
     if config.data.held_out:
         apart = "the test images" if "held-out" in tested_on else "kept apart from the others and from the test images"
         print(f"held out: {config.data.held_out:,} training images, {apart}", flush=True)
     return made
+
+
+def warn_of_memory(made: Training, available: float) -> None:
+    """Say so if a step is sure to need more memory than there is."""
+    phases = made.config.phases
+    index = max(range(len(phases)), key=lambda i: phases[i].batch_size / phases[i].accumulate * phases[i].resolution ** 2)
+    size, resolution, parts = phases[index].batch_size, phases[index].resolution, phases[index].accumulate * made.world.size
+    model = made.learner.model.eval()  # BatchNorm cannot train on one image
+    each = memory.of_a_pass(model, torch.zeros(1, made.loader.channels, resolution, resolution))
+    model.train()
+    share = -(-size // parts)
+    if share * each > available:
+        fits = int(0.5 * available / each) * parts  # a step needs more than what it keeps
+        advice = f"phases.{index}.batch_size={fits} needs less" if fits else "use a smaller model or resolution"
+        print(
+            f"warning: a step on {share} images needs at least {share * each / 1e9:.2g} GB of memory, but "
+            f"{available / 1e9:.2g} GB are free: the system may kill this run without a message; {advice}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def load_weights(model, config: Config, world: World = distributed.ALONE) -> None:
@@ -214,6 +243,9 @@ def finish(training: Training) -> dict[str, Any]:
     config, directory, world = training.config, training.directory, training.world
     training.train()
     model, average = training.learner.model.eval(), training.learner.average
+    if training.selected:
+        model.load_state_dict(training.best)
+        average = None
     settings = config.evaluation
     with world.one_after_the_other(config.data.download):
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
@@ -237,6 +269,8 @@ def finish(training: Training) -> dict[str, Any]:
         average.swap()
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
+    if training.selected:
+        summary |= {"weights": training.selected["weights"], "selection": selection.facts(training)}
     summary |= {"chosen": test.chosen, "tested_on": training.tested_on, "held_out_images": config.data.held_out}
     summary["skipped_images"] = {split: len(found) for split, found in training.skipped.items()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
@@ -274,6 +308,8 @@ def table_of(summary: dict[str, Any]) -> Table:
 def show_summary(summary: dict[str, Any], directory: Path) -> None:
     console = Console(highlight=False)
     console.print(table_of(summary))
+    if "selection" in summary:
+        console.print(selection.in_words(summary["selection"]), soft_wrap=True)
     if "held-out" in summary.get("tested_on", ""):
         console.print(f"the test images: {summary['tested_on']}", soft_wrap=True)
     if summary["stopped"]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.schema import Augment, Config
-from fastrobust.data.augment import augment, to_unit
+from fastrobust.data.augment import Alternation, augment, mixed, to_unit
 from fastrobust.data.batch import Batch
 from fastrobust.models import fused
 from fastrobust.models.pixels import Sees
@@ -19,7 +19,7 @@ from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
 from fastrobust.train import engine, schedules
-from fastrobust.train.learner import DTYPES, Learner
+from fastrobust.train.learner import DTYPES, Learner, Part
 from fastrobust.train.methods.base import Inputs, Method, Shapes
 
 
@@ -28,7 +28,8 @@ class Step:
 
     learner: the model that is trained, its optimiser and its learning rates. threat: the ball at the full epsilon. classes,
     examples: how many of each the data set has. scale_table: what epsilon and alpha are multiplied by at every update.
-    augment: how images are cropped and mirrored, or None for images that the loader has cropped. engine: see `engine.py`.
+    augment: how images are changed, or None for none of it; crop: false for images that the loader has cropped and mirrored.
+    alternation: of `flip: alternate`. engine: see `engine.py`.
     seed: of a method's first state.
     Before the first batch of a phase `enter_phase` says its shapes.
     """
@@ -43,22 +44,25 @@ class Step:
         examples: int,
         scale_table: Tensor | None = None,
         augment: Augment | None = None,
+        crop: bool = True,
+        alternation: Alternation | None = None,
         engine: str = "eager",
         seed: int = 0,
     ):
         self.learner, self.method, self.threat, self.augment, self.engine = learner, method, threat, augment, engine
         self.classes, self.examples, self.seed = classes, examples, seed
+        self.crop, self.alternation = crop, alternation
         self.scales = None if scale_table is None else scale_table.to(learner.device)
         self.state: dict[str, Tensor] = {}
-        self.resolution = 0
+        self.resolution, self.parts = 0, 1
         self._run: engine.Run | None = None
 
-    def enter_phase(self, batch_size: int, channels: int, resolution: int) -> None:
-        """From here on batches have this size (of this process's part) and the model sees images of this resolution. The
-        method's state is made anew, but for what all processes agree on and still fits; the engine prepares the step
-        again."""
-        self.resolution, shape = resolution, (batch_size, channels, resolution, resolution)
-        before, agreed = self.state, self.method.agreed
+    def enter_phase(self, batch_size: int, channels: int, resolution: int, parts: int = 1) -> None:
+        """From here on batches have this size (of this process's part) and the model sees images of this resolution; so many
+        `parts` of a batch pass through it one after the other, and make one update. The method's state is made anew, but for
+        what all processes agree on and still fits; the engine prepares the step again."""
+        self.resolution, self.parts, shape = resolution, parts, (batch_size, channels, resolution, resolution)
+        before, agreed, self.learner.part = self.state, self.method.agreed, Part()
         self.state = self.method.state(Shapes(shape, self.classes, self.examples, self.learner.device, self.seed))
         for name in before.keys() & set(agreed):
             if before[name].shape == self.state[name].shape:
@@ -73,12 +77,26 @@ class Step:
 
     def take(self, batch: Batch) -> None:
         """The step itself, as it is run eagerly, compiled or captured."""
-        if self.augment is None:
+        settings, mirrored, y = self.augment, None, batch.labels
+        if self.alternation is not None:
+            mirrored = self.alternation.mirrored(self.learner.now(self.alternation.starts), batch.index)
+        if settings is None:
             x = to_unit(batch.images)
         else:
-            x = augment(batch.images, self.augment, self.resolution, self.threat.kernels)
+            x = augment(batch.images, settings, self.resolution, self.threat.kernels, self.crop, mirrored)
+            if settings.mixes:
+                x, y = mixed(x, y, self.classes, settings)
         scale = 1.0 if self.scales is None else self.learner.now(self.scales)
-        self.method.step(self.learner, Inputs(x, batch.labels, batch.index), self.threat, scale, self.state)
+        whole, parts = Inputs(x, y, batch.index), min(self.parts, len(x))
+        if parts == 1:
+            self.learner.part = Part()
+            return self.method.step(self.learner, whole, self.threat, scale, self.state)
+        for k in range(parts):
+            places = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
+            part = Inputs(*(t[places] for t in whole))
+            state = {name: t[places] if name in self.method.by_slot else t for name, t in self.state.items()}
+            self.learner.part = Part(k == 0, k == parts - 1, len(part.y) / len(x))
+            self.method.step(self.learner, part, self.threat, scale, state)
 
     def scale_now(self) -> float:
         """What the next update multiplies epsilon and alpha by: less than 1 while epsilon warms up. Waits for the device."""
@@ -127,10 +145,15 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         averaging=None if config.averaging is None else config.averaging.decay,
         kernels=kernels,
         reads_weights=config.method.reads_weights,
+        in_parts=any(phase.accumulate > 1 for phase in config.phases),
     )
     if world.joined:
         learner.share_gradients()
     seed_of_rank(config, world, 0)
+    alternation = None
+    if config.data.augment.flip == "alternate":
+        starts = torch.tensor(schedules.starts(config, len(loader)))
+        alternation = Alternation(starts, len(loader), config.seed, world.rank, device)
     step = Step(
         learner,
         config.method,
@@ -138,12 +161,14 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,
-        augment=None if loader.crops else config.data.augment,
+        augment=config.data.augment,
+        crop=not loader.crops,
+        alternation=alternation,
         engine=engine.choose(config.engine, device),
         seed=config.seed,
     )
     phase = config.phases[0]
-    step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution)
+    step.enter_phase(phase.batch_size // world.size, loader.channels, phase.resolution, phase.accumulate)
     return step
 
 

@@ -22,7 +22,7 @@ from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.interrupt import Interrupted, handled
 from fastrobust.runtime.progress import Progress
-from fastrobust.train import checkpoint, guard, schedules, step
+from fastrobust.train import checkpoint, guard, schedules, selection, step
 from fastrobust.train.checkpoint import Position
 from fastrobust.train.curves import Curves, epoch_line
 from fastrobust.train.threads import Threads
@@ -48,12 +48,15 @@ class Training:
         self.images: dict[str, dict[str, int]] = {}  # how many there are of each split and class
         self.skipped: dict[str, tuple[str, ...]] = {}  # what was left out of each split, and why
         self.tested_on = ""  # what the test images are
+        self.held_out = config.selection and selection.held_out(config, self.loader.classes, device, world)
         self.step = step.build(config, self.loader, device, world, network)
         self.threads = Threads(self.step, world, config.deterministic)
         self.position = Position()
         self.history: list[dict] = []
         self.good: dict[str, Tensor] = {}  # the weights after the last epoch that the guard found healthy
         self.good_epoch = 0
+        self.best: dict[str, Tensor] = {}  # the weights that did best on the held-out images
+        self.selected: dict[str, Any] | None = None  # which those are: see `selection.look`
         self.guarded: tuple[Tensor, Tensor] | None = None  # the images that the guard attacks, and their labels
         self.robust_before: Tensor | None = None  # which of them were robust after the last epoch
         self.asked: int | None = None  # the signal that this process got
@@ -71,7 +74,8 @@ class Training:
         """Get ready for the phase that the run stands in."""
         index = min(self.position.phase, len(self.config.phases) - 1)
         self.loader, phase = self.phases.enter(index), self.config.phases[index]
-        self.step.enter_phase(phase.batch_size // self.world.size, self.loader.channels, phase.resolution)
+        shape = phase.batch_size // self.world.size, self.loader.channels, phase.resolution
+        self.step.enter_phase(*shape, phase.accumulate)
         self.guarded = self.robust_before = None
 
     def save(self) -> None:
@@ -111,10 +115,11 @@ class Training:
         steps = [schedules.steps_in(config, phase, len(self.loader)) for phase in config.phases]
         done = sum(steps[: position.phase]) + position.step
         with (
-            Curves(self.directory, self.history, self.world) as self.curves,
+            Curves(self.directory, config, self.history, self.world) as self.curves,
             handled(self._note_signal),
             Progress("train", sum(steps), done) as bar,
         ):
+            self.curves.say = bar.line
             while position.phase < len(config.phases) and not position.stopped:
                 phase = config.phases[position.phase]
                 while position.passes < config.passes(phase) and not position.stopped:
@@ -166,10 +171,15 @@ class Training:
         buffers = [b for b in self.learner.model.buffers() if b.is_floating_point()]
         buffers += [] if self.learner.average is None else self.learner.average.buffers().values()
         self.world.average_(buffers)
+        chosen, asked = None, self.config.selection
+        if asked and (len(self.history) % asked.every == 0 or record["epoch"] == self.config.epochs):
+            chosen = selection.look(self, record)
         if self.config.method.attacks and self.config.guard.action != "off":
             self._guard()
         self.curves.draw(record)
         bar.line(epoch_line(record, self.config, bar))
+        if chosen:
+            bar.line(chosen)
         if "warning" in record:
             bar.line(f"warning: {record['warning']}")
         if position.stopped:
@@ -229,6 +239,7 @@ class Training:
                     weights[name].copy_(t)
         else:
             kept = "no epoch with this epsilon was healthy"
+        kept = "the weights that did best on the held-out images are kept" if self.selected else kept
         said = f"stopped after epoch {record['epoch']}: {record['warning']}; {kept}"
         self.position.stopped = f"{said}. To train on, {guard.ADVICE}"
 

@@ -69,7 +69,7 @@ def test_every_default_is_resolved(file):
     found = load(file)
     epsilon = 8 / 255
     assert found.name == "minimal" and found.output == "runs" and found.seed == 0
-    assert found.device == "auto" and found.engine == "auto" and found.precision == "fp32"
+    assert found.device == "auto" and found.engine == "auto" and found.precision == "auto"
     assert found.epsilon_warmup == 0
     assert found.method.init == "random" and found.method.attack_batchnorm == "train"
     assert found.method.alpha == pytest.approx(10 / 255)

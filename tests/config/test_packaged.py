@@ -39,7 +39,7 @@ def test_a_file_of_the_users_own_comes_first(tmp_path, monkeypatch):
     "name, message",
     [
         ("mnist_fgms", "did you mean mnist_fgsm?"),
-        ("cifar100_fgsm", "`fastrobust configs` lists those that come with fastrobust"),
+        ("birds", "`fastrobust configs` lists those that come with fastrobust"),
         ("other/mnist_fgsm.yaml", "config file other/mnist_fgsm.yaml does not exist"),
     ],
 )

@@ -8,7 +8,7 @@ import gc
 
 import pytest
 import torch
-from training_runs import STEP_METHODS, on_noise
+from training_runs import STEP_METHODS, STEP_OPTIONS, on_noise
 
 from benchmarks.step import cifar_config, images
 from fastrobust.attack.base import Setting
@@ -64,6 +64,12 @@ def test_every_method_is_captured_twice(method, precision):
         nodes.append(captured(noise.step, next(noise.batches(1))))
         noise = None
     assert nodes[0] == nodes[1] and len(nodes[0]) > 50
+
+
+@pytest.mark.parametrize("option", STEP_OPTIONS)
+def test_every_option_is_captured(option):
+    noise = on_noise("fgsm", "fp16", "cuda", more=STEP_OPTIONS[option])
+    assert len(captured(noise.step, next(noise.batches(1)))) > 50
 
 
 @pytest.mark.parametrize("name", FGSM_NODES)

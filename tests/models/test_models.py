@@ -299,6 +299,15 @@ def test_an_own_model_that_is_none(own, name, said):
         create("absent_models:small")
 
 
+def test_drop_path_of_torchvisions_models():
+    facts = {"channels": 3, "classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    made = models.create("convnext_tiny", **facts, options={"stochastic_depth_prob": 0.3})
+    shares = [module.p for module in made.modules() if type(module).__name__ == "StochasticDepth"]
+    assert len(shares) == 18 and max(shares) == 0.3
+    with pytest.raises(ConfigError, match=r"model.options: resnet18 does not take .*'stochastic_depth_prob'"):
+        models.create("resnet18", **facts, options={"stochastic_depth_prob": 0.3})
+
+
 def test_options_reach_the_model(tmp_path, monkeypatch):
     pytest.importorskip("timm")
     facts = {"channels": 3, "classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3}

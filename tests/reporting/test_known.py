@@ -205,7 +205,7 @@ def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_image
     assert found.autoattack_clean == 54 / 60
     quoted = [(row.epsilon, row.examples) for row in found.accuracies if row.attack == "autoattack"]
     assert sorted(quoted) == [(0.1, 10), (0.1, 20), (0.1, 60), (0.1, 99), (0.3, 90)]  # the table has all
-    entry = export.robustbench(read_weights(run)[1], found)
+    entry = export.entry(read_weights(run)[1], found)
     assert (entry["eps"], entry["autoattack_acc"], entry["clean_acc"]) == ("0.1", "40.00", "90.00")
 
 

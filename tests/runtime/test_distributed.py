@@ -87,11 +87,12 @@ def same_bits(a: Path, b: Path) -> bool:
         (ZERO, {}),
         ({"name": "fgsm", "init": "previous"}, {}),
         (ZERO | {"ibp_weight": 0.3}, {}),
+        (ZERO, {"phases": [{"epochs": 3, "batch_size": 20, "resolution": 28, "accumulate": 2}]}),
         ({"name": "pgd", "init": "zero", "steps": 2, "alpha": 0.03}, {}),
         ({"name": "free", "replays": 2}, {"phases": [{"epochs": 4, "batch_size": 20, "resolution": 28}]}),
         (ZERO, {"loader": "torch", "data__workers": 2, "data__augment": {"crop": "random_resized", "flip": True}}),
     ],
-    ids=["standard", "fgsm zero", "fgsm previous", "fgsm ibp", "pgd", "free", "crops of a loader"],
+    ids=["standard", "fgsm zero", "fgsm previous", "fgsm ibp", "accumulate", "pgd", "free", "crops of a loader"],
 )
 def test_two_processes_train_what_one_does(method, more, quick, tmp_path):
     """In fp32, to 1e-4: the mean of two halves' gradients is summed in another order, and a pixel whose gradient is nearly 0
@@ -258,7 +259,10 @@ def test_two_processes_come_to_the_verdicts_of_one(finished_run, tmp_path):
 
 LONG = {
     "data__limit": 70,
-    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 28}],  # 18 steps: the processes agree after 16, too
+    "data__held_out": 4,
+    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 28}],  # 17 steps: the processes agree after 16, too
+    "selection": {"steps": 2},
+    "averaging": {"decay": 0.5},
     "method": {"name": "fgsm", "init": "previous"},
     "model__name": "preact_resnet18_w16",
     "data__augment": {"crop": "none", "flip": True},

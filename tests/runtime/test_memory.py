@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 
+from fastrobust.__main__ import main as cli
 from fastrobust.attack import gradient, pgd, verdicts
 from fastrobust.data import sets
 from fastrobust.evaluation.accuracy import evaluate
@@ -32,6 +33,25 @@ def test_the_largest_batch_of_the_halves_that_fits(fits, found):
             out_of_memory()
 
     assert memory.largest_that_fits(step, IMAGES, LABELS) == found
+
+
+def test_what_a_pass_keeps_is_counted():
+    """By hand, for 2 images: the convolution keeps its input, ReLU its output, and the last layer sees that same output."""
+    flat = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(180, 2))
+    assert memory.of_a_pass(flat, torch.zeros(2, 3, 8, 8)) == 4 * 2 * (3 * 8 * 8 + 5 * 6 * 6)
+    for parameter in flat.parameters():
+        parameter.requires_grad_(False)
+    assert memory.of_a_pass(flat, torch.zeros(2, 3, 8, 8)) == 0
+
+
+def test_a_run_that_the_system_would_kill_is_warned_of(quick, monkeypatch, capsys):
+    """mnist_net keeps so many bytes an image, times the 35 images of a batch: 1 MB."""
+    needed = 35 * 4 * (3 * 28**2 + 16 * 14**2 + 32 * 7**2 + 100)
+    for free, words in ((needed, ""), (needed - 1, "phases.0.batch_size=17 needs less"), (50_000, "use a smaller model")):
+        monkeypatch.setattr("fastrobust.runtime.limits.available_memory", lambda free=free: free)
+        assert cli(["train", str(quick()), "loader=torch", "evaluation.limit=10", f"name=free{free}"]) == 0
+        found = capsys.readouterr().err
+        assert words in found and ("a step on 35 images needs at least" in found) == bool(words)
 
 
 def test_the_words_of_the_cpu_allocator_are_known():

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from torch._inductor import config as inductor
-from training_runs import NEWER, STEP_METHODS, on_noise, run_steps, same
+from training_runs import NEWER, STEP_METHODS, STEP_OPTIONS, on_noise, run_steps, same
 
 from fastrobust.attack.pgd import StaticAttack, attack
 from fastrobust.attack.threat import Threat
@@ -164,6 +164,16 @@ def test_the_ninth_compiled_step_is_compiled_too(cheap_compiler):
         step(Batch(*(t[:size] for t in batch)))
         assert cheap_compiler() > before
     assert step.learner.updates.item() == 3
+
+
+def test_options_are_compiled(cheap_compiler):
+    options = STEP_OPTIONS["accumulate"] | STEP_OPTIONS["cutmix, cutout, alternate"]
+    options["phases"] = [options["phases"][0] | {"resolution": 28}]
+    plain = run_steps(on_noise(side=28, more=options), 2)
+    noise = on_noise(side=28, more=options)
+    compiled = run_steps(noise, 2, lambda step, batch: engine.prepare("compile", step.take, batch, step))
+    assert cheap_compiler() > 2 and compiled.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert torch.equal(compiled.tensors["sums.updates"], plain.tensors["sums.updates"])
 
 
 def test_a_step_is_never_eager_in_silence(cheap_compiler):

@@ -108,8 +108,10 @@ def test_held_out_images_are_the_test_images_where_there_are_no_others(quick, da
     assert summary["tested_on"] == "20 held-out training images" and summary["held_out_images"] == 20
     assert summary["training_images"] == 50 and summary["examples"] == 20
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["held_out"] == 20
-    assert cli(["evaluate", str(run), "--steps", "1", "--restarts", "1"]) == 0
-    assert "20 held-out training images" in capsys.readouterr().out
+    assert cli(["evaluate", str(run), "--steps", "1", "--restarts", "1", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "20 held-out training images" in out and "held-out images  20 of image_folder" in out
+    assert json.loads(out.splitlines()[-1])["split"] == "held_out"
     found = open_trained(run).images()
     assert found.checksum() == summary["test_images"] and not set(found.names) & set(read_images(run))
     assert len(open_trained(run).training_images(100).labels) == 50

@@ -69,7 +69,7 @@ def test_a_checkpoint_of_format_2_resumes_to_the_same_bits(config_of, begin, res
         job.train()
     tensors, facts = run_directory.load_checkpoint(job.directory)
     assert facts["format"] == 3
-    assert ("state.delta" in tensors) == (method in ("fgsm previous", "free"))
+    assert ("state.delta" in tensors) == (method in ("fgsm previous", "free", "options"))
     run_directory.save_checkpoint(job.directory, *as_format_2(tensors, facts, (20, 3, 28, 28)))
     again = resume(config)
     assert same(weights(again), weights(job)) and same(again.step.state, job.step.state)

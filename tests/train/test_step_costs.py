@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import STEP_METHODS, Noise, on_noise
+from training_runs import STEP_METHODS, STEP_OPTIONS, Noise, on_noise
 
 from fastrobust.attack.pgd import StaticAttack
 from fastrobust.attack.threat import Threat
@@ -82,6 +82,12 @@ def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
     for what, value, ceiling in zip(("operators", "MB"), found, CEILINGS[method][precision], strict=True):
         assert value <= 1.01 * ceiling, f"the step has grown to {value} {what}"
         assert ceiling <= SLACK * value, f"well done: lower the ceiling to {value} {what}"
+
+
+@pytest.mark.parametrize("option", STEP_OPTIONS)
+def test_options_wait_for_nothing(option):
+    noise = on_noise(more=STEP_OPTIONS[option])
+    assert on_fakes(noise, noise.step.take).operators > CEILINGS["fgsm"]["fp32"][0] / SLACK
 
 
 def test_an_attack_step_waits_for_nothing():

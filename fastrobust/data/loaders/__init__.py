@@ -17,7 +17,7 @@ import torch
 
 from fastrobust.config import parts
 from fastrobust.config.schema import Config
-from fastrobust.data import checking, layouts, sets
+from fastrobust.data import checking, layouts, packed, sets
 from fastrobust.data.held_out import Choice, evenly_spaced
 from fastrobust.data.prepared import beton, records, shards
 from fastrobust.runtime import limits
@@ -138,6 +138,8 @@ def why_not(config: Config, kind: str) -> str | None:
 def _not_all(config: Config, found: records.Records) -> str | None:
     """Why prepared images are not all of their split's."""
     manifest = found.manifest
+    if manifest["dataset"] is None:  # FFCV's own file: nothing says which source it is of
+        return None
     if manifest["limit"] is not None:
         return f"they were written with --limit {manifest['limit']}"
     try:
@@ -152,7 +154,11 @@ def _not_all(config: Config, found: records.Records) -> str | None:
 
 
 def sizes_of(place: Path, split: str) -> list[records.Size]:
-    """The sizes in which a split was written, the best first."""
+    """The sizes in which a split was written, the best first; FFCV's own files have one."""
+    if beton.by_ffcv(place):
+        return (
+            ["original"] if split in {layouts.side_name(side) for side in packed.by_side(tuple(packed.files(place)))} else []
+        )
     sizes = [m.stem.partition("_")[2] for m in sorted(place.glob(f"{split}_*.json"))]
     whole = sorted((int(size) for size in sizes if size.isdecimal()), reverse=True)
     return [*(["original"] if "original" in sizes else []), *whole]
@@ -174,12 +180,24 @@ def read_records(config: Config, kind: str, split: str, size: records.Size, limi
     training images are refused: they would number them otherwise than the source does. Raises DataError or ConfigError."""
     place = folder(config, kind)
     found = READERS[kind](place, "test" if split == "test" else "train", size)
-    if found.manifest["dataset"] != config.data.dataset:
+    if found.manifest["dataset"] is None:
+        found = with_names(found, config)
+    elif found.manifest["dataset"] != config.data.dataset:
         raise ConfigError(f"{place} holds {found.manifest['dataset']}, not {config.data.dataset}: set data.prepared")
     if config.data.held_out and split != "test" and (problem := not_whole(found.manifest)):
         raise DataError(f"data.held_out needs all training images, and those in {place} {problem}: write them anew")
     keep = choice_of(config, limit).of(found.labels, split, found.classes)
     return found if len(keep) == len(found) else found.take(keep)
+
+
+def with_names(found: records.Records, config: Config) -> records.Records:
+    """Images of FFCV's own file with the names of the data set's classes, where these are fixed. Raises DataError."""
+    names = config.facts.classes
+    if names is None or found.classes == names:
+        return found
+    if found.classes != tuple(map(str, range(len(found.classes)))) or len(found.classes) > len(names):
+        raise DataError(f"{found.source} has other classes than {config.data.dataset}: {', '.join(found.classes[:5])}, …")
+    return replace(found, classes=names)
 
 
 def not_whole(manifest: dict) -> str | None:
@@ -210,9 +228,12 @@ class Phases:
         self.key, self.loader = None, None
         self.bad: dict[int, str] | None = None  # images that cannot be decoded, where they are read one by one
         for index, phase in enumerate(config.phases):
+            key, parts = f"phases.{index}.batch_size is {phase.batch_size}", phase.accumulate
             if phase.batch_size % world.size:
-                key = f"phases.{index}.batch_size is {phase.batch_size}"
                 raise ConfigError(f"{key}: {world.size} processes cannot share it equally")
+            if parts > phase.batch_size // world.size:
+                each = f"the {phase.batch_size // world.size} of each process" if world.joined else "that"
+                raise ConfigError(f"{key}: accumulate asks for {parts} parts of {each}")
 
     def enter(self, index: int):
         phase = self.config.phases[index]
@@ -225,6 +246,7 @@ class Phases:
                 self.loader = self.kind.open(self.config, "train", size, phase.resolution, self.device, self.world)
             self.key = key
             self.check_images()
+            self.loader.balanced = self.config.data.balance
         if len(self.loader) < phase.batch_size:
             there = f"there are only {len(self.loader)} images"
             raise ConfigError(f"phases.{index}.batch_size is {phase.batch_size}, but {there}")
@@ -234,7 +256,7 @@ class Phases:
         """Look at all images once, if they are read one by one: those that cannot be decoded are left out as
         `data.skip_corrupt` says, or raised as Unusable. Images in memory have been decoded, prepared ones when written."""
         data = getattr(self.loader, "data", None)
-        if not isinstance(data, sets.Pictures) or not data.members:
+        if not getattr(data, "members", None):
             return
         if self.bad is None:
 
@@ -286,7 +308,7 @@ def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
         loader.close()
     told = f"{found.source}, {len(found.labels)} held-out training images" if split == "held_out" else found.source
     whole = READERS[kind](place, "test" if split == "test" else "train", sizes[0])
-    keep = choice_of(config, limit).of(whole.labels, split, whole.classes)
+    keep = choice_of(config, limit).of(whole.labels, split, found.classes)
     return replace(found, source=told, numbers=None if len(keep) == len(whole) else torch.from_numpy(keep))
 
 

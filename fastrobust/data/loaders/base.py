@@ -46,7 +46,8 @@ class Jobs:
     """The jobs for batches `first` to `last` - 1 of a phase, made when asked for."""
 
     def __init__(self, loader: Loader, seed: int, phase: int, batch_size: int, first: int, last: int):
-        self.order = order.Order(len(loader), seed, phase)
+        labels = torch.from_numpy(loader.labels) if loader.balanced else None
+        self.order = order.Order(len(loader), seed, phase, labels=labels)
         self.crops, self.flip, self.shard = loader.crops, loader.flip, (loader.rank, loader.world)
         self.seed, self.phase, self.batch_size, self.first, self.last = seed, phase, batch_size, first, last
 
@@ -66,6 +67,8 @@ class Loader(ABC):
     the test images; `workers` threads or processes. Of `world` processes this is number `rank`. Subclasses decode.
 
     A loader of one's own derives from this class and is named `loader: package.module:Class` in a config."""
+
+    balanced = False  # `data.balance`
 
     def __init__(
         self,

@@ -52,7 +52,7 @@ def native() -> ctypes.CDLL:
 
 class Ffcv(Loader):
     def __init__(self, records: Records, *arguments, **options):
-        self.records, self.native = records, native()
+        self.native = native()
         super().__init__(records, *arguments, **options)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffcv")
         self.local = threading.local()
@@ -64,7 +64,7 @@ class Ffcv(Loader):
     def _batch(self, job: Job) -> Batch:
         side, count = self.resolution, len(job.index)
         images = torch.empty(count, side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        boxes, flips = job.boxes(self.records.height[job.index], self.records.width[job.index])
+        boxes, flips = job.boxes(self.data.height[job.index], self.data.width[job.index])
         pixels, step = images.numpy(), -(-count // self.workers)
         parts = [slice(k, k + step) for k in range(0, count, step)]
         for _ in self.pool.map(lambda part: self._decode(job.index[part], boxes[part], flips[part], pixels[part]), parts):
@@ -76,7 +76,7 @@ class Ffcv(Loader):
         """Fill out, B x resolution x resolution x 3. The native functions release the interpreter."""
         if not hasattr(self.local, "pixels"):
             self.local.pixels = np.empty(self.largest, np.uint8)
-        records, pixels, side = self.records, self.local.pixels.ctypes.data, self.resolution
+        records, pixels, side = self.data, self.local.pixels.ctypes.data, self.resolution
         target, stride = out.ctypes.data, side * side * 3
         for k, i in enumerate(index.tolist()):
             data = records.read(self.files, i)

@@ -21,6 +21,7 @@ class Resident:
     """Args: images, uint8 N x C x H x W, and labels are moved to `device`. Of `world` processes this is number `rank`."""
 
     crops = False  # images are whole; the training step crops and mirrors them
+    balanced = False  # `data.balance`
 
     def __init__(self, data: ImageSet, device: torch.device, rank: int = 0, world: int = 1):
         self.images = data.images.to(device).permute(0, 2, 3, 1).contiguous()
@@ -58,7 +59,7 @@ class Resident:
 
     def batches(self, seed: int, phase: int, batch_size: int, first: int, last: int) -> Iterator[Batch]:
         """Batches `first` to `last` - 1 of a phase. batch_size is that of all processes together, B = batch_size / world."""
-        order = Order(len(self), seed, phase, self.labels.device)
+        order = Order(len(self), seed, phase, self.labels.device, self.labels if self.balanced else None)
         for t in range(first, last):
             index = order.take(*share(t, batch_size, self.rank, self.world))
             images = self.images.index_select(0, index).permute(0, 3, 1, 2)

@@ -6,25 +6,20 @@ ever when a worker dies. This writer takes encoded images one after the other, s
 
 from __future__ import annotations
 
-from functools import partial
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
+from fastrobust.data import packed, sets
+from fastrobust.data.packed import ALLOCATION, FIELD, HEADER, IMAGE, INT, RAW, RGB_IMAGE, VERSION
 from fastrobust.data.prepared import records
+from fastrobust.data.prepared.records import Records, Size
 from fastrobust.runtime.errors import DataError
 
-VERSION = 2
 PAGE = 1 << 24  # bytes; no image spans two pages
-INT, RGB_IMAGE = 1, 2  # FFCV's field types
-JPEG, RAW = 0, 1  # and its image modes
-HEADER = np.dtype(
-    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")], align=True
-)
-FIELD = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
-IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
+JPEG = 0  # one of FFCV's image modes
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
-ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
 
 
 class BetonWriter:
@@ -73,4 +68,25 @@ class BetonWriter:
         self.file.close()
 
 
-read = partial(records.read, "ffcv")
+def read(folder: Path, split: str, size: Size) -> Records:
+    """What is known of a split's images: by the manifest, or, of a file that FFCV's own writer made, by its tables; that has
+    one size. Raises DataError."""
+    if records.manifest_path(folder, split, size).exists() or not by_ffcv(folder):
+        return records.read("ffcv", folder, split, size)
+    listing = sets.list_images("image_folder", split, folder)  # in the order in which the source is read
+    file = Path(listing.members[0].read.args[0])
+    table = packed.ffcv_table(file)
+    rows = np.array([int(member.name.rpartition("/")[2].partition(".")[0]) for member in listing.members])
+    columns = {name: getattr(table, name)[rows] for name in ("offset", "length", "height", "width", "raw")}
+    columns |= {"file": np.zeros(len(rows), np.int64), "label": listing.labels, "crc": np.full(len(rows), -1)}
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in table)).hexdigest()
+    facts = {"name": file.name, "bytes": file.stat().st_size, "tables": digest}
+    manifest = {"kind": "ffcv", "dataset": None, "split": split, "limit": None, "skipped": [], "count": len(rows)}
+    return Records(
+        (file,), **columns, classes=listing.classes, manifest=manifest | {"files": [facts]}, members=listing.members
+    )
+
+
+def by_ffcv(folder: Path) -> bool:
+    """Whether a folder holds files of FFCV's own writer, which have no manifest."""
+    return not any(folder.glob("*_*.json")) and any(file.suffix in packed.FFCV for file in packed.files(folder))

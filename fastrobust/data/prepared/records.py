@@ -16,13 +16,15 @@ import io
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastrobust.data import sets
+from fastrobust.data.formats import Member
 from fastrobust.runtime.errors import DataError
 
 MANIFEST_FORMAT = 2
@@ -35,7 +37,7 @@ Size = int | str  # the short side in pixels, or "original"
 class Records:
     """Where the images of a split lie, one entry each in arrays of length N: which of `files`, the offset and the number
     of bytes there, the image's height and width in pixels, whether it is stored as bare pixels, its label, and the CRC-32 of
-    the bytes."""
+    the bytes, or -1 where the file has none: then `members` are the images, to be looked at before they are used."""
 
     files: tuple[Path, ...]
     file: np.ndarray
@@ -48,6 +50,7 @@ class Records:
     crc: np.ndarray
     classes: tuple[str, ...]
     manifest: dict[str, Any]
+    members: list[Member] | None = None
 
     def __len__(self) -> int:
         return len(self.label)
@@ -55,7 +58,12 @@ class Records:
     def take(self, keep: np.ndarray) -> Records:
         """The records with these numbers."""
         arrays = {name: getattr(self, name)[keep] for name in ROW.names}
-        return Records(self.files, **arrays, classes=self.classes, manifest=self.manifest)
+        members = self.members and [self.members[i] for i in keep]
+        return replace(self, **arrays, members=members)
+
+    def without(self, numbers: Collection[int]) -> Records:
+        """The same without the images that have these numbers."""
+        return self.take(np.array([i for i in range(len(self)) if i not in numbers]))
 
     @property
     def labels(self) -> np.ndarray:
@@ -82,7 +90,7 @@ class Records:
         data = os.pread(descriptors[file], int(self.length[i]), int(self.offset[i]))
         if len(data) != self.length[i]:
             raise cut_short(self.files[file], i)
-        if zlib.crc32(data) != self.crc[i]:
+        if self.crc[i] >= 0 and zlib.crc32(data) != self.crc[i]:
             raise DataError(f"image {i} in {self.files[file]} is damaged (its checksum differs): write the file again")
         return data
 

@@ -46,6 +46,7 @@ def moved_weights(learner: Learner, x: Tensor, y: Tensor, loss: Loss, gamma: Ten
 class Awp(Method):
     """The method `of`, whose updates see the moved weights."""
 
+    soft_labels = property(lambda self: self.of.soft_labels)
     name: Literal["awp"]
     of: named("method", parts.METHODS)
     gamma: NonNegative | None = None  # default 0.01; around trades 0.005

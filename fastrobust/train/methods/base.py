@@ -51,8 +51,9 @@ class Learner(Protocol):
 
 
 class Inputs(NamedTuple):
-    """What a step is made of. x: images in [0, 1], float N x C x H x W, cropped and mirrored; y: labels, int64 N; index: the
-    images' numbers in the data set, int64 N. All on the training device, and of one shape within a phase."""
+    """What a step is made of. x: images in [0, 1], float N x C x H x W, cropped and mirrored; y: labels, int64 N, or with
+    `mixup` and `cutmix` float N x classes; index: the images' numbers in the data set, int64 N. All on the training device,
+    and of one shape within a phase."""
 
     x: Tensor
     y: Tensor
@@ -76,9 +77,11 @@ class Method(Section, ABC):
 
     `attacks`: whether it trains on adversarial examples, so that the guard has something to watch. `by_slot`: the tensors
     of the state whose first dimension is the place in the batch; of several processes each keeps its own part. `agreed`:
-    the tensors of the state that are the same in all processes after every step."""
+    the tensors of the state that are the same in all processes after every step. `splits`: whether a step on a batch is one
+    update, by the mean of what steps on its parts would come to (`phases.N.accumulate`)."""
 
     attacks: ClassVar[bool] = True
+    splits: ClassVar[bool] = False
     by_slot: ClassVar[tuple[str, ...]] = ()
     agreed: ClassVar[tuple[str, ...]] = ()
     name: str
@@ -90,6 +93,11 @@ class Method(Section, ABC):
     @property
     def batchnorm_in_attack(self) -> Literal["train", "eval"]:
         return "train"
+
+    @property
+    def soft_labels(self) -> bool:
+        """Whether a step takes labels that are shares of the classes (`data.augment.mixup`)."""
+        return False
 
     @property
     def linf_alone(self) -> str:

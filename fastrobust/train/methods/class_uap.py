@@ -15,6 +15,7 @@ from fastrobust.train.methods.fgsm_uap import FgsmUap
 class ClassUap(FgsmUap):
     """u and m have a row for each class. A class that has no image in the batch stays as it is."""
 
+    soft_labels = property(lambda self: False)  # u has a row for each class
     name: Literal["class_uap"]
 
     def state(self, shapes: Shapes) -> dict[str, Tensor]:

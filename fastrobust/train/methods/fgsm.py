@@ -50,7 +50,9 @@ def fgsm(
 
 
 class Fgsm(Attacked):
+    splits: ClassVar[bool] = True
     by_slot: ClassVar[tuple[str, ...]] = ("delta",)
+    soft_labels = property(lambda self: not self.ibp_weight)
     name: Literal["fgsm"]
     init: Literal["zero", "random", "previous"] = "random"
     alpha: Pixels | None = None  # default 1.25 epsilon

@@ -34,6 +34,7 @@ class FgsmUap(Attacked):
 
     agreed: ClassVar[tuple[str, ...]] = ("u", "m")
     linf_alone = property(lambda self: f"method {self.name}")
+    soft_labels = property(lambda self: True)
     name: Literal["fgsm_uap"]
     alpha: Pixels | None = None  # largest entry of u, and its step; default 1.25 epsilon: 10/255 at 8/255
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.3

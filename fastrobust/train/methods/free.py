@@ -22,6 +22,7 @@ def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, threat: Threa
 
 class Free(Method):
     by_slot: ClassVar[tuple[str, ...]] = ("delta",)
+    soft_labels = property(lambda self: True)
     name: Literal["free"]
     replays: Count = 8
 

@@ -32,6 +32,7 @@ def cosine(a: Tensor, b: Tensor, learner: Learner) -> Tensor:
 
 class GradAlign(Attacked):
     linf_alone = property(lambda self: f"method {self.name}")
+    soft_labels = property(lambda self: True)
     name: Literal["gradalign"]
     weight: NonNegative | None = None  # default 0.02 * 10^(epsilon / (8/255)): 0.2 at 8/255, 2 at 16/255 and above
 

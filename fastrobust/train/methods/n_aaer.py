@@ -46,6 +46,7 @@ def against_abnormal(at_start: Tensor, learner: Learner, all_of_it: float, loss_
 
 
 class NAaer(Attacked):
+    soft_labels = property(lambda self: True)
     name: Literal["n_aaer"]
     noise: Positive = 2.0  # the start is U(-noise * epsilon, noise * epsilon)
     alpha: Pixels | None = None  # default epsilon

@@ -1,6 +1,6 @@
 """N-FGSM (de Jorge et al., 2022, "Make Some Noise"): FGSM with stronger noise and without clipping to the ball."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ def n_fgsm(learner: Learner, x: Tensor, y: Tensor, *, noise: Threat, alpha: Radi
 
 
 class NFgsm(Attacked):
+    splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: True)
     name: Literal["n_fgsm"]
     noise: Positive = 2.0  # the start is U(-noise * epsilon, noise * epsilon)
     alpha: Pixels | None = None  # default epsilon

@@ -1,6 +1,6 @@
 """PGD adversarial training (Madry et al., 2018)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ def pgd(
 
 
 class Pgd(Attacked):
+    splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: not self.skip_misclassified)
     name: Literal["pgd"]
     steps: Count = 7
     alpha: Pixels

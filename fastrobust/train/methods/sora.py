@@ -31,6 +31,7 @@ class Sora(Attacked):
 
     agreed: ClassVar[tuple[str, ...]] = ("agreement",)
     linf_alone = property(lambda self: f"method {self.name}")
+    soft_labels = property(lambda self: True)
     name: Literal["sora"]
     alpha: Pixels | None = None  # the largest step; default 2 epsilon
     margin: Positive = 0.02  # the step is alpha as long as the agreement is at least 1 - margin

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,8 @@ def divergence(p: Tensor, logits: Tensor) -> Tensor:
 
 
 class Trades(Attacked):
+    splits: ClassVar[bool] = True
+    soft_labels = property(lambda self: True)
     name: Literal["trades"]
     steps: Count = 10
     alpha: Pixels | None = None  # default epsilon / 4: 2/255 at 8/255
