@@ -40,10 +40,11 @@ def interleaved(
     inner: int = 1,
     warm_up: int = 1,
     lead: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds per call of every row: each repetition times all rows in turn (`inner` calls each), so that a machine that
     slows down slows all of them down. Warm-up calls are not timed, nor are the first `lead` of a row's turn (they use up
-    what was made ready while other rows had theirs)."""
+    what was made ready while other rows had theirs). clock: `time.process_time` counts what this process was given."""
     times: dict[str, list[float]] = {name: [] for name in rows}
     for name, call in rows.items():
         for _ in range(warm_up):
@@ -55,11 +56,11 @@ def interleaved(
             for _ in range(lead):
                 call()
             synchronize(device)
-            began = time.perf_counter()
+            began = clock()
             for _ in range(inner):
                 call()
             synchronize(device)
-            times[name].append((time.perf_counter() - began) / inner)
+            times[name].append((clock() - began) / inner)
     return times
 
 

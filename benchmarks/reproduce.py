@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
-from benchmarks import paper
+from benchmarks import jobs, paper
 from benchmarks.paper import ROOT
 from benchmarks.tables import build, file_of, read_result, write_page
 from fastrobust.__main__ import count
@@ -29,10 +27,8 @@ from fastrobust.data import sets
 from fastrobust.reporting.stored import read_run
 from fastrobust.runtime import distributed, machine, run_directory
 from fastrobust.runtime.command import main_with_errors
-from fastrobust.runtime.errors import ConfigError, DataError, FastrobustError
+from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.files import explained, write_json
-from fastrobust.runtime.interrupt import Interrupted
-from fastrobust.runtime.progress import duration
 from fastrobust.train import start as training
 
 VERIFIED = "epsilon-0.1"  # of a run's `verification/`: the radius of Table 2
@@ -90,68 +86,16 @@ def add_verdicts(rows: list[paper.Row], folder: Path, scale: str) -> None:
                     write_json(file, json.loads(file.read_text()) | {"verified": json.loads(verdicts.read_text())})
 
 
-class OutOfTime(FastrobustError):
-    pass
-
-
-class Deadline:
-    """After `minutes` the run at work is stopped as by SIGTERM: it writes a checkpoint and can go on."""
-
-    def __init__(self, minutes: float | None):
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.timer = None
-
-    def __enter__(self) -> Deadline:
-        self.before = signal.signal(signal.SIGTERM, self._stop)
-        if self.end is not None:
-            self.timer = threading.Timer(max(0.0, self.end - time.monotonic()), os.kill, (os.getpid(), signal.SIGTERM))
-            self.timer.daemon = True
-            self.timer.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self.timer:
-            self.timer.cancel()
-        signal.signal(signal.SIGTERM, self.before)
-
-    def _stop(self, signum, frame) -> None:
-        raise OutOfTime("stopped while evaluating")
-
-    @property
-    def over(self) -> bool:
-        return self.end is not None and time.monotonic() >= self.end
-
-
 def train_all(rows: list[paper.Row], folder: Path, arguments: argparse.Namespace) -> list[str]:
     """Train what has no result yet: every row's first seed, then every row's second. Returns what stayed open, and why."""
-    seeds, minutes = range(arguments.seeds), arguments.minutes
-    todo = [(row, s) for s in seeds for row in rows if row.config and not file_of(row, s, folder).exists()]
-    open_rows: list[str] = []
-    begun = time.monotonic()
-    with Deadline(minutes) as deadline:
-        for i, (row, seed) in enumerate(todo):
-            if deadline.over:
-                return open_rows + [f"{r.name} seed {s}: no time left" for r, s in todo[i:]]
-            if i:
-                print(of_all(begun, i, len(todo)))
-            print(f"[{i + 1}/{len(todo)}] {row.name}, seed {seed}", flush=True)
-            try:
-                train(row, seed, folder, arguments.scale, arguments.device, arguments.data)
-            except (Interrupted, OutOfTime) as error:
-                if not deadline.over:
-                    raise
-                open_rows.append(f"{row.name} seed {seed}: {str(error).splitlines()[0]}")
-            except FastrobustError as error:
-                open_rows.append(f"{row.name} seed {seed}: {str(error).splitlines()[0]}")
-                if isinstance(error, DataError):
-                    print(f"skipped: {error}", file=sys.stderr, flush=True)
-    return open_rows
-
-
-def of_all(begun: float, done: int, count: int) -> str:
-    """How long all runs have taken, and will: the next ones as long as the ones before, on the average."""
-    elapsed = time.monotonic() - begun
-    return f"all runs: {duration(elapsed)} so far, about {duration(elapsed / done * (count - done))} left"
+    settings = (folder, arguments.scale, arguments.device, arguments.data)
+    todo = [
+        (f"{row.name}, seed {seed}", partial(train, row, seed, *settings))
+        for seed in range(arguments.seeds)
+        for row in rows
+        if row.config and not file_of(row, seed, folder).exists()
+    ]
+    return jobs.work(todo, arguments.minutes)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -187,8 +131,7 @@ def start(arguments: argparse.Namespace) -> int:
     for name in names:
         if name not in known:
             raise ConfigError(f"--scale {scale} has no '{name}'; it has {', '.join(known)}")
-    if arguments.minutes is not None and not arguments.minutes > 0:
-        raise ConfigError(f"--minutes {arguments.minutes:g}: give a positive number")
+    jobs.check(arguments.minutes)
     rows = sorted({row.name: row for name in reversed(names) for row in known[name]}.values(), key=lambda row: row.order)
     if unknown := set(arguments.only or ()) - {row.name for row in rows}:
         raise ConfigError(f"--only: {', '.join(names)} have no row {min(unknown)}: {', '.join(row.name for row in rows)}")

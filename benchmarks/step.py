@@ -27,9 +27,9 @@ METHODS = {
 }
 
 
-def images(n: int) -> ImageSet:
+def images(n: int, side: int = 32) -> ImageSet:
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (n,), generator=generator)
     return ImageSet(pixels.permute(0, 3, 1, 2), labels, tuple("0123456789"), "random")
 

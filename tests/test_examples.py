@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,3 +178,29 @@ def test_from_python_runs_and_is_loaded_again(tmp_path):
     run, evaluation, same = done.stdout.splitlines()[-3:]
     assert run.startswith("Run(runs/squares: ") and same == "the loaded model is the same: True"
     assert float(evaluation.partition("robust_accuracy=")[2].partition(",")[0]) > 0.9  # three seeds gave 1.0
+
+
+def test_the_run_of_ones_own_parts_is_evaluated_exported_and_reported(tmp_path):
+    """The commands of docs/extending.md, in a copy of the folder: own network, data set and all other parts."""
+    shutil.copytree(ROOT / "examples", tmp_path, dirs_exist_ok=True)
+    text = (ROOT / "docs/extending.md").read_text()
+    (block,) = re.findall(r"```\ncd examples\n(.*?)```", text, re.DOTALL)
+    commands = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
+    assert [words[0] for words in commands[1:]] == ["train", "evaluate", "export", "report"]
+    for words in commands:
+        words = words if words[0] == "-m" else ["-m", "fastrobust", *words]
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert "runs/own_parts is finished" in subprocess.run(
+        [sys.executable, "-m", "fastrobust", "train", "--resume", "runs/own_parts"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+    ).stdout  # fmt: skip
+    model = subprocess.run(
+        [sys.executable, "-c", "import model; print(model.CLASSES, model.load().training)"],
+        cwd=tmp_path / "runs/own_parts/export",
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert model.stdout == "['top left', 'top right', 'bottom left', 'bottom right'] False\n", model.stderr
+    assert "own_parts" in (tmp_path / "report.html").read_text()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from training_runs import STEP_METHODS, on_noise, run_steps, same
+from training_runs import STEP_METHODS, STEP_OPTIONS, on_noise, run_steps, same
 
 from fastrobust.attack.verdicts import classified
 from fastrobust.data import sets
@@ -59,6 +59,15 @@ def test_graph_equals_eager(method, precision):
     assert captured.losses[0] == pytest.approx(plain.losses[0], rel=1e-3), "the first replay is the first step"
     assert captured.losses == pytest.approx(plain.losses, rel=2e-2)
     assert captured.tensors["sums.updates"] == plain.tensors["sums.updates"]
+
+
+@pytest.mark.parametrize("option", STEP_OPTIONS)
+def test_options_in_a_graph_give_what_they_give_eagerly(option):
+    plain = run_steps(on_noise(device="cuda", more=STEP_OPTIONS[option]), 8)
+    captured = run_steps(on_noise(device="cuda", more=STEP_OPTIONS[option]), 8, graph)
+    if NUMBERS:
+        assert captured.losses[0] == pytest.approx(plain.losses[0], rel=1e-3)
+        assert captured.losses == pytest.approx(plain.losses, rel=2e-2)
 
 
 @needs_numbers

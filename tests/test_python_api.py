@@ -204,7 +204,7 @@ def test_a_named_model_on_given_images_can_be_used_by_every_command(tmp_path, ca
         ({"epsilon": 8}, ConfigError, "did you mean 8/255"),
         ({"data": (TRAIN[0].float(), TRAIN[1])}, DataError, "must lie in .0, 1.; they reach from 0 to 255: divide by 255"),
         ({"data": (TRAIN[0].float() / 128 - 1, TRAIN[1])}, DataError, "leave their normalisation out"),
-        ({"data": (TRAIN[0].float() * float("nan"), TRAIN[1])}, DataError, "must lie in"),
+        ({"data": (TRAIN[0].float() * float("nan"), TRAIN[1])}, DataError, "no finite numbers"),
         ({"data": (TRAIN[0], TRAIN[1] * 0)}, DataError, "are of one class"),
         ({"data": (TRAIN[0], TRAIN[1] - 1)}, DataError, "label -1 is negative"),
         ({"data": (TRAIN[0], TRAIN[1].float())}, DataError, "labels must be whole numbers"),
@@ -329,6 +329,69 @@ def test_files_that_are_no_arrays_are_named(tmp_path, write, says):
     write(file)
     with pytest.raises(DataError, match=says):
         sets.load("arrays", "train", file)
+
+
+class Two(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Refuses:
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, k):
+        if k == 7:
+            raise KeyError("gone")
+        return TRAIN[0][k], int(TRAIN[1][k])
+
+
+def changed(value):
+    images = TRAIN[0].float() / 255
+    images[3, 0, 5, 5] = value
+    return images
+
+
+BAD = {
+    "labels from 1": (lambda: (Net(), (TRAIN[0], TRAIN[1] + 1)), "no label is 0: .* subtract 1"),
+    "floats to 255": (lambda: (Net(), (TRAIN[0].float(), TRAIN[1])), r"\[0, 1\]; they reach from 0 to .*: divide by 255"),
+    "NaN": (lambda: (Net(), (changed(torch.nan), TRAIN[1])), "1 images have pixels that are no finite .* is image 3"),
+    "infinite": (lambda: (Net(), (changed(torch.inf), TRAIN[1])), "1 images have pixels that are no finite"),
+    "one class": (lambda: (Net(), (TRAIN[0], 0 * TRAIN[1])), "all 600 images are of one class"),
+    "a data set that raises": (lambda: (Net(), Refuses()), "item 7 of the data set cannot be read: KeyError"),
+    "a model of tuples": (lambda: (Two(), TRAIN), "must give logits, N x 10 for 10 classes; for one image it gives a tuple"),
+    "a function that raises": (
+        lambda: ("test_python_api:raises", TRAIN),
+        "'test_python_api:raises' raised OSError: no room$",
+    ),
+}
+
+
+def raises(channels, classes):
+    raise OSError("no room\nat all")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
+    make, says = BAD[case]
+    model, data = make()
+    with pytest.raises(FastrobustError, match=says) as caught:
+        fit(model, tmp_path / "runs", data)
+    assert len(str(caught.value).splitlines()) == 1 and list(tmp_path.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_evaluate_names_images_that_are_not_finite(run, value):
+    with pytest.raises(DataError, match="1 images have pixels that are no finite numbers, the first is image 3"):
+        fastrobust.evaluate(run.model, changed(value), TRAIN[1], epsilon=0.1)
+
+
+@pytest.mark.parametrize(("first", "says"), [(0, "all 20 training images are of class 0"), (1, "no label is 0")])
+def test_files_of_one_class_or_with_labels_from_1_are_refused(tmp_path, first, says):
+    images, labels = np.zeros((20, 8, 8), np.uint8), first * (1 + np.arange(20) % 3)
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
+    with pytest.raises(DataError, match=says):
+        sets.load("arrays", "train", tmp_path / "a.npz")
 
 
 def test_a_model_of_fit_works_in_art_as_it_is(run):

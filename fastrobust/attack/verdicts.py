@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -48,7 +49,10 @@ def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -
         raise DataError(f"images must be N x C x H x W, not {' x '.join(map(str, images.shape))}")
     if images.is_floating_point():
         low, high = images.min().item(), images.max().item()
-        if not (low >= 0 and high <= 1):  # NaN too
+        if not (isfinite(low) and isfinite(high)):
+            bad = (~images.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+            raise DataError(f"{len(bad)} images have pixels that are no finite numbers, the first is image {bad[0]}")
+        if not (low >= 0 and high <= 1):
             hint = "divide them by 255" if low >= 0 and high > 2 else "normalisation belongs into the model"
             raise DataError(f"float images must be pixels in [0, 1], these lie in [{low:.3g}, {high:.3g}]: {hint}")
     elif images.dtype != torch.uint8:

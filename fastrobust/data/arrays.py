@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastrobust.config.datasets import Dataset
+from fastrobust.data.given import FROM_ONE, whole_numbers
 from fastrobust.runtime.errors import DataError, first_line
 from fastrobust.runtime.files import explained, mistaken, write_atomically
 
@@ -35,8 +36,10 @@ def dataset(path: str | None) -> Dataset:
         side, channels = forms.pop()
         classes = file["classes"].tolist() if "classes" in file.files else None
         if classes is None:
-            highest = max(int(file[f"{name.split('_')[0]}_labels"].max()) for name in names)
-            classes = range(highest + 1)
+            labels = [whole_numbers(file[f"{name.split('_')[0]}_labels"]) for name in names]
+            if min(int(numbers.min()) for numbers in labels) > 0:
+                raise DataError(f"{path}: {FROM_ONE}")
+            classes = range(max(int(numbers.max()) for numbers in labels) + 1)
     return Dataset(channels, side, tuple(map(str, classes)), (0.0,) * channels, (1.0,) * channels, read)
 
 

@@ -68,6 +68,9 @@ def _items(data: Any) -> tuple[list, list]:
     return (torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)), labels
 
 
+FROM_ONE = "no label is 0: classes are numbered from 0. Where they count from 1, subtract 1; else name all with `classes`"
+
+
 def whole_numbers(labels: Any) -> np.ndarray:
     """Labels as int64 N. Raises DataError."""
     found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
@@ -94,6 +97,9 @@ def to_uint8(images: Any) -> np.ndarray:
     if found.dtype.kind != "f":
         raise DataError(f"images must be uint8, or floats in [0, 1]; they are {found.dtype}")
     low, high = float(found.min()), float(found.max())
+    if not np.isfinite([low, high]).all():
+        bad = np.flatnonzero(~np.isfinite(found).all((1, 2, 3)))
+        raise DataError(f"{len(bad)} images have pixels that are no finite numbers, the first is image {bad[0]}")
     if not (low >= 0 and high <= 1):
         hint = (
             "divide by 255" if low >= 0 and high <= 255 else "leave their normalisation out, the model's first layer does it"

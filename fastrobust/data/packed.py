@@ -25,6 +25,7 @@ from fastrobust.data.formats import Member
 from fastrobust.runtime.errors import DataError
 
 FFCV = (".beton", ".ffcv")
+ENDINGS = (*FFCV, *formats.ARCHIVE_SUFFIXES)
 SIDES = ("train", "test", "val", "valid", "validation")
 NAMES = "classnames.txt"
 LABELS = ("cls", "label", "class")  # keys of a .json, the first that is there
@@ -63,7 +64,8 @@ def files(place: Path) -> list[Path]:
         found = [place]
     elif place.is_dir():
         inside = [folder for folder in map(place.joinpath, SIDES) if folder.is_dir()]
-        found = sorted(file for folder in (place, *inside) for file in folder.iterdir() if file.is_file())
+        named = [file for folder in (place, *inside) for file in folder.iterdir() if file.name.endswith(ENDINGS)]
+        found = sorted(file for file in named if file.is_file())
     else:
         return []
     if packed := [file for file in found if file.suffix in FFCV]:

@@ -6,7 +6,6 @@ disk or executed. Every problem with the data is a `DataError`.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import struct
@@ -20,11 +19,10 @@ from PIL import Image
 
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
-from fastrobust.data import formats, ilsvrc, layouts, packed
+from fastrobust.data import downloads, formats, ilsvrc, layouts, packed
 from fastrobust.data.held_out import ALL, SPLITS, Choice
 from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
-from fastrobust.runtime.torchvision_compat import import_torchvision
 
 _DEBIAN_FASHION = "/usr/share/datasets/fashion-mnist"
 _PLACES = {  # relative to the data root, in the order in which they are tried
@@ -39,13 +37,6 @@ _PLACES = {  # relative to the data root, in the order in which they are tried
 _TORCHVISION_PLACES = ["MNIST/raw", "FashionMNIST/raw"] + [
     f"cifar-{name}" for name in ("10-batches-py", "10-python.tar.gz", "100-python", "100-python.tar.gz")
 ]
-_TORCHVISION = {
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "svhn": "SVHN",
-}
 _IDX_NAMES = {
     "train": ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"],
     "test": ["t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"],
@@ -130,9 +121,9 @@ def _located(dataset: str, path: str | Path | None, download: bool, choice: Choi
     try:
         return locate(dataset, path, choice.labels)
     except DataError:
-        if not download or dataset not in _TORCHVISION:
+        if not download or dataset not in downloads.CLASSES:
             raise
-        _download(dataset, data_root(path))
+        downloads.fetch(dataset, data_root(path))
         return locate(dataset, path)
 
 
@@ -166,9 +157,9 @@ def _read_own(
         images, labels, *told = facts.read(split, None if path is None else str(path))
         images, labels = np.ascontiguousarray(images), np.asarray(labels)
     except DataError:
-        if not download or name not in _TORCHVISION:
+        if not download or name not in downloads.CLASSES:
             raise
-        _download(name, data_root(path))
+        downloads.fetch(name, data_root(path))
         return _read_own(name, facts, split, path, False)
     except Exception as error:  # the user's code can raise anything
         raise DataError(f"{name} could not read its {split} images: {type(error).__name__}: {first_line(error)}") from error
@@ -179,6 +170,10 @@ def _read_own(
     if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
         raise DataError(f"{name} must give one integer label for each of its {len(images)} {split} images")
     formats.check_labels(labels, len(facts.classes), f"{name}, {split}")
+    if split == "train" and (labels == labels[0]).all():
+        raise DataError(
+            f"{name}: all {len(labels)} training images are of class {labels[0]}: there is nothing to tell apart"
+        )
     return images, labels, told[0] if told else name
 
 
@@ -294,7 +289,7 @@ def find(dataset: str, names: list[str], path: str | Path | None, problem_of: Ca
         f"FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the data sets' folder.\n"
         "`apt-get install dataset-fashion-mnist` installs fashion_mnist."
     )
-    if dataset not in _TORCHVISION:
+    if dataset not in downloads.CLASSES:
         advice = f"Set `path` in the config's data section to {layouts.LAYOUT}"
     raise DataError("\n".join([f"{dataset} was not found. Looked in:", *looked, advice]))
 
@@ -362,24 +357,6 @@ def _archives(place: Path) -> list[Path]:
     if _is_split(place):
         return []
     return sorted(file for file in place.iterdir() if file.name.endswith(formats.ARCHIVE_SUFFIXES))
-
-
-def _download(dataset: str, root: Path) -> None:
-    datasets = import_torchvision().datasets
-    kind, parts = _TORCHVISION[dataset], [{"split": split} for split in ("train", "test")] if dataset == "svhn" else [{}]
-    made = [folder for folder in (root / kind / "raw", root / kind, root, *root.parents) if not folder.exists()]
-    print(f"{dataset} is downloaded to {root.absolute()}", flush=True)
-    try:
-        for part in parts:
-            getattr(datasets, kind)(str(root), download=True, **part)
-    except Exception as error:  # whatever the network, the server or the disk came up with
-        for folder in made:
-            with contextlib.suppress(OSError):  # what is not empty stays
-                folder.rmdir()
-        raise DataError(
-            f"{dataset} could not be downloaded to {root} ({type(error).__name__}: {error}). "
-            "Check the network and the folder, or copy the data set there"
-        ) from error
 
 
 def _read_idx_split(dataset: str, split: str, folder: Path) -> tuple[np.ndarray, np.ndarray, str]:

@@ -59,10 +59,10 @@ def _made(name: str, options: dict[str, Any], make: Callable, *arguments, **keyw
     """The network of a function. Raises ConfigError where it does not take the options."""
     try:
         return make(*arguments, **keywords, **options)
-    except (TypeError, ValueError) as error:
-        if not options:
-            raise
-        raise ConfigError(f"model.options: {name} does not take {options}: {first_line(error)}") from None
+    except Exception as error:  # the user's function can raise anything
+        if options and isinstance(error, TypeError | ValueError):
+            raise ConfigError(f"model.options: {name} does not take {options}: {first_line(error)}") from None
+        raise ConfigError(f"model.name: '{name}' raised {type(error).__name__}: {first_line(error)}") from error
 
 
 def _torchvision(name: str, channels: int, classes: int, options: dict[str, Any]) -> nn.Module:

@@ -97,9 +97,14 @@ def picture(pixels: np.ndarray, alt: str) -> str:
 
 def chart(title: str, lines: Sequence[Line], **options) -> str:
     """A line chart as an HTML figure; the title says what is drawn. options: see `draw`."""
+    return framed(title, draw(lines, **options))
+
+
+def framed(title: str, drawn: Figure) -> str:
+    """A drawing of matplotlib's as an HTML figure with a title."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": title}):  # the same lines give the same bytes
-        draw(lines, **options).savefig(buffer, format="svg", metadata={"Date": None})
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
     image = embedded(buffer.getvalue(), "svg+xml", title)
     return f"<figure><figcaption>{escape(title)}</figcaption>{image}</figure>\n"
 

@@ -135,6 +135,8 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     if test is None:
         raise DataError("give test=(images, labels) too: robustness is measured on images that were not trained on")
     train = given.read(data, classes)
+    if classes is None and not hasattr(data, "classes") and train.labels.min() > 0:
+        raise DataError(given.FROM_ONE)
     held = given.read(test, train.classes)
     file = directory / IMAGES
     if file.exists():

@@ -173,6 +173,7 @@ def training(config: Config, directory: Path, device: torch.device, world: World
         print(f"balance: {each}, of {min(sizes):,} to {max(sizes):,} images", flush=True)
     if config.data.held_out:
         apart = "the test images" if "held-out" in tested_on else "kept apart from the others and from the test images"
+        apart = "on which the weights are selected" if config.selection else apart
         print(f"held out: {config.data.held_out:,} training images, {apart}", flush=True)
     return made
 

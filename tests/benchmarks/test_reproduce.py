@@ -185,7 +185,7 @@ def test_out_of_minutes_it_can_go_on(tiny, capsys, monkeypatch):
         patched.setattr(Training, "_guard", slow)
         assert call("table2", "--minutes", "0.05") == 1
     out = capsys.readouterr().out
-    assert "open: a seed 0: stopped by SIGTERM" in out and "not measured" in out
+    assert "open: a, seed 0: stopped by SIGTERM" in out and "not measured" in out
     run = tiny / "runs/reproduce/small/a_seed0"
     assert (run / "checkpoint.pt").exists() and not (run / "summary.json").exists()
     epochs = len((run / "metrics.jsonl").read_text().splitlines())
@@ -208,7 +208,7 @@ def test_without_its_data_a_row_stays_open_and_the_others_go_on(tiny, capsys, mo
     rows["table1"][1] = paper.Row("b", "standard", rows["table1"][0].config, ("data.limit=13",), {}, 1)
     assert call("table1") == 1
     captured = capsys.readouterr()
-    assert "open: b seed 0: no such images" in captured.out and "no such images" in captured.err
+    assert "open: b, seed 0: no such images" in captured.out and "no such images" in captured.err
     assert (tiny / "results/small/a_seed0.json").exists()
 
 

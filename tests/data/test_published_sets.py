@@ -17,7 +17,7 @@ from data_files import RNG, check_form, image_set, noise_png, pixels_of, tar_byt
 from PIL import Image
 
 from fastrobust.config import reading
-from fastrobust.data import sets
+from fastrobust.data import downloads, sets
 from fastrobust.data.cifar100 import CLASSES
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.runtime.errors import DataError
@@ -140,7 +140,7 @@ def test_a_download_when_nothing_is_found(root, monkeypatch, dataset):
 
     name = {"cifar100": "CIFAR100", "svhn": "SVHN"}[dataset]
     fake = types.SimpleNamespace(datasets=types.SimpleNamespace(**{name: fetch}))
-    monkeypatch.setattr(sets, "import_torchvision", lambda: fake)
+    monkeypatch.setattr(downloads, "import_torchvision", lambda: fake)
     for _ in range(2):
         assert len(sets.load(dataset, "test", download=True).labels) == 30
     assert calls == ([{"split": "train"}, {"split": "test"}] if dataset == "svhn" else [{}])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_files import CIFAR, RNG, check_form, cifar_batches, idx_folder, pixels_of, tar_bytes, write_files
 
-from fastrobust.data import formats, sets
+from fastrobust.data import downloads, formats, sets
 from fastrobust.data.sets import ImageSet, load, locate
 from fastrobust.runtime.errors import DataError
 from fastrobust.runtime.torchvision_compat import import_torchvision
@@ -98,7 +98,7 @@ def test_wrong_arguments(root, arguments, options, message):
 
 def fake_torchvision(monkeypatch, name, fetch):
     datasets = types.SimpleNamespace(**{name: fetch})
-    monkeypatch.setattr(sets, "import_torchvision", lambda: types.SimpleNamespace(datasets=datasets))
+    monkeypatch.setattr(downloads, "import_torchvision", lambda: types.SimpleNamespace(datasets=datasets))
 
 
 def test_download_only_when_nothing_is_found(root, monkeypatch):

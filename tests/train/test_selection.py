@@ -157,6 +157,7 @@ def test_what_a_run_says_and_writes(bars, config_file, tmp_path, capsys):
     stored = load_file(run / "model.safetensors")
     assert all(torch.equal(t, tensors[f"best.{name}"]) for name, t in stored.items())
     assert not (run / "model.live.safetensors").exists()
+    assert "held out: 40 training images, on which the weights are selected" in out
     lines = [line for line in out.splitlines() if line.startswith("     held out  PGD ")]
     assert len(lines) == 4 and max(map(len, lines)) <= 80
     kind = "averaged weights" if chosen["weights"] == "averaged" else "weights"
