@@ -91,6 +91,7 @@ def kernels_counted(traffic: Traffic):
     """Inside, the bytes of those of our kernels that are no operations of torch are added too."""
     from fastrobust.attack import threat_kernels
     from fastrobust.data import augment_kernels
+    from fastrobust.models import pixel_kernels
     from fastrobust.train import update_kernels
 
     def watched(module, name: str, written: tuple[int, ...] = ()):
@@ -99,7 +100,8 @@ def kernels_counted(traffic: Traffic):
 
         def call(*arguments):
             out = original(*arguments)
-            traffic.bytes += sum(map(traffic.size, [*arguments, out, *(arguments[k] for k in written)]))
+            more = [getattr(out, "seen", None), *(arguments[k] for k in written)]
+            traffic.bytes += sum(map(traffic.size, [*arguments, out, *more]))
             return out
 
         return mock.patch.object(module, name, call)
@@ -110,6 +112,7 @@ def kernels_counted(traffic: Traffic):
         watched(threat_kernels, "climb"),
         watched(threat_kernels, "start"),
         watched(augment_kernels, "shift_flip"),
+        watched(pixel_kernels, "normalise"),
     ):
         yield
 
@@ -117,7 +120,7 @@ def kernels_counted(traffic: Traffic):
 def counted(method: str, engine: str, precision: str, batch_size: int, device: torch.device) -> dict:
     """Nodes, gigabytes, operations of one step. `as before` is `cuda_graph` with each BatchNorm counting its own batches."""
     if engine == "as before":
-        with mock.patch.object(fused, "prepare", lambda *arguments: lambda: None):
+        with mock.patch.object(fused, "prepare", lambda *arguments: None):
             return counted(method, "cuda_graph", precision, batch_size, device)
     loader = Resident(images(4 * batch_size), device)
     batch = next(loader.batches(0, 0, batch_size, 0, 1))
@@ -141,6 +144,7 @@ def compiled() -> list[dict]:
     from fastrobust.attack import threat_kernels as threat
     from fastrobust.data import augment_kernels as pixels
     from fastrobust.models import norm_kernels as norm
+    from fastrobust.models import pixel_kernels as seen
     from fastrobust.train import update_kernels as update
 
     tile, parts = {"BM": norm.ROWS, "BC": 64}, {"BP": norm.PARTS}
@@ -152,18 +156,30 @@ def compiled() -> list[dict]:
         (update._check, {"B": update.BLOCK}, 4),
         (update._sgd, {"SCALED": True, "MOMENTUM": True, "B": update.BLOCK}, 4),
     ]
-    jobs += [(threat._climb, {"PROJECT": True, "TENSOR_A": False, "TENSOR_R": False, "B": threat.BLOCK}, 4)]
-    jobs += [(threat._start, {"CLIP": True, "TENSOR_R": False, "B": threat.BLOCK}, 4)]
+    jobs += [(threat._climb, {"PROJECT": True, "SEEN": True, "TENSOR_A": False, "TENSOR_R": False, "B": threat.BLOCK}, 4)]
+    jobs += [(threat._start, {"CLIP": True, "SEEN": True, "TENSOR_R": False, "B": threat.BLOCK}, 4)]
+    jobs += [(seen._normalise, {"B": seen.BLOCK}, 4)]
     jobs += [(pixels._shift_flip, {"FLIP": True, "RECIPROCAL": True, "B": pixels.BLOCK}, 4)]
     halves = {"x", "add", "z", "y", "dy", "dz", "dx", "dadd", "half", "half_gradient"}
     numbers = dict.fromkeys(("eps", "momentum", "unbiased", "decay", "alpha", "radius"), "fp32")
-    numbers |= {"counter": "*i32", "images": "*u8", "top": "*i64", "left": "*i64", "H": "i32", "W": "i32", "padding": "i32"}
+    numbers |= {
+        "channels": "i32",
+        "seen": "*fp16",
+        "counter": "*i32",
+        "images": "*u8",
+        "top": "*i64",
+        "left": "*i64",
+        "H": "i32",
+        "W": "i32",
+        "padding": "i32",
+    }
     whole = {"M", "C", "rows", "n", "cut", "begin", "end"}
     rows = []
     for kernel, constants, warps in jobs:
-        names, fp32 = kernel.arg_names, kernel.fn.__module__ in (threat.__name__, pixels.__name__)
+        names, fp32 = kernel.arg_names, kernel.fn.__module__ in (threat.__name__, pixels.__name__, seen.__name__)
         kinds = {name: numbers.get(name, "i32" if name in whole else "*fp32") for name in names}
         kinds |= {name: "*fp16" for name in names if name in halves and not fp32}
+        kinds |= {"gradient": "*fp16"} if kernel is threat._climb else {}
         kinds |= dict.fromkeys(constants, "constexpr")
         places = [k for k, name in enumerate(names) if kinds[name].startswith("*") or name in whole]
         source = ASTSource(

@@ -51,7 +51,8 @@ def main() -> None:
         config = cifar_config(name, arguments.engine or "auto", precision, batch_size)
         step = build(config, loader, device)
         rows[name] = lambda step=step: one_pass(step)
-    crop = lambda batch: augment(batch.images, config.data.augment, 32)  # run as the steps are, whose part it is
+    kernels = step.threat.kernels  # run as the steps are, whose part it is
+    crop = lambda batch: augment(batch.images, config.data.augment, 32, kernels)
     prepared = engine.prepare(step.engine, crop, next(loader.batches(0, 0, batch_size, 0, 1)), step)
     rows["data"] = lambda: one_pass(prepared)
     usual = usual_loop.UsualLoop(network(), device, half=cuda)

@@ -68,6 +68,11 @@ def benchmark(group: int, name: str, estimate: float, limit: float, *words: str)
     return Part(group, name, estimate, limit, ["-m", f"benchmarks.{module}", "--json", "result.json", *options])
 
 
+def profile(group: int, engine: str) -> Part:
+    estimate, limit = (100, 240) if "compile" in engine else (45, 120) if "fused" in engine else (25, 90)
+    return benchmark(group, f"profile_{engine.replace('+', '_')}", estimate, limit, "profile", "--engine", engine)
+
+
 def train(group: int, seed: int) -> Part:
     """Table 3's FGSM row with 1,000 test images, so that a robust accuracy is there early; `robust` takes all of them."""
     config = str(ROOT / "configs/cifar10_fgsm_fast.yaml")
@@ -78,7 +83,7 @@ def train(group: int, seed: int) -> Part:
 def robust(group: int, seed: int) -> Part:
     run = f"../train_{seed}/seed{seed}"
     options = ["--attack", "pgd-50-10", "--limit", "10000", "--json"]
-    return Part(group, f"robust_{seed}", 200, 420, ["-m", "fastrobust", "evaluate", run, *options], run, data=True)
+    return Part(group, f"robust_{seed}", 170, 420, ["-m", "fastrobust", "evaluate", run, *options], run, data=True)
 
 
 def parts(home: Path) -> list[Part]:
@@ -86,28 +91,28 @@ def parts(home: Path) -> list[Part]:
     trained = [seed for seed in range(3) if (home / f"train_{seed}/seed{seed}/model.safetensors").exists()]
     run = ["--run", f"../train_{trained[0]}/seed{trained[0]}"] if trained else []
     speed = ["evaluate", "--quick", "--limit", "500", *run]
-    found = [
-        tests(1, "tests", 80, 180, "not compiled"),
-        benchmark(1, "profile", 25, 90, "profile"),
-        benchmark(1, "epoch_quick", 50, 150, "epoch", "--quick", "--images", "6400"),
+    epoch, fused = ["epoch", "--quick"], ["--engine", "fused+cuda_graph"]
+    return [
+        tests(1, "tests", 70, 180, "not compiled"),
+        benchmark(1, "epoch_quick", 50, 150, *epoch, "--images", "6400"),
         train(1, 0),
+        benchmark(1, "epoch_fused", 60, 150, *epoch, "--images", "6400", *fused),
         robust(1, 0),
+        profile(2, "cuda_graph"),
+        profile(2, "fused+cuda_graph"),
         train(2, 1),
         train(2, 2),
         benchmark(2, "evaluate", 90, 200, *speed),
-        benchmark(2, "epoch_512", 45, 150, "epoch", "--quick", "--images", "12800", "--batch-size", "512"),
-        benchmark(2, "epoch", 240, 420, "epoch", "--quick"),
+        benchmark(2, "epoch_512", 45, 150, *epoch, "--images", "12800", "--batch-size", "512"),
+        benchmark(2, "epoch_512_fused", 60, 150, *epoch, "--images", "12800", "--batch-size", "512", *fused),
+        benchmark(2, "epoch", 240, 420, *epoch),
         robust(2, 1),
         robust(2, 2),
+        *(profile(3, engine) for engine in ("eager", "fused", "compile", "compile+cuda_graph")),
+        tests(3, "tests_compiled", 90, 240, "compiled"),
+        benchmark(3, "step_quick", 280, 480, "step", "--quick"),
+        benchmark(4, "imagenet", 180, 400, "imagenet", "--repetitions", "3", "--steps", "10", "--images", "1024"),
     ]
-    for engine in ("eager", "cuda_graph", "compile", "compile+cuda_graph"):
-        estimate, limit = (100, 240) if "compile" in engine else (25, 90)
-        name = f"profile_{engine.replace('+', '_')}"
-        found.append(benchmark(3, name, estimate, limit, "profile", "--engine", engine))
-    found.append(tests(3, "tests_compiled", 90, 240, "compiled"))
-    found.append(benchmark(3, "step_quick", 240, 420, "step", "--quick"))
-    imagenet = ["imagenet", "--repetitions", "3", "--steps", "10", "--images", "1024"]
-    return [*found, benchmark(4, "imagenet", 180, 400, *imagenet)]
 
 
 # ---- one part

@@ -68,7 +68,8 @@ def main() -> None:
     data = images(4 * batch_size)
     loader = Resident(data, device)
     batch = next(loader.batches(0, 0, batch_size, 0, 1))
-    engines = ["eager", "compile", "cuda_graph", "compile+cuda_graph"] if cuda else ["eager", "compile"]
+    graphs = ["fused", "cuda_graph", "compile+cuda_graph", "fused+cuda_graph"]
+    engines = ["eager", "compile", *(graphs if cuda else [])]
     precisions = ["fp16", "bf16", "fp32"] if cuda else ["fp32"]
     kinds = [(m, e, p) for p in precisions for e in engines for m in METHODS]
     if arguments.quick:

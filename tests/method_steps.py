@@ -37,7 +37,7 @@ class Watched:
     """A learner; `x` is what it was updated with last."""
 
     def __init__(self, learner: Learner):
-        self.input_gradient, self.model, self.learner = learner.input_gradient, learner.model, learner
+        self.attack_gradient, self.model, self.learner = learner.attack_gradient, learner.model, learner
         self.loss = learner.loss
 
     def update(self, x: Tensor, *rest) -> None:

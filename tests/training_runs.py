@@ -8,7 +8,7 @@ import signal
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastrobust.config import reading
 from fastrobust.data.loaders.resident import Resident
@@ -154,9 +154,10 @@ def on_noise(
     side: int = 8,
     engine: str = "eager",
     more: dict | None = None,
+    network: nn.Module | None = None,
 ) -> Noise:
     """A step at its start. side: of the images, in pixels; small ones still use all of the network. more: other sections of
-    the config."""
+    the config. network: in place of one of ours."""
     side = 28 if method == "fgsm-ibp" else side
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (50, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -177,7 +178,8 @@ def on_noise(
         "phases": [{"epochs": 20, "batch_size": 16, "resolution": side}],
     }
     loader = Resident(ImageSet(pixels, labels, tuple("0123456789"), "made up"), torch.device(device))
-    return Noise(step.build(reading.parse(settings | (more or {}), "test"), loader, torch.device(device)), loader)
+    config = reading.parse(settings | (more or {}), "test").with_channels(3)
+    return Noise(step.build(config, loader, torch.device(device), network=network), loader)
 
 
 class Steps(NamedTuple):

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust import __version__
@@ -25,13 +26,28 @@ class Setting(NamedTuple):
     seed: int
 
 
+class FewSizes(nn.Module):
+    """A model in eval mode whose batches have at most `most` examples, or half of them, a quarter, and so on: others are
+    filled up with black images. Attacks that go on with the images that are left come with ever new numbers of them."""
+
+    def __init__(self, model: nn.Module, most: int):
+        super().__init__()
+        self.model, self.most = model, most
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.most
+        while 0 < len(x) <= size // 2:
+            size //= 2
+        return self.model(F.pad(x, (0,) * 7 + (max(0, size - len(x)),)))[: len(x)]
+
+
 class Attack(ABC):
     """An attack runs in `rounds`, each on the images that are still robust when it begins (see `rounds.run_rounds`).
 
     One of one's own derives from this class and is named `package.module:Class` where an attack is asked for; numbers
     behind the name (`pgd-50-10`) come as `numbers`. `has_alpha`: whether its verdicts depend on alpha.
     `tick(share)` may be set: it hears now and then which share of a batch's work is done. `fixed`: the model sees batches of
-    one size alone where that can be had, since cuDNN tries out its kernels for every new size."""
+    one size alone where that can be had, else of a few (`FewSizes`), since cuDNN prepares its kernels for every new size."""
 
     tick: Callable[[float], None]
     fixed: bool = False
@@ -39,9 +55,10 @@ class Attack(ABC):
     has_alpha: ClassVar[bool] = False
 
     def __init__(self, setting: Setting, numbers: tuple[int, ...] = ()):
-        self.setting, self.model, self.images = setting, setting.model, setting.images
+        self.setting, self.images = setting, setting.images
         self.batch_size, self.tick = setting.batch_size, lambda share: None
-        self.fixed = setting.images.is_cuda
+        self.fixed = self.fixed or setting.images.is_cuda
+        self.model = FewSizes(setting.model, setting.batch_size) if self.fixed else setting.model
 
     @classmethod
     def check(cls, numbers: tuple[int, ...]) -> None:

@@ -61,6 +61,7 @@ class Pgd(Attack):
         self.tried = not setting.images.is_cuda
         if self.fixed:  # so that little of the last batch is filled up
             self.batch_size = -(-len(setting.images) // -(-len(setting.images) // setting.batch_size))
+            self.model = setting.model  # `StaticAttack` fills batches up itself
 
     @classmethod
     def check(cls, numbers: tuple[int, ...]) -> None:

@@ -9,12 +9,13 @@ a schedule can change from step to step.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastrobust.config.parts import unknown
+from fastrobust.models.pixels import Sees
 from fastrobust.runtime.errors import ConfigError
 
 Radius = float | Tensor
@@ -51,10 +52,11 @@ def signed_step(delta: Tensor, gradient: Tensor, alpha: Radius) -> Tensor:
 class Threat:
     """All points within `radius` (pixels in [0, 1]) of an image in the L-infinity norm that lie in the pixel box. Another
     norm is another class with these methods, and a name in `NORMS`. kernels: what training does most runs as Triton's
-    kernels, with the same numbers; in L-infinity alone."""
+    kernels, with the same numbers; in L-infinity alone. sees: the network for which these kernels make points ready."""
 
     radius: Radius
     kernels: bool = False
+    sees: Sees | None = field(default=None, compare=False)
     norm = "linf"
 
     @staticmethod
@@ -76,7 +78,7 @@ class Threat:
     def start(self, x: Tensor, clip: bool = True) -> Tensor:
         """A random perturbation, uniform in the ball; with `clip`, cut with the box."""
         if self.kernels and _kernels().alike(x):
-            return _kernels().start(torch.rand_like(x), x, self.radius, clip)
+            return _kernels().start(torch.rand_like(x), x, self.radius, clip, self.sees)
         return uniform_start(x, self.radius, clip)
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -89,10 +91,16 @@ class Threat:
 
     def climb(self, delta: Tensor, gradient: Tensor, alpha: Radius, x: Tensor, project: bool = True) -> Tensor:
         """`step`, then `project`; without it, `clip`."""
-        if self.kernels and self.norm == "linf" and _kernels().alike(delta, gradient, x):
-            return _kernels().climb(delta, gradient, x, alpha, self.radius if project else None)
-        moved = self.step(delta, gradient, alpha)
+        if self.kernels and self.norm == "linf" and _kernels().alike(delta, x, gradient=gradient):
+            return _kernels().climb(delta, gradient, x, alpha, self.radius if project else None, self.sees)
+        moved = self.step(delta, gradient.to(delta.dtype), alpha)
         return self.project(moved, x) if project else self.clip(moved, x)
+
+    @staticmethod
+    def point(x: Tensor, delta: Tensor) -> Tensor:
+        """x + delta; or the same as the network sees it (`Seen`), if the kernel that made delta of x has made that too. A
+        gradient with respect to it has the signs of one with respect to x + delta."""
+        return x + delta if (seen := getattr(delta, "seen", None)) is None else seen
 
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest value of every pixel."""
@@ -180,11 +188,11 @@ class L2(Threat):
 NORMS = {kind.norm: kind for kind in (Threat, L2)}
 
 
-def ball(norm: str, radius: Radius, kernels: bool = False) -> Threat:
+def ball(norm: str, radius: Radius, kernels: bool = False, sees: Sees | None = None) -> Threat:
     """The threat of this norm, `linf` or `l2`. Raises ConfigError."""
     if norm not in NORMS:
         raise ConfigError(f"norm: {unknown(norm, NORMS)}")
-    return NORMS[norm](radius, kernels)
+    return NORMS[norm](radius, kernels, sees)
 
 
 def _kernels():

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrobust.models.pixel_kernels import store_seen
+from fastrobust.models.pixels import Seen, Sees
+
 BLOCK = 1024
 
 
@@ -25,47 +28,79 @@ def _boxed(delta, x):
 
 @triton.jit
 def _climb(
-    delta, gradient, x, out, alpha, radius, n,
-    PROJECT: tl.constexpr, TENSOR_A: tl.constexpr, TENSOR_R: tl.constexpr, B: tl.constexpr,
+    delta, gradient, x, out, seen, mean, std, alpha, radius, n, channels,
+    PROJECT: tl.constexpr, SEEN: tl.constexpr, TENSOR_A: tl.constexpr, TENSOR_R: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * B + tl.arange(0, B)
-    g, a = tl.load(gradient + i, i < n, 0.0), _number(alpha, TENSOR_A)
+    g, a = tl.load(gradient + i, i < n, 0.0).to(tl.float32), _number(alpha, TENSOR_A)
     d = tl.load(delta + i, i < n, 0.0) + tl.where(g > 0, a, tl.where(g < 0, -a, 0.0))
     if PROJECT:
         r = _number(radius, TENSOR_R)
         d = tl.minimum(tl.maximum(d, -r), r)
-    tl.store(out + i, _boxed(d, tl.load(x + i, i < n, 0.0)), i < n)
+    image = tl.load(x + i, i < n, 0.0)
+    d = _boxed(d, image)
+    tl.store(out + i, d, i < n)
+    if SEEN:
+        store_seen(seen, image + d, i, n, mean, std, channels)
 
 
 @triton.jit
-def _start(uniform, x, out, radius, n, CLIP: tl.constexpr, TENSOR_R: tl.constexpr, B: tl.constexpr):
+def _start(
+    uniform, x, out, seen, mean, std, radius, n, channels,
+    CLIP: tl.constexpr, SEEN: tl.constexpr, TENSOR_R: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
     i = tl.program_id(0) * B + tl.arange(0, B)
     d = (tl.load(uniform + i, i < n, 0.0) * 2.0 - 1.0) * _number(radius, TENSOR_R)
+    image = tl.load(x + i, i < n, 0.0)
     if CLIP:
-        d = _boxed(d, tl.load(x + i, i < n, 0.0))
+        d = _boxed(d, image)
     tl.store(out + i, d, i < n)
+    if SEEN:
+        store_seen(seen, image + d, i, n, mean, std, channels)
 
 
-def alike(*tensors: Tensor) -> bool:
-    """Whether the kernels can walk through these side by side: fp32, one shape, one order of the elements, no gaps."""
-    first = tensors[0]
+def alike(*tensors: Tensor, gradient: Tensor | None = None) -> bool:
+    """Whether the kernels can walk through these side by side: fp32 (a gradient may be of less precision), one shape, one
+    order of the elements, no gaps."""
+    first, every = tensors[0], tensors if gradient is None else (*tensors, gradient)
     dense = first.is_contiguous() or first.is_contiguous(memory_format=torch.channels_last)
-    same = all(t.shape == first.shape and t.stride() == first.stride() and t.dtype == torch.float32 for t in tensors)
-    return dense and same and not any(t.requires_grad for t in tensors)
+    same = all(t.shape == first.shape and t.stride() == first.stride() and not t.requires_grad for t in every)
+    return dense and same and all(t.dtype == torch.float32 for t in tensors)
 
 
-def climb(delta: Tensor, gradient: Tensor, x: Tensor, alpha: float | Tensor, radius: float | Tensor | None) -> Tensor:
-    """clip_to_box(signed_step(delta, gradient, alpha), x); with a radius `project` instead."""
-    out, n = torch.empty_like(delta), delta.numel()
+def _made(x: Tensor, sees: Sees | None) -> tuple[Tensor, tuple, dict]:
+    """A perturbation to be written, with the place for what the network sees, if there is one: `seen` of it, and where the
+    kernels take it."""
+    out = torch.empty_like(x)
+    if sees is None or not x.is_contiguous(memory_format=torch.channels_last):
+        return out, (x, x, x), {"SEEN": False}
+    seen = torch.empty_like(x, dtype=sees.dtype)
+    out.seen = seen.as_subclass(Seen)
+    return out, (seen, sees.mean, sees.std), {"SEEN": True}
+
+
+def climb(
+    delta: Tensor,
+    gradient: Tensor,
+    x: Tensor,
+    alpha: float | Tensor,
+    radius: float | Tensor | None,
+    sees: Sees | None = None,
+) -> Tensor:
+    """clip_to_box(signed_step(delta, gradient, alpha), x); with a radius `project` instead. sees: then the result has an
+    attribute `seen`, x + it for the network."""
+    (out, places, seen), n = _made(x, sees), delta.numel()
     _climb[(triton.cdiv(n, BLOCK),)](
-        delta, gradient, x, out, alpha, 0.0 if radius is None else radius, n,
-        PROJECT=radius is not None, TENSOR_A=isinstance(alpha, Tensor), TENSOR_R=isinstance(radius, Tensor), B=BLOCK,
+        delta, gradient, x, out, *places, alpha, 0.0 if radius is None else radius, n, x.shape[1],
+        PROJECT=radius is not None, TENSOR_A=isinstance(alpha, Tensor), TENSOR_R=isinstance(radius, Tensor), B=BLOCK, **seen,
     )  # fmt: skip
     return out
 
 
-def start(uniform: Tensor, x: Tensor, radius: float | Tensor, clip: bool) -> Tensor:
-    """A perturbation out of numbers that are uniform in [0, 1)."""
-    out, n = torch.empty_like(x), x.numel()
-    _start[(triton.cdiv(n, BLOCK),)](uniform, x, out, radius, n, CLIP=clip, TENSOR_R=isinstance(radius, Tensor), B=BLOCK)
+def start(uniform: Tensor, x: Tensor, radius: float | Tensor, clip: bool, sees: Sees | None = None) -> Tensor:
+    """A perturbation out of numbers that are uniform in [0, 1). sees: as in `climb`."""
+    (out, places, seen), n = _made(x, sees), x.numel()
+    _start[(triton.cdiv(n, BLOCK),)](
+        uniform, x, out, *places, radius, n, x.shape[1], CLIP=clip, TENSOR_R=isinstance(radius, Tensor), B=BLOCK, **seen
+    )
     return out

@@ -3,26 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastrobust.config import parts
 from fastrobust.config.hints import nearest
+from fastrobust.models.pixels import Normalized
 from fastrobust.runtime.errors import ConfigError, first_line
 from fastrobust.runtime.torchvision_compat import import_torchvision
-
-
-class Normalized(nn.Module):
-    """(x - mean) / std per channel, then `network`. x: N x C x H x W in [0, 1]."""
-
-    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.network = network
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network((x - self.mean) / self.std)
 
 
 def in_sequence(model: nn.Module) -> Iterator[nn.Module]:

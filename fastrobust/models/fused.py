@@ -1,15 +1,16 @@
 """BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
 
 Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
-the kernels of `norm_kernels`, and counts BatchNorm's batches for all layers at once. Names of weights and buffers stay.
+the kernels of `norm_kernels` and `pixel_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers
+stay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import cache, partial
 from types import MethodType
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrobust.models.pixels import KernelNormalized, Normalized
 from fastrobust.runtime.errors import first_line
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,22 +52,42 @@ def have_kernels(device: torch.device) -> bool:
 
 
 class CountedNorm(nn.BatchNorm2d):
-    """A BatchNorm2d that notes that it has seen a batch instead of counting at once (`prepare`)."""
+    """A BatchNorm2d that counts its batches on the host: `num_batches_tracked` is right in every state that is taken, and
+    costs no kernel in a step (`prepare`). That tensor's attribute `unwritten`, a list of one number, is what it lacks. One
+    that takes its place has no such attribute, and is counted in at once."""
 
-    waiting: list[Tensor]
     kernels: str | None  # the kind of device on which the kernels are used
+    apart: bool = False  # whether the running averages that the backward pass holds are copies
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler puts the counting beside other work
             return super().forward(x)
         self.note()
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
-        )
+        averages = self.running_mean, self.running_var
+        used = [t.clone() for t in averages] if self.apart else averages
+        y = F.batch_norm(x, *used, self.weight, self.bias, self.training, self.momentum, self.eps)
+        if self.apart and self.training:
+            torch._foreach_copy_(list(averages), used)
+        return y
 
     def note(self) -> None:
         if self.training:
-            self.waiting.append(self.num_batches_tracked)
+            batches = self.num_batches_tracked
+            if hasattr(batches, "unwritten"):
+                batches.unwritten[0] += 1
+            else:
+                batches.add_(1)
+
+    def _save_to_state_dict(self, *arguments) -> None:
+        waiting = getattr(self.num_batches_tracked, "unwritten", [0])
+        if waiting[0] and not (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.num_batches_tracked.add_(waiting[0])
+            waiting[0] = 0
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments) -> None:
+        getattr(self.num_batches_tracked, "unwritten", [0])[0] = 0
+        super()._load_from_state_dict(*arguments)
 
 
 class CountedNormRelu(CountedNorm):
@@ -119,28 +141,39 @@ def _kernels(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool) -> tup
     return NormRelu.apply(x, add, norm.weight, norm.bias, *averages, norm.training, after)
 
 
-def prepare(model: nn.Module, kernels: bool = False) -> Callable[[], None]:
-    """Lets the BatchNorm2d of a model note their batches, and with `kernels` run as kernels where a ReLU follows: in our
-    networks and in torchvision's ResNets. Returns a function that counts what was noted, with one kernel: call it after each
-    forward pass. The module is changed; names and values of its state are not."""
-    waiting: list[Tensor] = []
+def prepare(model: nn.Module, kernels: bool = False) -> None:
+    """Lets the BatchNorm2d of a model count their batches on the host. With `kernels` those that a ReLU follows, in our
+    networks and in torchvision's ResNets, run as kernels, and so does the normalisation of images. The module is changed;
+    names and values of its state are not."""
     for module in model.modules():
+        if type(module) is Normalized and kernels and have_kernels(module.mean.device):
+            module.__class__ = KernelNormalized
         if type(module) in (nn.BatchNorm2d, CountedNorm) and _usual(module):
             device = module.weight.device
             module.kernels = device.type if kernels and have_kernels(device) else None
-            module.__class__, module.waiting = CountedNorm, waiting
+            module.__class__, module.num_batches_tracked.unwritten = CountedNorm, [0]
     for module in model.modules() if kernels else ():
         if type(module).__module__ == "torchvision.models.resnet":
             _resnet(module)
 
-    def count() -> None:
-        if waiting:
-            times = Counter(map(id, waiting))
-            each = list({id(t): t for t in waiting}.values())
-            torch._foreach_add_(each, [times[id(t)] for t in each])
-            waiting.clear()
 
-    return count
+@contextlib.contextmanager
+def without_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorms run as torch's operations, on copies of the running averages: for a gradient that is differentiated
+    again, or taken after kernels have changed those averages, which autograd refuses."""
+    norms = [(m, m.kernels) for m in model.modules() if isinstance(m, CountedNorm) and m.kernels]
+    for norm, _ in norms:
+        norm.kernels, norm.apart = None, True
+    try:
+        yield
+    finally:
+        for norm, kernels in norms:
+            norm.kernels, norm.apart = kernels, False
+
+
+def unwritten(model: nn.Module) -> list[tuple[list[int], int]]:
+    """Of each BatchNorm that counts on the host: its counter, and what it says."""
+    return [(b.unwritten, b.unwritten[0]) for b in model.buffers() if hasattr(b, "unwritten")]
 
 
 def _usual(norm: nn.BatchNorm2d) -> bool:

@@ -23,7 +23,8 @@ class Average:
 
     def update(self, updates: Tensor) -> None:
         """Take up the weights as they are. updates: how many there were before the last one (int64, 1)."""
-        state = self.model.state_dict()
+        every = {"remove_duplicate": False}  # and no state, whose taking counts BatchNorm's batches: this is within a step
+        state = dict(self.model.named_parameters(**every)) | dict(self.model.named_buffers(**every))
         now, means = [state[name].detach() for name in self.tensors], list(self.tensors.values())
         weight = 1 - ((1 + updates) / (10 + updates)).clamp(max=self.decay)
         change = torch._foreach_sub(now, means)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from fastrobust.data.batch import Batch
-from fastrobust.models.fused import trouble
+from fastrobust.models.fused import trouble, unwritten
 from fastrobust.runtime.cuda_graph import record
 from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
@@ -156,11 +156,18 @@ class GraphStep(StaticStep):
         self.graphs, self.updates = {}, 0
         try:
             for looks in (True, False) if len(learner.alignments) else (False,):
-                learner.looks = looks
-                self.graphs[looks] = record(self._once, device, put_back, warm_up)
+                if looks or learner.aligned or not self.graphs:
+                    learner.looks = looks
+                    self.graphs[looks] = record(self._once, device, put_back, warm_up)
+            self.counted = unwritten(learner.model)  # in a capture alone: `put_back` came before it
         finally:
             learner.looks = None
             put_back()
+
+    def __call__(self, batch: Batch) -> None:
+        super().__call__(batch)
+        for counter, batches in self.counted:  # a replay runs no Python
+            counter[0] += batches
 
     def _once(self) -> None:
         before = self.learner.made
@@ -168,5 +175,5 @@ class GraphStep(StaticStep):
         self.updates = self.learner.made - before
 
     def run(self) -> None:
-        self.graphs[self.learner.due()]()
+        self.graphs[self.learner.due() or False not in self.graphs]()
         self.learner.made += self.updates

@@ -84,6 +84,8 @@ class Learner:
         self.batchnorm_in_attack = batchnorm_in_attack
         self.autocast = torch.autocast(self.device.type, DTYPES[precision], enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
+        self.one = torch.ones((), device=self.device)
         self.lr_table = lr_table.to(self.device)
         self.epoch_table = (torch.zeros(1) if epoch_table is None else epoch_table).to(self.device)
         self.epochs = max(1, math.ceil(self.epoch_table[-1]))
@@ -94,6 +96,7 @@ class Learner:
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.alignments = torch.full((len(lr_table) if watched else 0,), UNKNOWN, device=self.device)  # by update
         self.of_attack: Tensor | None = None  # the gradient of the attack whose update comes next
+        self.aligned = False  # whether there has been an alignment to note
         self.made = 0  # updates, as the host counts them
         self.looks: bool | None = None  # whether the next update gives its alignment, if that is not to go by `due`
         self.optimizer = optimizer.build(model, self.lr)
@@ -101,7 +104,8 @@ class Learner:
         self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
         self.average = None if averaging is None else Average(model, averaging)
         self.shadow: Shadow | None = None
-        self.count = fused.prepare(model, kernels) if kernels or self.device.type == "cuda" else lambda: None
+        if kernels or self.device.type == "cuda":
+            fused.prepare(model, kernels)
         plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None
         plain = plain and not reads_weights and not in_parts
         if kernels and precision != "fp32" and plain and all(g["factor"] == 1 for g in self.optimizer.param_groups):
@@ -121,11 +125,12 @@ class Learner:
     def forward(self, x: Tensor) -> Tensor:
         with self.autocast:
             if self.moved is not None:
-                logits = functional_call(self.model, self.moved, x).float()
-            else:
-                logits = (self.shadow or self.model)(x).float()
-        self.count()
-        return logits
+                return functional_call(self.model, self.moved, x).float()
+            return (self.shadow or self.model)(x).float()
+
+    def scale_of(self, loss: Tensor) -> Tensor:
+        """What a loss is differentiated with, as `grad_outputs`: its gradients are those of the scaled loss."""
+        return (self.scaler._scale if self.scaler.is_enabled() else self.one).to(loss.dtype)
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, of attack and update, where a method has none of its own."""
@@ -151,10 +156,12 @@ class Learner:
         gradient. With `keep` the logits can be a part of the next update's loss, whose backward pass goes through them too;
         with `twice` the gradient can. mode: `train` or `eval` for BatchNorm, if not that of all attacks."""
         x, later = x.detach().requires_grad_(), keep or twice
-        with self._attacking(mode), contextlib.nullcontext() if later else self._frozen():
+        nothing, held = contextlib.nullcontext(), twice or (keep and (mode or self.batchnorm_in_attack) == "eval")
+        plain = fused.without_kernels(self.model) if held else nothing
+        with self._attacking(mode), plain, nothing if later else self._frozen():
             logits = self.forward(x)
-            scaled = self.scaler.scale((loss or self.loss)(logits, y))
-            (gradient,) = torch.autograd.grad(scaled, x, retain_graph=later, create_graph=twice)
+            found = (loss or self.loss)(logits, y)
+            (gradient,) = torch.autograd.grad(found, x, self.scale_of(found), retain_graph=later, create_graph=twice)
         looks = self.due() if self.looks is None else self.looks
         if looks and self.part.last and mode is None and not twice:
             self.of_attack = gradient
@@ -197,7 +204,7 @@ class Learner:
         if self.of_attack is not None:
             last = (self.updates - 1).clamp(max=len(self.alignments) - 1)
             self.alignments.index_copy_(0, last, alignment(self.of_attack, x.grad)[None])
-            self.of_attack = None
+            self.of_attack, self.aligned = None, True
         return x.grad
 
     def mean(self, t: Tensor) -> Tensor:
@@ -239,23 +246,24 @@ class Learner:
             set_rates(self.optimizer, self.lr)
             if self.part.first:
                 self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss if self.part.share == 1 else loss * self.part.share).backward()
+            scale = self.scale_of(loss)
+            loss.backward(scale if self.part.share == 1 else scale * self.part.share)
             if self.part.last:
                 self._move()
         else:
             wanted = self.shadow.differentiated() + ([] if x is None else [x])
-            gradients = list(torch.autograd.grad(self.scaler.scale(loss), wanted, allow_unused=True))
+            gradients = list(torch.autograd.grad(loss, wanted, self.scale_of(loss), allow_unused=True))
             if x is not None:
                 x.grad = gradients.pop()
             self.shadow.update(gradients, self.lr, self.scaler)
-        if self.part.last:
+        last = self.part.last
+        if last:
+            self.made += 1
             if self.average is not None:
                 self.average.update(self.updates)
-            self.updates.add_(1)
-            self.made += 1
-        self.loss_sum.add_(loss.detach() * len(y))
+        torch._foreach_add_([self.updates, self.seen], [int(last), len(y)])
+        self.loss_sum.add_(loss.detach(), alpha=len(y))
         self.correct.add_(right(logits.detach(), y).sum())
-        self.seen.add_(len(y))
 
     def _move(self) -> None:
         """One step of the optimiser along the gradients that are there."""
@@ -307,7 +315,6 @@ class Learner:
             self.refresh()
         self.made = int(self.updates)
         if self.scaler.is_enabled():
-            self.scaler.scale(torch.zeros((), device=self.device))  # the scale exists from its first use on
             self.scaler.load_state_dict(state["scaler"])
 
     def refresh(self) -> None:

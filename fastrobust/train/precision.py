@@ -8,7 +8,6 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastrobust.config.schema import Config
 from fastrobust.models.weights import build_model
@@ -45,6 +44,8 @@ def speed(config: Config, network: nn.Module | None = None) -> float | None:
     """How many times as fast passes in bf16 are as those in fp32, by the processor time of one thread, which other programs
     change little; None for a small network. On random images of the largest phase, with a copy of the model; the random
     generator is left as it was."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
+
     phase = max(config.phases, key=lambda phase: phase.resolution)
     shape = min(IMAGES, phase.batch_size), len(config.model.mean), phase.resolution, phase.resolution
     state, threads = torch.get_rng_state(), torch.get_num_threads()

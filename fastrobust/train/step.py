@@ -14,11 +14,12 @@ from fastrobust.config.schema import Augment, Config
 from fastrobust.data.augment import Alternation, augment, mixed, to_unit
 from fastrobust.data.batch import Batch
 from fastrobust.models import fused
+from fastrobust.models.pixels import Sees
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
 from fastrobust.train import engine, schedules
-from fastrobust.train.learner import Learner, Part
+from fastrobust.train.learner import DTYPES, Learner, Part
 from fastrobust.train.methods.base import Inputs, Method, Shapes
 
 
@@ -131,6 +132,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     model = build_model(config, loader.classes, network).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels, len(loader.classes))
     kernels = engine.wants_kernels(config.engine, device)
+    sees = Sees(model.mean, model.std, DTYPES[config.precision])
     learner = Learner(
         model.train(),
         config.optimizer,
@@ -156,7 +158,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     step = Step(
         learner,
         config.method,
-        ball(config.norm, config.epsilon, kernels and fused.have_kernels(device)),
+        ball(config.norm, config.epsilon, kernels and fused.have_kernels(device), sees),
         classes=len(loader.classes),
         examples=len(loader),
         scale_table=schedules.epsilon_scale_table(config, len(loader)) if config.epsilon_warmup else None,

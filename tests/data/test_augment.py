@@ -13,6 +13,7 @@ from fastrobust.config import schema
 from fastrobust.data import augment as augmentation
 from fastrobust.data import order
 from fastrobust.data.augment import augment, boxes, center_crop, pad_crop_flip, random_resized_crop, to_unit
+from tests.gpusim import sim
 
 
 def images(n: int, channels: int = 3, height: int = 6, width: int = 5, seed: int = 0) -> Tensor:
@@ -247,6 +248,7 @@ def test_boxes_are_those_of_the_loaders(height, width):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(sim.HERE, reason="the simulated GPU computes nothing")
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_boxes_on_a_gpu_are_those_of_the_cpu(height, width):
     draws = torch.from_numpy(np.concatenate([edges(), np.random.default_rng(1).random((4000, order.DRAWS))]))

@@ -19,6 +19,7 @@ from fastrobust.data.order import Order, random_crops
 from fastrobust.data.prepared import shards
 from fastrobust.data.prepared.records import Records
 from fastrobust.runtime.distributed import World
+from tests.gpusim import sim
 
 
 def expected_batch(image_of, labels, resolution, seed, phase, start, stop):
@@ -183,6 +184,7 @@ def test_torchs_own_generator_is_left_alone(made, name):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.skipif(sim.HERE, reason="the simulated GPU computes nothing")
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_on_a_gpu_are_those_of_the_cpu(made, name):
     """DALI decodes there (`mixed`), with a decoder of its own; the others only copy."""

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from attack_runs import EPSILON, few_images
+from attack_runs import EPSILON, cheaper, few_images
 from torch import nn
 
 import fastrobust
-from fastrobust.attack.base import Setting
+from fastrobust.attack.base import Attack, Setting, parse
 from fastrobust.attack.pgd import Pgd, StaticAttack
 from fastrobust.attack.rounds import run_rounds
 from fastrobust.attack.threat import Threat
@@ -168,6 +168,29 @@ def test_batches_of_a_fixed_size_are_even():
         assert attack.batch_size == size
         parts = [len(index) for index, _ in attack.batches(0, torch.ones(520, dtype=torch.bool))]
         assert sum(parts) == 520 and max(parts) <= most and len(parts) == -(-520 // most)
+
+
+@pytest.mark.parametrize("name", ["pgd-t-1-1", "apgd-ce", "fab-t", "square"])
+def test_other_attacks_see_few_sizes_on_a_gpu_and_find_the_same(name, model, data, monkeypatch):
+    """AutoAttack goes on with the images that are left: their number is new at nearly every pass. Of 24 images and less they
+    are filled up to 24, 12, 6, 3 or 1, and no verdict changes."""
+    if "pgd-t" not in name:
+        pytest.importorskip("pyautoattack")
+    images, labels = data.images[:40], data.labels[:40]
+    (kind, numbers), found = parse(name), []
+    for fixed in (False, True):
+        monkeypatch.setattr(Attack, "fixed", fixed)
+        watched, robust = Watched(model), classified(model, images, labels)
+        attack = kind(Setting(watched, images, Threat(EPSILON / 2), EPSILON / 8, 24, 0), numbers)
+        if "pgd-t" not in name:
+            cheaper(attack.attack)
+            attack.attack.n_iter = 5
+        with evaluating(watched):
+            run_rounds(attack, images, labels, robust, threat=Threat(EPSILON / 2))
+        found.append((robust, {size for size, _ in watched.seen}))
+    (plain, sizes), (filled_up, few) = found
+    assert torch.equal(plain, filled_up) and 0 < plain.sum() < 40
+    assert few <= {24, 12, 6, 3, 1} and not sizes <= {24, 12, 6, 3, 1}
 
 
 @pytest.mark.parametrize("size", [0, 3, 5, 7, 23])

@@ -144,7 +144,7 @@ def test_a_network_with_kernels_is_the_network(monkeypatch, name, plain_norms):
     torch.manual_seed(0)
     plain, calls = networks()[name]().to(DEVICE, memory_format=torch.channels_last), []
     exact, other = copy.deepcopy(plain).double(), copy.deepcopy(plain)
-    count = fused.prepare(other, kernels=True)
+    fused.prepare(other, kernels=True)
     assert other.state_dict().keys() == plain.state_dict().keys()
     original = fused._kernels
     monkeypatch.setattr(fused, "_kernels", lambda *a, **k: calls.append(1) or original(*a, **k))
@@ -154,7 +154,6 @@ def test_a_network_with_kernels_is_the_network(monkeypatch, name, plain_norms):
         x = pixels((4, 3, 16, 16), torch.float32, 5).to(dtype).requires_grad_()
         logits = model(x)
         logits.logsumexp(1).sum().backward()
-        count()
         gradients = {name: p.grad for name, p in model.named_parameters()}
         found.append({"logits": logits, "x": x.grad, **gradients, **model.state_dict(prefix="after.")})
     assert len(calls) == sum(isinstance(module, nn.BatchNorm2d) for module in plain.modules()) - plain_norms
@@ -206,21 +205,30 @@ def test_what_the_kernels_cannot_do_torch_does(monkeypatch, why):
 
 
 def test_batches_are_counted_as_torch_counts_them():
-    """A layer that is used twice counts twice; one in eval mode does not count; unusual ones are left alone."""
+    """A layer that is used twice counts twice; one in eval mode does not count; unusual ones are left alone. What was
+    counted is in every state that is taken, once, and in copies; a state that is loaded takes its place."""
     torch.manual_seed(0)
     shared, still, odd = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None)
     plain = nn.Sequential(shared, still, nn.ReLU(), shared, odd).to(DEVICE)
     other = copy.deepcopy(plain)
-    count = fused.prepare(other)
-    x = torch.rand(2, 3, 4, 4, device=DEVICE)
+    fused.prepare(other)
+    x, states = torch.rand(2, 3, 4, 4, device=DEVICE), []
+    taken = lambda model: {name: t.clone() for name, t in model.state_dict().items()}
     for model in (plain, other):
         model.train()[1].eval()
         for _ in range(3):
             model(x)
-            count()
-    assert [n.item() for k, n in other.state_dict().items() if "num_batches" in k] == [6, 0, 6, 3]
-    for key, value in plain.state_dict().items():
-        assert torch.equal(other.state_dict()[key], value), key
+        copied = copy.deepcopy(model)
+        model(x)
+        states.append([taken(copied), taken(model), taken(model)])
+        model(x)
+        model.load_state_dict(copied.state_dict())
+        states[-1].append(taken(model))
+    numbers = [[n.item() for k, n in state.items() if "num_batches" in k] for state in states[1]]
+    assert numbers == [[6, 0, 6, 3], [8, 0, 8, 4], [8, 0, 8, 4], [6, 0, 6, 3]]
+    for expected, found in zip(*states, strict=True):
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
 
 
 def test_kernels_that_cannot_run_say_why(monkeypatch):

@@ -130,6 +130,7 @@ def test_a_short_l2_training_is_more_robust_in_l2_than_a_standard_one():
                 "epsilon": 1.5,
                 "device": "cpu",
                 "engine": "eager",
+                "precision": "fp32",
                 "data": {"dataset": "fashion_mnist"},
                 "model": {"name": "mnist_net"},
                 "method": {"name": name},

@@ -341,9 +341,9 @@ def test_where_the_gradient_of_a_random_start_is_taken(clip_start):
     seen = []
 
     class Recorder:
-        def input_gradient(self, x, y):
+        def attack_gradient(self, x, y):
             seen.append(x)
-            return torch.ones_like(x), torch.ones(len(x), dtype=torch.bool)
+            return torch.ones_like(x), torch.zeros(len(x), 2)
 
         def update(self, x, y):
             seen.append(x)

@@ -37,7 +37,8 @@ def test_three_phases_end_with_the_same_bits_however_often_interrupted(name, pho
     ]
     place = {"ffcv": "ffcv", "dali": "dali", "torch from shards": "dali"}.get(name)
     config = {
-        "name": "a", "loader": name.partition(" ")[0], "epsilon": "4/255", "device": "cpu", "output": str(tmp_path),
+        "name": "a", "loader": name.partition(" ")[0], "epsilon": "4/255", "device": "cpu", "precision": "fp32",
+        "output": str(tmp_path),
         "data": {"dataset": "image_folder", "path": str(photos), "workers": 2, "prepared": place and str(prepared / place),
                  "augment": {"crop": "random_resized", "flip": True}},
         "model": {"name": "preact_resnet18_w16"}, "method": {"name": "fgsm", "init": "previous"},

@@ -29,9 +29,11 @@ def moved_weights(learner: Learner, x: Tensor, y: Tensor, loss: Loss, gamma: Ten
     buffers = {name: b.clone() for name, b in learner.model.named_buffers()}  # this pass leaves the running averages alone
     learner.moved = buffers | copies
     try:
-        value = learner.scaler.scale(loss(learner.forward(x.detach()), y))
+        value = loss(learner.forward(x.detach()), y)
         unused = {"allow_unused": True, "materialize_grads": True}
-        gradients = [learner.mean(g) for g in torch.autograd.grad(value, list(copies.values()), **unused)]
+        gradients = [
+            learner.mean(g) for g in torch.autograd.grad(value, list(copies.values()), learner.scale_of(value), **unused)
+        ]
         learner.moved = {
             name: p + gamma * p.detach().norm() * (g / g.norm()).nan_to_num(0.0, 0.0, 0.0)
             for (name, p), g in zip(weights.items(), gradients, strict=True)

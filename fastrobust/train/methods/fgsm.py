@@ -35,10 +35,10 @@ def fgsm(
     times a bound on that of all points within epsilon (MTL-IBP; De Palma et al., 2024): such networks can be proved
     robust."""
     delta = start(x, delta, threat, init, clip_start)
-    gradient, _ = learner.input_gradient(x + delta, y)
+    gradient, _ = learner.attack_gradient(threat.point(x, delta), y)
     delta = threat.climb(delta, gradient, alpha, x)
     if not ibp_weight:
-        learner.update(x + delta, y)
+        learner.update(threat.point(x, delta), y)
         return delta
 
     def with_bound(logits: Tensor, y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def free(learner: Learner, x: Tensor, y: Tensor, delta: Tensor, *, threat: Threa
     backward pass moves delta, by epsilon. delta is kept between minibatches; what it is in the end is returned."""
     for _ in range(replays):
         delta = threat.clip(delta, x)
-        gradient = learner.update_with_input_gradient(x + delta, y)
+        gradient = learner.update_with_input_gradient(threat.point(x, delta), y)
         delta = threat.climb(delta, gradient, threat.radius, x)
     return delta
 

@@ -14,9 +14,9 @@ def n_fgsm(learner: Learner, x: Tensor, y: Tensor, *, noise: Threat, alpha: Radi
     """N-FGSM (de Jorge et al., 2022, Algorithm 1): a start in the larger ball `noise`, a step of alpha = epsilon, and no
     clipping but to the pixel box."""
     delta = noise.start(x)
-    gradient, _ = learner.input_gradient(x + delta, y)
+    gradient, _ = learner.attack_gradient(noise.point(x, delta), y)
     delta = noise.climb(delta, gradient, alpha, x, project=False)
-    learner.update(x + delta, y)
+    learner.update(noise.point(x, delta), y)
 
 
 class NFgsm(Attacked):

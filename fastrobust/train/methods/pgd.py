@@ -26,10 +26,10 @@ def pgd(
     does not move (the authors' MNIST code)."""
     delta = start(x, None, threat, init)
     for _ in range(steps):
-        gradient, correct = learner.input_gradient(x + delta, y)
+        gradient, logits = learner.attack_gradient(threat.point(x, delta), y)
         moved = threat.climb(delta, gradient, alpha, x)
-        delta = torch.where(correct[:, None, None, None], moved, delta) if skip_misclassified else moved
-    learner.update(x + delta, y)
+        delta = torch.where((logits.argmax(1) == y)[:, None, None, None], moved, delta) if skip_misclassified else moved
+    learner.update(threat.point(x, delta), y)
 
 
 class Pgd(Attacked):

@@ -19,7 +19,7 @@ def sora(learner: Learner, x: Tensor, y: Tensor, *, threat: Threat, alpha: Radiu
     """FGSM from a random start, every pixel by a random part of alpha, not projected onto the ball. Returns how well the
     gradients at both ends agree (shape []): 1 where the loss rises along a straight line."""
     delta = threat.start(x)
-    gradient, _ = learner.input_gradient(x + delta, y)
+    gradient, _ = learner.attack_gradient(x + delta, y)
     delta = threat.clip(threat.step(delta, gradient, alpha * torch.rand_like(x)), x)
     at_end = learner.update_with_input_gradient(x + delta, y)
     along = (gradient.sign() * at_end).flatten(1).sum(1) / gradient.abs().flatten(1).sum(1)
