@@ -144,8 +144,8 @@ class StaticStep:
 
 
 class GraphStep(StaticStep):
-    """The step recorded as a CUDA graph; where alignments are noted, as two, with and without. Recording trains a little;
-    everything that changed is put back, the random generator included, so that the first replay is the first step. Raises
+    """The step recorded as a CUDA graph; where there is an alignment to note, as two, with it and without. Recording trains
+    a little; all that changed is put back, the random generator included: the first replay is the first step. Raises
     RuntimeError where it cannot be captured."""
 
     def __init__(self, run: Run, batch: Batch, owner):
@@ -156,8 +156,9 @@ class GraphStep(StaticStep):
         self.graphs, self.updates = {}, 0
         try:
             for looks in (True, False) if len(learner.alignments) else (False,):
-                learner.looks = looks
-                self.graphs[looks] = record(self._once, device, put_back, warm_up)
+                if looks or learner.aligned or not self.graphs:
+                    learner.looks = looks
+                    self.graphs[looks] = record(self._once, device, put_back, warm_up)
         finally:
             learner.looks = None
             put_back()
@@ -168,5 +169,5 @@ class GraphStep(StaticStep):
         self.updates = self.learner.made - before
 
     def run(self) -> None:
-        self.graphs[self.learner.due()]()
+        self.graphs[self.learner.due() or False not in self.graphs]()
         self.learner.made += self.updates

@@ -94,6 +94,7 @@ class Learner:
         self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
         self.alignments = torch.full((len(lr_table) if watched else 0,), UNKNOWN, device=self.device)  # by update
         self.of_attack: Tensor | None = None  # the gradient of the attack whose update comes next
+        self.aligned = False  # whether there has been an alignment to note
         self.made = 0  # updates, as the host counts them
         self.looks: bool | None = None  # whether the next update gives its alignment, if that is not to go by `due`
         self.optimizer = optimizer.build(model, self.lr)
@@ -197,7 +198,7 @@ class Learner:
         if self.of_attack is not None:
             last = (self.updates - 1).clamp(max=len(self.alignments) - 1)
             self.alignments.index_copy_(0, last, alignment(self.of_attack, x.grad)[None])
-            self.of_attack = None
+            self.of_attack, self.aligned = None, True
         return x.grad
 
     def mean(self, t: Tensor) -> Tensor:
