@@ -144,8 +144,8 @@ class StaticStep:
 
 
 class GraphStep(StaticStep):
-    """The step recorded as a CUDA graph; where alignments are noted, as two, with and without. Recording trains a little;
-    everything that changed is put back, the random generator included, so that the first replay is the first step. Raises
+    """The step recorded as a CUDA graph; where there is an alignment to note, as two, with it and without. Recording trains
+    a little; all that changed is put back, the random generator included: the first replay is the first step. Raises
     RuntimeError where it cannot be captured."""
 
     def __init__(self, run: Run, batch: Batch, owner):
