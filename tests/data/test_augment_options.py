@@ -143,6 +143,7 @@ def test_every_image_is_mirrored_in_every_other_pass():
 def on_config(**changes) -> schema.Config:
     base = {
         "name": "x",
+        "precision": "fp32",
         "epsilon": 0.03,
         "data": {"dataset": "image_folder"},
         "model": {"name": "preact_resnet18_w16"},
