@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import method_costs, methods
 from benchmarks import method_setting as setting
