@@ -15,6 +15,7 @@ from fastrobust.models.weights import read_weights
 from fastrobust.runtime import run_directory
 
 CONFIG = {
+    "precision": "fp32",  # the same on every processor
     "device": "cpu",
     "epsilon": 0.05,
     "data": {"dataset": "image_folder", "augment": {"crop": "none", "flip": True}},
