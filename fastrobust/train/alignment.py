@@ -13,6 +13,6 @@ def alignment(at_start: Tensor, at_end: Tensor) -> Tensor:
     """PertAlign (SORA, 2026): the mean over the examples of the cosine between the loss's gradients with respect to the
     input where the attack's last step begins and where it ends (shape []). Along a straight line it is 1. Examples with a
     gradient of zero, or one that is no number, are left out; UNKNOWN where none is left."""
-    a, b = at_start.detach().flatten(1), at_end.detach().flatten(1)
+    a, b = (t.detach().flatten(1).float() for t in (at_start, at_end))  # our kernels give half precision
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
     return cosine.nanmean().nan_to_num(UNKNOWN)

@@ -99,6 +99,8 @@ def test_a_linear_model_is_aligned_and_a_turning_one_is_not():
     along = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     assert alignment(along, 7 * along).item() == pytest.approx(1)
     assert alignment(along, torch.tensor([[4.0, -3.0], [-1.0, 0.0]])).item() == pytest.approx(-0.5)
+    in_half = alignment(1e3 * along.half(), 2e3 * along.half())  # whose products are none of half precision
+    assert in_half.dtype == torch.float32 and in_half.item() == pytest.approx(1)
 
 
 def test_what_has_no_direction_is_left_out():
