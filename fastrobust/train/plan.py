@@ -34,7 +34,7 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     training_step = step.build(config, loader, device, world)
     with world.one_after_the_other(config.data.download):
         test = loaders.test_set(config, config.evaluation.limit).labelled_as(loader.classes, config.name)
-    table = Table("phase", "epochs", "passes", "images", "batch", "steps", "seconds/step", "time")
+    table = Table("phase", "epochs", "passes", "images", "batch", "steps", "s/step", "time")
     total, begun, rates = 0.0, 0, []
     settings = config.evaluation
     with Progress("measuring a few steps", len(config.phases) * (WARM_UP + TIMED) + 1 + TIMED) as bar:

@@ -98,11 +98,13 @@ def test_prepared_files_give_the_same_images(written, photos, name):
     assert part.numbers.tolist() == load("image_folder", "test", photos, resolution=32, limit=5).numbers.tolist()
 
 
-def test_training_images_are_among_those_that_the_run_was_trained_on(config_of):
-    config = config_of(data__limit=65)
+@pytest.mark.parametrize("dataset", ["image_folder", "imagenette"])
+def test_training_images_are_among_those_that_the_run_was_trained_on(config_of, dataset):
+    """At the run's resolution, also where the data set has images of many sizes; the masking checks train on them."""
+    config = config_of(data__limit=65, data__dataset=dataset)
     classes = tuple(f"bar{i}" for i in range(10))
     trained = Trained(build_model(config, classes), config, classes, start.Path("x"), "")
-    whole = load("image_folder", "train", config.data.path, resolution=28)
+    whole = load(dataset, "train", config.data.path, resolution=28)
     of_the_run = evenly_spaced(len(whole.labels), 65)
     found = trained.training_images(20)
     assert found.numbers.tolist() == of_the_run[evenly_spaced(65, 20)].tolist()

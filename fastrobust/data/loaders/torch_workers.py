@@ -45,7 +45,7 @@ class Torch(Loader):
             generator=generator,
             **options,
         )
-        batches = (Batch(*map(torch.as_tensor, batch)) for batch in self._explained(made))
+        batches = (unpacked(batch) if through_pipes else batch for batch in self._explained(made))
         yield from prefetch.on_device(batches, self.device)
 
     def _explained(self, batches: DataLoader) -> Iterator[Batch]:
@@ -156,5 +156,14 @@ class _Batches(Dataset):
 
     def __getitem__(self, k: int):
         batch = self.loader.batch(self.jobs[k])
-        plain = self.through_pipes and isinstance(batch, Batch)
-        return tuple(t.numpy() for t in batch) if plain else batch
+        return packed(batch) if self.through_pipes and isinstance(batch, Batch) else batch
+
+
+def packed(batch: Batch) -> tuple[np.ndarray, ...]:
+    """The batch as arrays. A pipe keeps no memory format, so that the channels come last in the shape."""
+    return batch.images.permute(0, 2, 3, 1).numpy(), batch.labels.numpy(), batch.index.numpy()
+
+
+def unpacked(arrays: tuple[np.ndarray, ...]) -> Batch:
+    images, labels, index = map(torch.from_numpy, arrays)
+    return Batch(images.permute(0, 3, 1, 2), labels, index)
