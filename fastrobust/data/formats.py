@@ -120,18 +120,29 @@ class Member(NamedTuple):
 
 
 def folder_members(folder: Path) -> list[Member]:
+    """The files in a folder, and the folders in it that hold nothing, whose names end with a slash. Raises DataError."""
+
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}): check the folder") from error
 
-    files = []
+    files, empty = [], []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         above = Path(parent).relative_to(folder).parents  # as they are named: `..` of a link is elsewhere
         if os.path.realpath(parent) in {os.path.realpath(folder / part) for part in above}:
             folders.clear()  # a link that leads back to a folder around it
             continue
         files += [Path(parent, name) for name in names]
+        empty += [] if names or folders else [Path(parent)]
     names = [(printable(file.relative_to(folder).as_posix()), printable(str(file))) for file in files]
-    return [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
+    members = [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
+    return members + [Member(f"{printable(path.relative_to(folder).as_posix())}/", str(path), bytes) for path in empty]
+
+
+def folder_of(member: Member) -> str | None:
+    """The real folder of a file that lies in one; None for those in archives."""
+    if isinstance(member.read, partial) and member.read.func is read_at and member.read.args[2] is None:
+        return os.path.realpath(member.read.args[0].parent)
+    return None
 
 
 def printable(name: str) -> str:

@@ -61,7 +61,9 @@ def choose(
         )
     refuse_copies(members, source)
     if not labels:
+        refuse_shared_folders(images, source)
         tell_what_is_left_out(members, side, source)
+        doubt_nested(images, source)
     index = {name: label for label, name in enumerate(classes or sorted(expected))}
     chosen = sorted(images)
     return Split([member for _, _, member in chosen], np.array([index[name] for name, _, _ in chosen]), tuple(index))
@@ -124,13 +126,15 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
 
 
 def without_top_folder(members: list[Member]) -> list[Member]:
-    """The members by their names below the one folder that all are in, if that folder is not a split."""
-    tops = {member.name.partition("/")[0] for member in members if not is_hidden(member.name)}
+    """The members by their names below the one folder that all files are in, if that folder is not a split."""
+    files = [member.name for member in members if not is_hidden(member.name) and not member.name.endswith("/")]
+    tops = {name.partition("/")[0] for name in files}
     known = {name for names in SPLITS.values() for name in names}
-    if len(tops) != 1 or tops & known or not all("/" in m.name for m in members if not is_hidden(m.name)):
+    if len(tops) != 1 or tops & known or not all("/" in name for name in files):
         return members
-    inner = [member._replace(name=member.name.partition("/")[2]) for member in members]
-    return without_top_folder(inner)
+    inner = [(member, member.name.partition("/")[2]) for member in members]
+    kept = [member._replace(name=name) for member, name in inner if name and not is_hidden(member.name)]
+    return without_top_folder(kept)
 
 
 def is_hidden(name: str) -> bool:
@@ -215,13 +219,38 @@ def refuse_copies(members: list[Member], source: str) -> None:
         raise DataError(f"{source}: {name} occurs {copies} times: remove the archives that overlap")
 
 
+def refuse_shared_folders(images: list[Image], source: str) -> None:
+    """Two classes must not be links to one folder: its images would have two labels. Raises DataError."""
+    seen: dict[str, tuple[str, str]] = {}
+    folders = {member.name.rpartition("/")[0]: (name, member) for name, _, member in images}
+    for folder, (name, member) in sorted(folders.items()):
+        real = formats.folder_of(member)
+        first, label = seen.setdefault(real or folder, (folder, name))
+        if label != name:
+            raise DataError(f"{source}: {first} and {folder} are one folder, {real}: it is of two classes, remove one of them")
+
+
 def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None:
-    """Say how many files of a split are not read, by their endings."""
-    odd = Counter(
-        Path(member.name).suffix.lower() or "no ending"
-        for member in members
-        if member.name.startswith(f"{side}/") and not formats.is_image(member.name)
-    )
+    """Say how many files of a split are not read, by their endings, and which folders of it are no classes."""
+    inside = [member.name for member in members if member.name.startswith(f"{side}/")]
+    files = [name for name in inside if not name.endswith("/")]
+    odd = Counter(Path(name).suffix.lower() or "no ending" for name in files if not formats.is_image(name))
     if odd:
         kinds = ", ".join(f"{ending} {count}" for ending, count in sorted(odd.items())[:5])
         print(f"note: {source}: {sum(odd.values())} files in {side}/ are no images that can be read ({kinds})", flush=True)
+    folders, filled = (
+        {name.split("/")[1] for name in names if name.count("/") > 1} for names in (inside, filter(formats.is_image, inside))
+    )
+    if empty := sorted(folders - filled):
+        told = f"folders of {side}/ without an image that can be read are no classes: {', '.join(empty[:5])}"
+        print(f"note: {source}: {told}" + (f", and {len(empty) - 5} more" if empty[5:] else ""), flush=True)
+
+
+def doubt_nested(images: list[Image], source: str) -> None:
+    """Say it where no class has an image of its own, and some have several folders of them: the classes may lie deeper."""
+    if all("/" in file for _, file, _ in images):
+        inner = {(name, file.partition("/")[0]) for name, file, _ in images}
+        classes, folders = (sorted(set(part)) for part in zip(*inner, strict=True))
+        if len(inner) > len(classes):
+            told = f"the classes {', '.join(classes[:5])} hold their images in folders ({', '.join(folders[:5])})"
+            print(f"note: {source}: {told}: if these are the classes, they must be one level higher", flush=True)

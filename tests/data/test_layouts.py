@@ -204,3 +204,38 @@ def test_names_that_are_not_utf8(tmp_path):
     found = sets.load("image_folder", "train", root, resolution=8)
     assert found.classes == ("caf\\xe9", "dog") and len(found.checksum()) == 64
     assert layouts.is_hidden("a/.b/c.png") and not layouts.is_hidden("a/b/c.png")
+
+
+def test_a_class_folder_without_images_is_named(tmp_path, capsys):
+    root = write(tmp_path, *PLAIN, "test/cat/3.png", "test/dog/4.png", "train/owl/5.heic")
+    (root / "train/bee").mkdir()
+    assert read(root, "train") == ([0, 1], ["cat", "dog"])
+    told = capsys.readouterr().out
+    assert "(.heic 1)" in told and "folders of train/ without an image that can be read are no classes: bee, owl" in told
+    assert read(root, "test")[1] == ["cat", "dog"] and "no classes" not in capsys.readouterr().out
+
+
+def test_a_hidden_folder_beside_the_one_around_all(tmp_path):
+    write(tmp_path, *(f"pets/{name}" for name in PLAIN), ".cache/train/cat/1.png")
+    (tmp_path / ".cache" / "empty").mkdir()
+    assert read(tmp_path, "train") == ([0, 1], ["cat", "dog"])
+
+
+def test_classes_that_hold_folders_alone_are_doubted(tmp_path, capsys):
+    years = [f"train/{year}/{name}/{year}{name}.png" for year in (2023, 2024) for name in ("cat", "dog")]
+    root = write(tmp_path, *years, "test/2023/cat/1.png")
+    assert read(root, "train")[1] == ["2023", "2023", "2024", "2024"]
+    assert "classes 2023, 2024 hold their images in folders (cat, dog): if these are the" in capsys.readouterr().out
+    write(tmp_path, "train/2023/1.png")
+    read(root, "train")
+    assert "if these are" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["train/cat2", "train/owl/more"])
+def test_one_folder_is_not_two_classes(tmp_path, folder):
+    root = write(tmp_path, *PLAIN, "train/owl/5.png", "test/cat/3.png")
+    os.symlink(root / "train" / "cat", root / folder)
+    os.symlink(root / "test", root / "val")  # the same split twice is told by a note
+    with pytest.raises(DataError, match=f"train/cat and {folder} are one folder, .*train/cat: it is of two classes"):
+        read(root, "train")
+    assert read(root, "test")[1] == ["cat"]
