@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -315,6 +316,12 @@ def test_arrays_are_a_data_set_for_configs(tmp_path):
         sets.load("arrays", "test", file)
 
 
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, train_images=np.zeros((2, 5, 5), np.uint8), train_labels=np.arange(2), classes=["a", "b"])
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("write", "says"),
     [
@@ -323,6 +330,8 @@ def test_arrays_are_a_data_set_for_configs(tmp_path):
         (lambda f: np.savez(f, x=np.zeros(3)), "holds neither train_images nor test_images: x"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.float32)), "must be uint8"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 6), np.uint8)), "square"),
+        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.uint8)), "cannot be read: .*train_labels is not a file"),
+        (lambda f: f.write_bytes(npz().replace(bytes(50), b"\1" * 50, 1)), "cannot be read: Bad CRC-32"),
     ],
 )
 def test_files_that_are_no_arrays_are_named(tmp_path, write, says):

@@ -42,6 +42,7 @@ _PICKLE_GLOBALS = {
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 HEAD, TAIL = 4096, 64  # bytes at the ends of a file that are looked at
 _DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
 
@@ -155,13 +156,27 @@ def archive_members(path: Path) -> list[Member]:
     if not zipfile.is_zipfile(path):
         return tar_members(path)
     with opened(path), zipfile.ZipFile(path) as archive:
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        files = [info for info in archive.infolist() if not info.is_dir()]
+    for info in files:
+        if info.flag_bits & 1:
+            raise DataError(f"{path}: {info.filename} is encrypted: unpack it with its password, and give the folder")
+        if info.compress_type not in _ZIP_METHODS:
+            method = zipfile.compressor_names.get(info.compress_type, f"method {info.compress_type}")
+            raise DataError(
+                f"{path}: {info.filename} is packed with {method}, which cannot be read: unpack it, and give the folder"
+            )
+    names = [info.filename for info in files]
     return [Member(name.removeprefix("./"), f"{name} in {path}", partial(_read_zipped, path, name)) for name in names]
 
 
 def _read_zipped(path: Path, name: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except (*_DAMAGE, EOFError, RuntimeError) as error:
+        raise DataError(
+            f"{name} in {path} is damaged ({error}): fetch the archive again, or leave it out: data.skip_corrupt=true"
+        ) from error
 
 
 def tar_members(path: Path, nested: bool = False) -> list[Member]:

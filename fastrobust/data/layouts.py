@@ -227,7 +227,7 @@ def refuse_shared_folders(images: list[Image], source: str) -> None:
         real = formats.folder_of(member)
         first, label = seen.setdefault(real or folder, (folder, name))
         if label != name:
-            raise DataError(f"{source}: {first} and {folder} are one folder, {real}: it is of two classes, remove one of them")
+            raise DataError(f"{source}: {first} and {folder} are one folder, {real}: it is of two classes, remove one")
 
 
 def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None:

@@ -4,7 +4,9 @@ import gzip
 import io
 import itertools
 import lzma
+import re
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from data_files import CIFAR, RNG, check_form, image_set, noise_png, pixels_of, 
 from PIL import Image, ImageOps
 
 from fastrobust.data import formats
+from fastrobust.data.held_out import Choice
 from fastrobust.data.sets import load
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
@@ -326,3 +329,47 @@ def test_real_imagenette():
     np.testing.assert_array_equal(pixels_of(result)[0], np.asarray(first))
     wanted = [names[i * len(names) // 50].split("/")[1] for i in range(50)]
     assert [result.classes[label] for label in result.labels] == wanted
+
+
+def zip_bytes(files: dict[str, bytes], flags: int = 0, method: int = 8) -> bytes:
+    """A zip archive whose headers say these flags (1: encrypted) and this method of compression (9: Deflate64)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    content = bytearray(buffer.getvalue())
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        for found in re.finditer(re.escape(mark), bytes(content)):
+            content[found.start() + place] |= flags
+            content[found.start() + place + 2] = method
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flags": 1}, "is encrypted: unpack it with its password"),
+        ({"method": 9}, "is packed with deflate64, which cannot be read: unpack it"),
+        ({"method": 200}, "is packed with method 200, which"),
+    ],
+)
+def test_a_zip_archive_that_cannot_be_read_is_told_at_once(tmp_path, options, message):
+    file = tmp_path / "set.zip"
+    file.write_bytes(zip_bytes(image_set()))
+    assert len(load("image_folder", "train", file, resolution=16).labels) == 6
+    file.write_bytes(zip_bytes(image_set(), **options))
+    with pytest.raises(DataError, match=rf"^{file}: (train|val)/\w+/\d.png {message}"):
+        load("image_folder", "train", file, resolution=16)
+
+
+def test_a_damaged_image_in_a_zip_archive_is_named(tmp_path):
+    files = image_set()
+    content = bytearray(zip_bytes(files))
+    for name in ("train/cat/0.png", "train/dog/1.png"):
+        place = content.index(name.encode()) + len(name)
+        content[place + 40 : place + 60] = bytes(20)
+    (tmp_path / "set.zip").write_bytes(content)
+    with pytest.raises(DataError, match=r"train/cat/0.png in .*set.zip is damaged \((.|\n)*train/dog/1.png in .*set.zip is"):
+        load("image_folder", "train", tmp_path / "set.zip", resolution=16)
+    found = load("image_folder", "train", tmp_path / "set.zip", resolution=16, choice=Choice(skip_corrupt=True))
+    assert len(found.labels) == 4 and len(found.skipped) == 2
