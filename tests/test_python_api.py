@@ -325,7 +325,9 @@ def npz() -> bytes:
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (lambda f: f.write_bytes(b"PK"), "is not a .npz file"),
+        (lambda f: f.write_bytes(b"PK\3\4"), "is a zip archive, not a whole .npz file"),
+        (lambda f: f.write_bytes(bytes(600)), "is not a whole .npz file"),
+        (lambda f: f.write_text("images"), 'is a text file that begins "images", not a whole .npz file'),
         (lambda f: f.write_text("<html>"), "is a web page"),
         (lambda f: np.savez(f, x=np.zeros(3)), "holds neither train_images nor test_images: x"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.float32)), "must be uint8"),

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
-from fastrobust.runtime.files import mistaken
+from fastrobust.runtime.files import kind_of, mistaken
 from fastrobust.runtime.machine import check_memory
 
 CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -154,6 +154,10 @@ def printable(name: str) -> str:
 def archive_members(path: Path) -> list[Member]:
     """The files in a tar or zip archive. Raises DataError."""
     if not zipfile.is_zipfile(path):
+        with opened(path) as file:
+            kind = kind_of(file.read(HEAD))
+        if kind not in (None, "a tar archive", "a zip archive"):
+            raise DataError(f"{path} is {kind}, neither tar nor zip: unpack it, and set the path to the folder of images")
         return tar_members(path)
     with opened(path), zipfile.ZipFile(path) as archive:
         files = [info for info in archive.infolist() if not info.is_dir()]
@@ -352,22 +356,29 @@ def open_upright(member: Member) -> Image.Image:
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()
         with contextlib.suppress(Exception):  # a good picture may have an odd EXIF block: then it is taken as it lies
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
-            raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
+        if image.mode.startswith(DEEP):  # converting these would clip, not scale
+            raise unusable(member.where, f"its pixels, of mode {image.mode}, have more than 8 bits", CONVERT)
         if image.mode == "P":  # RGBA first, the way for palettes with transparency
             image = image.convert("RGBA")
         if image.mode != "RGB":
             image = image.convert("RGB")
         image.load()
         return image
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
+    except UnidentifiedImageError as error:  # Pillow tells the address of an object
+        kind = kind_of(content[:512])
+        known = kind is None or any(f"a {name} picture" == kind for name in _IMAGE_FORMATS)
+        told = "cannot identify image file" + ("" if known else f": it is {kind}")
+        raise unusable(member.where, told, *([CONVERT] if not known and "picture" in kind else [])) from error
     except Exception as error:  # a damaged image can raise anything
         raise unusable(member.where, error) from error
 
 
-def unusable(where: str, error: Exception) -> DataError:
-    advice = (
-        "put a good copy in its place (a run that was begun goes on with --resume), or leave it out: data.skip_corrupt=true"
-    )
-    return DataError(f"{where} is not a usable image ({error}): {advice}")
+REPLACE = "put a good copy in its place (a run that was begun goes on with --resume)"
+CONVERT = "convert it to PNG or JPEG with 8 bits"
+DEEP = ("I", "F")  # the beginnings of Pillow's modes of more than 8 bits
+
+
+def unusable(where: str, problem: Exception | str, advice: str = REPLACE) -> DataError:
+    return DataError(f"{where} is not a usable image ({problem}): {advice}, or leave it out: data.skip_corrupt=true")

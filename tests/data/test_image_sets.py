@@ -147,10 +147,13 @@ def test_modes_rotation_and_resizing_match_pillow(tmp_path):
     ("bad", "message"),
     [
         (noise_png()[:-60], "[Tt]runcated"),
-        (b"no image", "cannot identify"),
+        (b"no image", r"\(cannot identify image file: it is a text file that begins \"no image\"\): put a good copy"),
         (b"", "is empty"),
-        (png(np.zeros((32, 32), np.uint16)), "more than 8 bits"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "cannot identify"),
+        (b"\0" * 600, r"\(cannot identify image file\): put a good copy"),
+        (noise_png()[:12], r"\(cannot identify image file\): put a good copy"),
+        (png(np.zeros((32, 32), np.uint16)), "mode I;16, have more than 8 bits.: convert it to PNG or JPEG with 8 bits, or"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "file: it is an EPS picture.: convert it to PNG or"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "file: it is a HEIC picture.: convert it to PNG or JPEG with 8 bits, or"),
     ],
 )
 def test_unusable_image_is_named(tmp_path, bad, message):
@@ -249,7 +252,6 @@ def test_damaged_archives(tmp_path):
         "cut off the end mark.tar.xz": lzma.compress(plain[:header]),
         "damaged.tar.xz": lzma.compress(plain)[:1000] + bytes(100) + lzma.compress(plain)[1100:],
         "damaged.tar.gz": gzip.compress(plain)[:-8] + bytes(8),
-        "not a tar.tar": b"hello" * 1000,
         "empty.tar": b"",
     }
     for name, data in cases.items():
@@ -257,6 +259,22 @@ def test_damaged_archives(tmp_path):
         with pytest.raises(DataError, match=f"{name} is {'truncated' if data else 'empty'}") as caught:
             load("image_folder", "train", tmp_path / name, resolution=16)
         assert "fetch it again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"7z\xbc\xaf\x27\x1c\0\4" + bytes(500), "a 7z archive"),
+        (b"Rar!\x1a\7\1\0" + bytes(500), "a RAR archive"),
+        (b"\x28\xb5\x2f\xfd" + bytes(500), "a file compressed by zstd"),
+        (noise_png(), "a PNG picture"),
+        (gzip.compress(b"hello" * 1000), "a text file that begins "),
+    ],
+)
+def test_a_file_that_is_no_archive_is_called_what_it_is(tmp_path, content, kind):
+    (tmp_path / "set.tar").write_bytes(content)
+    with pytest.raises(DataError, match=f"set.tar is {kind}.*, neither tar nor zip: unpack it, and set the path to"):
+        load("image_folder", "train", tmp_path / "set.tar", resolution=16)
 
 
 @pytest.mark.parametrize("kind, target", [(tarfile.LNKTYPE, "train/cat/0.png"), (tarfile.SYMTYPE, "/etc/passwd")])
