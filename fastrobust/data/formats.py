@@ -170,6 +170,12 @@ def archive_members(path: Path) -> list[Member]:
                 f"{path}: {info.filename} is packed with {method}, which cannot be read: unpack it, and give the folder"
             )
     names = [info.filename for info in files]
+    if not any("/" in name for name in names):  # some programs of Windows write backslashes
+        return [
+            Member(name.replace("\\", "/"), f"{name} in {path}", partial(_read_zipped, path, name))
+            for name in names
+            if not name.endswith("\\")
+        ]
     return [Member(name.removeprefix("./"), f"{name} in {path}", partial(_read_zipped, path, name)) for name in names]
 
 

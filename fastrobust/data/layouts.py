@@ -2,6 +2,9 @@
 
 train/<class>/<image>, and test/... or val/... (valid/, validation/)   torchvision's ImageFolder
 <any folder>/train/...                                                 one folder around it
+Train/, training/, testing/, …                                         capitals, and these names
+<class>/<image>                                                        training images; or those of the split after which
+                                                                       the folder or archive is called: val.zip
 val/images/<image>, val/val_annotations.txt                            Tiny-ImageNet as it is downloaded
 val/<image>, LOC_val_solution.csv beside ILSVRC/                       ImageNet as Kaggle gives it out
 any folders, and a CSV file with the columns file, label (and split)   `data.labels`
@@ -12,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,7 @@ from fastrobust.runtime.errors import DataError
 
 SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}  # folders, in the order of preference
 LAYOUT = "a folder or archive (tar, zip) of train/<class>/<image> and one of test/, val/, valid/, validation/ likewise"
+ALIASES = {"training": "train", "testing": "test"}
 KAGGLE = "LOC_val_solution.csv"
 Image = tuple[str, str, Member]  # class, file name below it, where it is
 
@@ -40,8 +45,9 @@ def choose(
 ) -> Split:
     """One split of what `place` holds. classes: those that the data set has, if that is fixed. labels: the CSV file that
     says them, if the folders do not. Raises DataError."""
-    members, groups = grouped(members, place, labels)
-    side = side_of(groups, split, source, labels)
+    found, groups = grouped(members, place, labels)
+    side = side_of(members, groups, split, source, labels)
+    members = found
     images = named(groups[side], classes)
     found = {name for name, _, _ in images}
     train = {name for name, _, _ in named(groups.get("train", []), classes)}
@@ -71,8 +77,46 @@ def choose(
 
 def grouped(members: list[Member], place: Path, labels: str | None) -> tuple[list[Member], dict[str, list[Image]]]:
     """The files that are not hidden, by their names below the folder around all; and the images of each split."""
-    members = [member for member in without_top_folder(members) if not is_hidden(member.name)]
-    return members, by_file(members, place, labels) if labels else by_folder(members, place)
+    members = split_named([member for member in without_top_folder(members) if not is_hidden(member.name)], place)
+    if labels:
+        return members, by_file(members, place, labels)
+    images = [member.name for member in members if formats.is_image(member.name)]
+    if len({top(name) for name in images}) > 1 and all(name.count("/") == 1 for name in images):
+        members = below(members, place, "train")
+    return members, by_folder(members, place)
+
+
+def top(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def split_folder(name: str) -> str | None:
+    """The name of a split that a folder's name is, in capitals too; None if it is none."""
+    name = ALIASES.get(name.lower(), name.lower())
+    return name if any(name in names for names in SPLITS.values()) else None
+
+
+def below(members: list[Member], place: Path, side: str | None = None) -> list[Member]:
+    """Files that are in no split's folder, as if in one: that after which `place` is called (val.zip), or else in `side`."""
+    side = split_folder(place.name.partition(".")[0]) or side
+    inner = without_top_folder(members)
+    if side is None or any(split_folder(top(member.name)) for member in inner):
+        return members
+    return [m._replace(name=f"{side}/{m.name}") if "/" in m.name else m for m in inner]
+
+
+def split_named(members: list[Member], place: Path) -> list[Member]:
+    """The members with their splits' folders called as in `SPLITS`. Raises DataError if that is not clear."""
+    tops = sorted({top(member.name) for member in members if "/" in member.name})
+    names = {folder: name for folder in tops if (name := split_folder(folder)) not in (None, folder)}
+    for folder, name in list(names.items()):
+        if name in tops:
+            print(f"note: {place}: {name}/ is used, {folder}/ is not", flush=True)
+            del names[folder]
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        both = " and ".join(f"{folder}/" for folder in names if names[folder] == twice[0])
+        raise DataError(f"{place} holds {both}, both for {twice[0]}: remove or rename one")
+    return [m._replace(name=names[top(m.name)] + m.name[len(top(m.name)) :]) if top(m.name) in names else m for m in members]
 
 
 def side_name(folder: str) -> str:
@@ -103,13 +147,14 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
     missing, used = [], {}
     for number, row in enumerate(rows, 2):
         name, label, side = ((row.get(key) or "").strip() for key in ("file", "label", "split"))
+        side = split_folder(side) or side
         if not name or not label or (side and side not in sides):
             odd = f"the split '{side}', which is none of {', '.join(sides)}" if name and label else "no file or no label"
             raise DataError(f"{csv_file}, line {number}, has {odd}")
         name = Path(name).as_posix()
-        found = [
-            known for known in (name, *(f"{folder}/{name}" for folder in ([side] if side else sides))) if known in images
-        ]
+        usual = name.replace(top(name), split_folder(top(name)) or top(name), 1)
+        places = dict.fromkeys((name, usual, *(f"{folder}/{name}" for folder in ([side] if side else sides))))
+        found = [place for place in places if place in images]
         if not found:
             missing.append(name)
             continue
@@ -128,9 +173,8 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
 def without_top_folder(members: list[Member]) -> list[Member]:
     """The members by their names below the one folder that all files are in, if that folder is not a split."""
     files = [member.name for member in members if not is_hidden(member.name) and not member.name.endswith("/")]
-    tops = {name.partition("/")[0] for name in files}
-    known = {name for names in SPLITS.values() for name in names}
-    if len(tops) != 1 or tops & known or not all("/" in name for name in files):
+    tops = {top(name) for name in files}
+    if len(tops) != 1 or any(map(split_folder, tops)) or not all("/" in name for name in files):
         return members
     inner = [(member, member.name.partition("/")[2]) for member in members]
     kept = [member._replace(name=name) for member, name in inner if name and not is_hidden(member.name)]
@@ -191,18 +235,30 @@ def kaggle(members: list[Member], place: Path) -> dict[str, str] | None:
     )
 
 
-def side_of(groups: dict[str, list[Image]], split: str, source: str, labels: str | None = None) -> str:
+def side_of(
+    members: list[Member], groups: dict[str, list[Image]], split: str, source: str, labels: str | None = None
+) -> str:
     """The folder that a split is read from. Raises DataError."""
     there = [name for name in SPLITS[split] if name in groups]
     if not there:
-        found = ", ".join(sorted(groups)) or "no such folder"
         hold = "; data.held_out=N tests on N training images that are never trained on" if "train" in groups else ""
         if labels:
-            raise DataError(f"{labels} has images of {found}, so there are no {split} images{hold}")
-        raise DataError(f"{source} must be {LAYOUT}; it has images in {found}, so there are no {split} images{hold}")
+            raise DataError(f"{labels} has images of {', '.join(sorted(groups))}, so there are no {split} images{hold}")
+        tops = {top(member.name) for member in without_top_folder(members) if not is_hidden(member.name)}
+        sides = sorted(filter(split_folder, groups))
+        found = f"it has images in {', '.join(sides)}" if sides else f"it holds {first_five(tops)}, images in no such folder"
+        if sides and not any(map(split_folder, tops)):
+            classes = first_five({name for images in groups.values() for name, _, _ in images})
+            found = f"its folders {classes} are taken for classes of {sides[0]}/"
+        raise DataError(f"{source} must be {LAYOUT}; {found}, so there are no {split} images{hold}")
     if len(there) > 1:
         print(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used", flush=True)
     return there[0]
+
+
+def first_five(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
 def named(images: list[Image], classes: tuple[str, ...] | None) -> list[Image]:
@@ -241,9 +297,9 @@ def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None
     folders, filled = (
         {name.split("/")[1] for name in names if name.count("/") > 1} for names in (inside, filter(formats.is_image, inside))
     )
-    if empty := sorted(folders - filled):
-        told = f"folders of {side}/ without an image that can be read are no classes: {', '.join(empty[:5])}"
-        print(f"note: {source}: {told}" + (f", and {len(empty) - 5} more" if empty[5:] else ""), flush=True)
+    if empty := folders - filled:
+        told = f"folders of {side}/ without an image that can be read are no classes: {first_five(empty)}"
+        print(f"note: {source}: {told}", flush=True)
 
 
 def doubt_nested(images: list[Image], source: str) -> None:
