@@ -6,6 +6,7 @@ Every problem with a file is a `DataError` that names it.
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -67,9 +68,11 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises DataError."""
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one. Raises DataError."""
     with opened(path) as file:
-        return file.read().decode("utf-8-sig", "backslashreplace")
+        content = file.read()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", "replace" if utf16 else "backslashreplace")
 
 
 def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:

@@ -137,21 +137,19 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
     """The images of each split as a CSV file gives them. Files are named from the data set's folder, or from the folder of
     their split. Without a column `split` a file in train/, test/, … is of that split, and any other of train."""
     csv_file, images = find_labels(labels, place), {m.name: m for m in members if formats.is_image(m.name)}
-    text = formats.read_text(csv_file)
-    rows = csv.DictReader(io.StringIO(text))
-    columns, sides = rows.fieldnames or [], {name: side for side, names in SPLITS.items() for name in names}
-    if not {"file", "label"} <= set(columns) <= {"file", "label", "split"}:
-        needed = "it needs the columns file, label and may have a column split"
-        raise DataError(f"{csv_file} has the columns {', '.join(map(str, columns)) or '(none)'}: {needed}")
+    rows = table(csv_file)
+    sides = {name: side for side, names in SPLITS.items() for name in names}
     groups: dict[str, list[Image]] = {}
     missing, used = [], {}
     for number, row in enumerate(rows, 2):
         name, label, side = ((row.get(key) or "").strip() for key in ("file", "label", "split"))
         side = split_folder(side) or side
+        if any(row.get(None) or ()):  # more than there are columns
+            raise DataError(f"{csv_file}, line {number}, has more fields than the first line: put names with ',' in quotes")
         if not name or not label or (side and side not in sides):
             odd = f"the split '{side}', which is none of {', '.join(sides)}" if name and label else "no file or no label"
             raise DataError(f"{csv_file}, line {number}, has {odd}")
-        name = Path(name).as_posix()
+        name = Path(name if name in images else name.replace("\\", "/")).as_posix()
         usual = name.replace(top(name), split_folder(top(name)) or top(name), 1)
         places = dict.fromkeys((name, usual, *(f"{folder}/{name}" for folder in ([side] if side else sides))))
         found = [place for place in places if place in images]
@@ -168,6 +166,25 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
     if len(used) < len(images):
         print(f"note: {place}: {len(images) - len(used)} images are not in {csv_file}, and not used", flush=True)
     return groups
+
+
+def table(file: Path) -> list[dict]:
+    """The lines of a CSV file as spreadsheets write them: with , ; or tabs, any capitals in the names of the columns, and
+    perhaps a first line that says the separator. Raises DataError."""
+    first, _, rest = (text := formats.read_text(file)).partition("\n")
+    if first.strip().lower() in ("sep=,", "sep=;"):
+        first, text = rest.partition("\n")[0], rest
+    if "\0" in text:
+        raise DataError(f"{file} is no text in UTF-8, nor in UTF-16 with a byte order mark: save it as CSV UTF-8")
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        columns = rows.fieldnames = [column.strip().lower() for column in rows.fieldnames or []]
+        if not {"file", "label"} <= set(columns) <= {"file", "label", "split", ""}:
+            needed = "it needs the columns file, label and may have a column split, separated by , ; or tab"
+            raise DataError(f"{file} has the columns {', '.join(columns) or '(none)'}: {needed}")
+        return list(rows)
+    except csv.Error as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
 
 
 def without_top_folder(members: list[Member]) -> list[Member]:
