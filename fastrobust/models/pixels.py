@@ -70,7 +70,8 @@ class _Normalise(torch.autograd.Function):
         from fastrobust.models import pixel_kernels  # needs Triton
 
         ctx.save_for_backward(std)
-        return pixel_kernels.normalise(x, Sees(mean, std, dtype))
+        with torch.cuda.device_of(x):
+            return pixel_kernels.normalise(x, Sees(mean, std, dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
