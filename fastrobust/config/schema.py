@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from fastrobust.config import datasets, parts
-from fastrobust.config.fields import NonNegative, Number, Pixels, Positive, Section, Seed, key, some
+from fastrobust.config.fields import FolderName, NonNegative, Number, Pixels, Positive, Section, Seed, key, some
 from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.sections import (
     Averaging,
@@ -32,26 +32,22 @@ from fastrobust.config.sections import (
 from fastrobust.runtime.errors import ConfigError
 
 
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError(f"'{value}' is none of auto, cpu, cuda and cuda:NUMBER")
+    return value
+
+
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
 class Config(Section):
-    name: str = key(
-        "name of the run directory",
-        ...,
-        "the file's name without `.yaml`",
-        values="letters, digits, `.`, `_`, `-`; at most 200",
-        max_length=200,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-    )
+    name: FolderName = key("name of the run directory", ..., "the file's name without `.yaml`")
     output: Place = key("where run directories are made: the run goes to `OUTPUT/NAME/`", "runs")
     seed: Seed = key("seed of the weights, the order of the images and the random starts", 0)
-    device: str = key(
-        "`auto` is the GPU if there is one, else the CPU",
-        "auto",
-        values="`auto`, `cpu`, `cuda`, `cuda:N`",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+    device: Annotated[str, AfterValidator(_device)] = key(
+        "`auto` is the GPU if there is one, else the CPU", "auto", values="`auto`, `cpu`, `cuda`, `cuda:N`"
     )
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = key(
         "how a step is run. `auto` is `cuda_graph` on a GPU and `eager` on a CPU. If compiling or capturing fails, a "

@@ -125,6 +125,8 @@ def check_model(model: nn.Module, image: Tensor) -> None:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if parameter is None:
         raise ConfigError(f"the model must be an nn.Module with parameters, it is a {type(model).__name__}")
+    if parameter.is_meta:
+        raise ConfigError("the model is on the device `meta`, where it has no values: load its weights onto another")
     try:
         with evaluating(model), torch.no_grad():
             logits = model((image.float() / 255 if image.dtype == torch.uint8 else image).to(parameter.device))

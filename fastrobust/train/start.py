@@ -28,7 +28,7 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, curves, engine, precision, selection
+from fastrobust.train import changes, curves, engine, precision, selection, work
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -277,6 +277,7 @@ def finish(training: Training) -> dict[str, Any]:
     summary["skipped_images"] = {split: len(found) for split, found in training.skipped.items()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size
+    summary["train_pflop"] = world.first(lambda: work.pflop(config, training.history, training.loader, training.network))
     world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))
     return summary
 
@@ -324,5 +325,7 @@ def show_summary(summary: dict[str, Any], directory: Path) -> None:
         f"trained in {duration(summary['train_seconds'])} ({per_epoch} per epoch); files in {directory}/",
         soft_wrap=True,
     )
+    if (pflop := summary.get("train_pflop")) is not None:
+        console.print(f"training took {pflop:.3g} PFLOP, attack and update together")
     console.print(f"evaluate again:  {to_paste('evaluate', directory)}", markup=False, soft_wrap=True)
     console.print(f'use it:          model = fastrobust.load("{directory}")', markup=False, soft_wrap=True)

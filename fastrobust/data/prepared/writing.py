@@ -35,6 +35,7 @@ from fastrobust.runtime.progress import Progress, duration
 
 SIZES = {"imagenet": (160, 352, "original"), "imagenette": (80, 176, "original")}  # of the configs' phases
 KINDS = {"ffcv": BetonWriter, "webdataset": ShardWriter}
+LONGEST = 65500  # pixels of a side that Pillow writes into a JPEG
 SAMPLE = 48  # images from which --dry-run judges the whole
 
 
@@ -52,11 +53,14 @@ def is_raw(storage: str, number: int) -> bool:
     return storage == "raw" or (storage == "mixed" and number * 2654435761 % 2**32 < 2**31)
 
 
-def encode(image: Image.Image, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
-    """The image in every size, each resized from the original (bicubic)."""
-    pictures = []
+def encode(source: sets.Pictures, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
+    """The image in every size, each resized from the original (bicubic). Raises DataError."""
+    image, pictures = source.image(number), []
     for size in sizes:
         shape = records.stored_size(*image.size, size, options.cap)
+        if max(shape) > LONGEST:
+            found = f"{source.where(number)} would be stored as {shape[0]} x {shape[1]} pixels"
+            raise DataError(f"{found}, a side may have {LONGEST}: replace or remove it, or use --skip-corrupt")
         resized = image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)
         raw = is_raw(options.storage, number)
         if raw:
@@ -115,7 +119,7 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
 
         def work(i: int) -> list[Picture] | DataError:
             try:
-                return encode(source.image(i), i, missing, options)
+                return encode(source, i, missing, options)
             except DataError as error:
                 if not options.skip_corrupt:
                     raise
@@ -215,9 +219,7 @@ def estimate(split: str, source: sets.Pictures, sizes: tuple[Size, ...], options
     """Print what a split would take, judged from an even sample. Nothing is written."""
     numbers = evenly_spaced(len(source.labels), SAMPLE).tolist()
     began = time.perf_counter()
-    pictures = list(
-        in_order(lambda k: encode(source.image(numbers[k]), numbers[k], sizes, options), len(numbers), options.workers)
-    )
+    pictures = list(in_order(lambda k: encode(source, numbers[k], sizes, options), len(numbers), options.workers))
     seconds = (time.perf_counter() - began) / len(numbers) * len(source.labels)
     print(f"{split}: {len(source.labels)} images of {len(source.classes)} classes from {source.source}")
     for k, size in enumerate(sizes):
