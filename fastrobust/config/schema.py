@@ -181,7 +181,7 @@ class Config(Section):
         given = self.model.mean or self.model.std
         if given is not None:
             return 1 if len(given) == 1 else 3
-        return None if self.model.name in parts.MODELS or re.match(r"timm/|.*:", self.model.name) else 3
+        return None if self.model.name in parts.MODELS or re.match(r"timm/|given/|.*:", self.model.name) else 3
 
     def _normalise(self) -> None:
         """The default mean and std, where it is known how many channels the images have."""
