@@ -346,4 +346,5 @@ def unusable(where: str, error: Exception) -> DataError:
     advice = (
         "put a good copy in its place (a run that was begun goes on with --resume), or leave it out: data.skip_corrupt=true"
     )
-    return DataError(f"{where} is not a usable image ({error}): {advice}")
+    said = str(error).partition(" <_io.")[0]  # Pillow: cannot identify image file <_io.BytesIO object at 0x7f23167>
+    return DataError(f"{where} is not a usable image ({said}): {advice}")
