@@ -104,7 +104,9 @@ def check_labels(labels: np.ndarray, classes: int, where: str | Path) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         found = f"label {labels[wrong[0]]} of image {wrong[0]}"
-        raise DataError(f"{where}: {found} is outside 0..{classes - 1}: fetch the file again")
+        from_1 = labels.min() == 1 and labels.max() == classes
+        advice = "they count from 1, so subtract 1" if from_1 else "if the file is a published one, fetch it again"
+        raise DataError(f"{where}: {found} is outside 0..{classes - 1}: {advice}")
 
 
 class Member(NamedTuple):
