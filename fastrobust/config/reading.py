@@ -137,7 +137,12 @@ def changed_since(stored: Any, config: Config) -> list[str]:
         return ["the checkpoint holds no config"]
     before = parse(stored, "the checkpoint's config")
     lines = differences(before, config, ("then", "now"))
-    return [line for line in lines if not may_change(line) and not _MOVED.match(line)]
+    return [line for line in lines if is_binding(line)]
+
+
+def is_binding(line: str) -> bool:
+    """Whether a line of `differences` says that two configs train something else, wherever a run lies now."""
+    return not may_change(line) and not _MOVED.match(line)
 
 
 def may_change(line: str) -> bool:

@@ -139,6 +139,20 @@ def as_text(value: Any) -> str:
     return "-".join(map(as_text, value)) if isinstance(value, list) else str(value)
 
 
+def compare(finished: list[Point]) -> None:
+    """Refuse finished runs of other settings than the sweep's, and say where they were evaluated otherwise. RunError."""
+    kept: dict[str, None] = {}
+    for point in finished:
+        stored = run_directory.open_run(point.directory)[1]
+        lines = reading.differences(stored, point.config, ("in the run", "in the sweep"))
+        if odd := [line for line in lines if reading.is_binding(line)]:
+            told = f"{point.directory} was trained with another config:\n  " + "\n  ".join(odd[:8])
+            raise RunError(f"{told}\nUndo the change, give the sweep another `name:`, or move the run away")
+        kept |= dict.fromkeys(line for line in lines if line.startswith(("evaluation.", "data.path:")))
+    if kept:
+        print("\n  ".join(["note: finished runs keep their evaluation:", *list(kept)[:8]]), flush=True)
+
+
 def train_point(config: Config) -> None:
     """Train and evaluate one run: from the start, from its checkpoint, or not at all if it is finished."""
     directory = Path(config.output) / config.name
@@ -313,10 +327,12 @@ def command(arguments) -> int:
     """The sweep command."""
     sweep = read_sweep(arguments.sweep)
     everything = points(sweep)
-    todo = [point for point in everything if not (point.directory / run_directory.SUMMARY).exists()]
+    done = {point.config.name for point in everything if (point.directory / run_directory.SUMMARY).exists()}
+    todo = [point for point in everything if point.config.name not in done]
+    compare([point for point in everything if point.config.name in done])
     if arguments.dry_run:
         for point in everything:
-            print(f"{point.directory}  {'open' if point in todo else 'finished'}")
+            print(f"{point.directory}  {'finished' if point.config.name in done else 'open'}")
         print(f"{len(everything)} runs, {len(todo)} of them open; nothing was written")
         return 0
     if arguments.cluster and todo:

@@ -148,6 +148,22 @@ def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
     assert "data.limit" in capsys.readouterr().err
 
 
+def test_finished_runs_are_shown_under_their_own_settings_alone(sweep_file, tmp_path, capsys):
+    """A point is a finished run of its config, not a folder that has its name."""
+    grid, directory = {"epsilon": [0.1]}, tmp_path / "runs" / "grid"
+    assert cli(["sweep", str(sweep_file(seeds=1, grid=grid))]) == 0
+    before = state(directory)
+    for more in ([], ["--dry-run"]):
+        assert cli(["sweep", str(sweep_file(seeds=2, grid=grid, set={"data.limit": 50})), *more]) == 2
+        told = capsys.readouterr().err
+        assert "epsilon-0.1_seed-0" in told and "data.limit: 70 in the run, 50 in the sweep" in told and "name:" in told
+        assert state(directory) == before
+    changed = {"data.limit": 70, "evaluation.steps": 3, "device": "cpu", "data.workers": 1}  # what a run may change
+    assert cli(["sweep", str(sweep_file(seeds=1, grid=grid, set=changed))]) == 0
+    told = capsys.readouterr().out
+    assert "evaluation.steps: 2 in the run, 3 in the sweep" in told and "device" not in told and "workers" not in told
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
