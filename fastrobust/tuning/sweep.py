@@ -9,7 +9,6 @@ import re
 import statistics
 import sys
 import time
-from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +34,10 @@ MOST_POINTS = 10_000
 Values = Annotated[list[Any], Field(min_length=1)]  # of the key that the axis is called after
 Bundles = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {key: value, ...}
 Grid = dict[str, Values | Bundles]  # by axis
+COLUMNS = (  # of results.csv, after the axes
+    "seed", "clean_accuracy", "robust_accuracy", "examples", "attack", "attack_norm", "attack_epsilon", "epochs",
+    "train_seconds", "stopped", "run",
+)  # fmt: skip
 
 
 class Sweep(Section):
@@ -93,6 +96,9 @@ def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, An
         if any(key in keys for keys in (sweep.set, sweep.grid, *sweep.grids)):
             written = "seeds" if key == "seed" else key
             raise ConfigError(f"{key}: a sweep sets it for every run: write `{written}:` at the top")
+    for axis in itertools.chain(sweep.grid, *sweep.grids):
+        if axis in COLUMNS:
+            raise ConfigError(f"grid.{axis}: results.csv has a column {axis} of its own: give the axis another name")
     if any(grid.keys() != sweep.grids[0].keys() for grid in sweep.grids):
         raise ConfigError("grids: all must have the same axes")
     grids = [[choices(*axis) for axis in grid.items()] for grid in sweep.grids or [sweep.grid]]
@@ -102,10 +108,20 @@ def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, An
     return [
         (
             tuple((axis, label) for axis, label, _ in place),
-            dict(ChainMap(*(keys for *_, keys in reversed(place)), sweep.set)),
+            together({"`set`": sweep.set} | {f"the axis {axis}": keys for axis, _, keys in place}),
         )
         for place in every
     ]
+
+
+def together(sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of all, in their order. ConfigError where a later source would replace what an earlier one sets."""
+    for (a, earlier), (b, later) in itertools.combinations(sources.items(), 2):
+        for key, other in itertools.product(earlier, later):
+            if f"{key}.".startswith(f"{other}."):
+                part = "" if key == other else f" (as a part of {other})"
+                raise ConfigError(f"{key}: both {a} and {b} set it{part}: leave it out of one")
+    return {key: value for keys in sources.values() for key, value in keys.items()}
 
 
 def choices(axis: str, values: Values | Bundles) -> list[tuple[str, str, dict[str, Any]]]:
@@ -292,9 +308,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> tuple[list[str], lis
     """`results.csv`, a row per finished run, and `results.html`. Gives what `rows_of` does."""
     results, text = gather(everything), io.StringIO()
     writer = csv.writer(text)
-    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "norm", "epsilon"]
-    axes = [axis for axis, _ in everything[0].labels]
-    writer.writerow([*axes, "seed", *evaluated, "epochs", "train_seconds", "stopped", "run"])
+    writer.writerow([*(axis for axis, _ in everything[0].labels), *COLUMNS])
     for labels, runs in results.items():
         for one in runs:
             s, e = one.summary, one.summary.evaluations[0]

@@ -140,6 +140,21 @@ def test_a_run_that_fails_does_not_stop_the_others(sweep_file, tmp_path, capsys)
     assert [row["optimizer"] for row in rows] == ["fine"]
 
 
+def test_a_radius_of_training_and_one_of_evaluation_have_columns_of_their_own(sweep_file, tmp_path):
+    grid = {"epsilon": [0.05], "evaluation.epsilon": [0.1], "norm": ["linf"]}
+    assert cli(["sweep", str(sweep_file(seeds=1, grid=grid))]) == 0
+    head, row = csv.reader((tmp_path / "runs" / "grid" / "results.csv").open())
+    assert len(set(head)) == len(head)
+    found = dict(zip(head, row, strict=True))
+    assert [found[key] for key in (*grid, "attack_norm", "attack_epsilon")] == ["0.05", "0.1", "linf", "linf", "0.1"]
+
+
+def test_a_section_may_be_set_for_all_and_a_key_of_it_on_the_grid(sweep_file):
+    file = sweep_file(set={"method": {"name": "pgd", "steps": 3}}, grid={"method.alpha": [0.02]}, seeds=1)
+    method = sweep.points(sweep.read_sweep(file))[0].config.method
+    assert (method.name, method.steps, method.alpha) == ("pgd", 3, 0.02)
+
+
 def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
     file = sweep_file(seeds=1, grid={"schedule.max_lr": [0.001]})
     assert cli(["sweep", str(file)]) == 0
@@ -180,6 +195,10 @@ def test_finished_runs_are_shown_under_their_own_settings_alone(sweep_file, tmp_
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"name": "../up"}, "name"),
         ({"grids": [{"epsilon": [0.1]}]}, "either"),
+        ({"set": {"epsilon": 0.2}, "grid": {"epsilon": [0.1]}}, "epsilon: both `set` and the axis epsilon set it"),
+        ({"set": {"method.alpha": 0.1}, "grid": {"m": {"a": {"method": {"name": "free"}}}}}, "`set` and the axis m set"),
+        ({"grid": {"epsilon": [0.1], "m": {"a": {"epsilon": 0.2}}}}, "epsilon: both the axis epsilon and the axis m"),
+        ({"grid": {"examples": {"a": {"epsilon": 0.2}}}}, "results.csv has a column examples"),
         ({"grid": {}, "grids": [{"epsilon": [0.1]}, {"data.limit": [9]}]}, "same axes"),
     ],
 )
