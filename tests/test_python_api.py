@@ -226,6 +226,14 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path, change, error, says):
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
+def test_a_run_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    found = fit("mnist_net", "~/out", epochs=1, name="a", data=(TRAIN[0][:60], TRAIN[1][:60]))
+    assert found.directory == tmp_path / "home/out/a" and (found.directory / "images.npz").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
 class Pair(Net):
     def forward(self, x):
         return super().forward(x), x

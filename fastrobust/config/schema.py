@@ -27,17 +27,15 @@ from pydantic import (
 from fastrobust.config import datasets, parts
 from fastrobust.config.fields import Count, FolderName, NonNegative, Number, Pixels, Positive, Section, some
 from fastrobust.config.numbers import ball_in_words
+from fastrobust.config.places import expand
 from fastrobust.runtime.errors import ConfigError
 
 
 def _place(value: str) -> str:
-    """A path with ~ and $VARIABLES written out."""
-    path = os.path.expanduser(os.path.expandvars(value))
-    if unset := re.search(r"\$\{?(\w+)", path):
-        raise ValueError(f"the environment variable {unset[1]} is not set")
-    if path.startswith("~"):
-        raise ValueError(f"there is no home folder for '{path.split('/')[0]}'")
-    return path
+    try:
+        return expand(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 Place = Annotated[str, AfterValidator(_place)]

@@ -17,6 +17,7 @@ from torch import nn
 from fastrobust.config import parts, reading
 from fastrobust.config.datasets import DATASETS, FROM_FILES
 from fastrobust.config.numbers import ball_in_words
+from fastrobust.config.places import expand
 from fastrobust.data import arrays, given
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
@@ -80,12 +81,12 @@ def fit(
     network = None if isinstance(model, str) else model
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
     kind = method if isinstance(method, str) else str(method.get("name"))
-    directory = Path(output) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
+    directory = Path(expand(output)) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
     if (directory / run_directory.CONFIG).exists() and not resume:
         raise RunError(f"{directory} holds a run already: give another name=, or resume=True to go on with it")
     settings: dict[str, Any] = {
         "name": directory.name,
-        "output": str(output),
+        "output": str(directory.parent),
         "epsilon": float(epsilon),
         "model": {
             "name": model if isinstance(model, str) else GIVEN + f"{type(model).__module__}.{type(model).__qualname__}"

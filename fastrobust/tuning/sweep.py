@@ -20,7 +20,7 @@ from rich.table import Table
 from fastrobust.config import reading
 from fastrobust.config.fields import FolderName, Section
 from fastrobust.config.numbers import parse_number
-from fastrobust.config.schema import Config
+from fastrobust.config.schema import Config, Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
@@ -45,7 +45,7 @@ class Sweep(Section):
 
     name: FolderName
     config: str
-    output: str = "runs"
+    output: Place = "runs"
     set: dict[str, Any] = Field(default_factory=dict)
     grid: Grid = Field(default_factory=dict)
     grids: list[Grid] = Field(default_factory=list)
@@ -84,7 +84,10 @@ def read_sweep(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(data)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}".replace(": value error, ", ": ")
+            for e in error.errors()
+        ]
         raise ConfigError("\n  ".join([f"{path}:", *dict.fromkeys(lines)])) from None
 
 

@@ -222,3 +222,10 @@ def test_places_are_written_out_and_none_is_a_folder_of_that_name(file, monkeypa
     assert (found.output, found.data.path, found.data.prepared) == ("/home/me/runs", "/disk/photos", "/disk/made")
     assert "data.path: the environment variable ABSENT is not set" in refusal(file, "data.path=$ABSENT/x")
     assert "output: there is no home folder for '~nobody-here'" in refusal(file, "output=~nobody-here/runs")
+
+
+def test_a_config_is_found_at_home_and_a_name_with_a_dollar_is_one_where_it_is_there(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert load(f"~/{file.name}").name == load(file).name
+    (odd := tmp_path / "a$b").mkdir()
+    assert load(file, [f"data.path={odd}"]).data.path == str(odd)

@@ -149,6 +149,13 @@ def test_a_radius_of_training_and_one_of_evaluation_have_columns_of_their_own(sw
     assert [found[key] for key in (*grid, "attack_norm", "attack_epsilon")] == ["0.05", "0.1", "linf", "linf", "0.1"]
 
 
+def test_a_sweep_at_home(sweep_file, tmp_path, monkeypatch):
+    """Its results lie beside its runs, not in a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = sweep.read_sweep(sweep_file(output="~/sw", seeds=1, grid={"epsilon": [0.1]}))
+    assert found.directory == tmp_path / "home/sw/grid" == sweep.points(found)[0].directory.parent
+
+
 def test_a_section_may_be_set_for_all_and_a_key_of_it_on_the_grid(sweep_file):
     file = sweep_file(set={"method": {"name": "pgd", "steps": 3}}, grid={"method.alpha": [0.02]}, seeds=1)
     method = sweep.points(sweep.read_sweep(file))[0].config.method

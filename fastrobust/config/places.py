@@ -1,0 +1,19 @@
+"""Paths as people write them: ~/runs, $DISK/photos. Only the standard library is imported here."""
+
+import os
+import re
+from pathlib import Path
+
+from fastrobust.runtime.errors import ConfigError
+
+
+def expand(path: str | Path) -> str:
+    """The path with ~ and $VARIABLES written out. Raises ConfigError for those that are none, unless there is a file or
+    folder of that very name."""
+    found = os.path.expanduser(os.path.expandvars(path))
+    if not os.path.lexists(found):
+        if unset := re.search(r"\$\{?(\w+)", found):
+            raise ConfigError(f"the environment variable {unset[1]} is not set")
+        if found.startswith("~"):
+            raise ConfigError(f"there is no home folder for '{found.split('/')[0]}'")
+    return found
