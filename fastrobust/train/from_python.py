@@ -16,13 +16,14 @@ from torch import nn
 
 from fastrobust.config import parts, reading
 from fastrobust.config.datasets import DATASETS, FROM_FILES
+from fastrobust.config.fields import folder_name
 from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.places import expand
 from fastrobust.data import arrays, given
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, interrupt, run_directory
-from fastrobust.runtime.errors import DataError, RunError
+from fastrobust.runtime.errors import ConfigError, DataError, RunError
 from fastrobust.train import start
 
 IMAGES = "images.npz"  # in the run directory: the images that the program gave
@@ -81,11 +82,17 @@ def fit(
     network = None if isinstance(model, str) else model
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
     kind = method if isinstance(method, str) else str(method.get("name"))
-    directory = Path(expand(output)) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
+    try:
+        name = folder_name(str(name or f"{title}_{kind.rpartition(':')[2]}".lower()))
+    except ValueError as error:
+        raise ConfigError(f"name: {error}; give name=") from None
+    for key in {"name", "output"} & set(config or {}):
+        raise ConfigError(f"config: {key} is an argument of fit: give {key}=")
+    directory = Path(expand(output)) / name
     if (directory / run_directory.CONFIG).exists() and not resume:
         raise RunError(f"{directory} holds a run already: give another name=, or resume=True to go on with it")
     settings: dict[str, Any] = {
-        "name": directory.name,
+        "name": name,
         "output": str(directory.parent),
         "epsilon": float(epsilon),
         "model": {
