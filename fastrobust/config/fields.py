@@ -18,7 +18,8 @@ def _pixels(value: float, info: ValidationInfo) -> float:
 def folder_name(value: str) -> str:
     """The value, where it is a name for a folder; else ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", value):
-        raise ValueError(f"'{value[:80]}' is no name for a folder: up to 200 of A-Z a-z 0-9 . _ -, a letter or digit first")
+        shown = value[:80].encode(errors="backslashreplace").decode()
+        raise ValueError(f"'{shown}' is no name for a folder: up to 200 of A-Z a-z 0-9 . _ -, a letter or digit first")
     return value
 
 

@@ -17,3 +17,13 @@ def expand(path: str | Path) -> str:
         if found.startswith("~"):
             raise ConfigError(f"there is no home folder for '{found.split('/')[0]}'")
     return found
+
+
+def utf8(text: str, where: str = "") -> str:
+    """The text, which a config can hold. Raises ConfigError for one with bytes that are not UTF-8, as paths may have."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        found = f"{where}'{text.encode(errors='backslashreplace').decode()}' is not UTF-8, and a config cannot hold it"
+        raise ConfigError(f"{found}: rename it, or give a link to it with a plain name") from None
+    return text

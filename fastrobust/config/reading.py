@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from fastrobust.config import packaged, parts
 from fastrobust.config.fields import Section
 from fastrobust.config.hints import did_you_mean, nearest
+from fastrobust.config.places import utf8
 from fastrobust.config.schema import Config
 from fastrobust.runtime.errors import ConfigError
 
@@ -104,6 +105,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def parse(data: dict[str, Any], where: str) -> Config:
+    for key, value in flatten(data).items():
+        if isinstance(value, str):
+            utf8(value, f"{where}: {key}: ")
     try:
         return Config.model_validate(data, context={"norm": data.get("norm") if isinstance(data, dict) else None})
     except ValidationError as error:
@@ -186,7 +190,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+    key, equals, text = utf8(override).partition("=")
     if not equals or not key:
         raise ConfigError(f"'{override}' is not of the form key=value")
     put(data, key, _parse_yaml(text, f"'{override[:80]}'"), override)

@@ -27,13 +27,16 @@ from pydantic import (
 from fastrobust.config import datasets, parts
 from fastrobust.config.fields import Count, FolderName, NonNegative, Number, Pixels, Positive, Section, some
 from fastrobust.config.numbers import ball_in_words
-from fastrobust.config.places import expand
+from fastrobust.config.places import expand, utf8
 from fastrobust.runtime.errors import ConfigError
 
 
-def _place(value: str) -> str:
+def _place(value: str, info: ValidationInfo) -> str:
     try:
-        return expand(value)
+        path = utf8(expand(value))
+        if info.field_name != "output":  # the others are stored with the folder that they are given in
+            utf8(os.path.abspath(path))
+        return path
     except ConfigError as error:
         raise ValueError(str(error)) from None
 

@@ -299,3 +299,9 @@ def test_the_sweep_of_figure_2_is_whole(monkeypatch, request):
     assert len(found) == 3 * 4 * 3
     rates = {(p.config.method.name, p.config.schedule.max_lr) for p in found}
     assert rates == {("fgsm", 0.21), ("pgd", 0.21), ("free", 0.04)}
+
+
+def test_a_sweep_file_whose_name_is_not_utf8(sweep_file, capsys):
+    file = sweep_file(seeds=1)
+    assert cli(["sweep", str(file.rename(file.with_name("nu\udce9.yaml"))), "--dry-run"]) == 2
+    assert "name: 'nu\\udce9' is no name for a folder" in capsys.readouterr().err
