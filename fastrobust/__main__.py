@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from textwrap import fill
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastrobust.config import packaged
 from fastrobust.config.hints import did_you_mean, nearest
@@ -125,11 +125,16 @@ class Once(argparse.Action):
 # ---- the values of options
 
 
-def pixels(text: str) -> float:
+def told_by(read: Callable[[str], Any], text: str) -> Any:
+    """What `read` gives; an error in the words in which it refuses the text, which argparse would not repeat."""
     try:
-        value = float(parse_number(text))
-    except ValueError as error:
+        return read(text)
+    except (ValueError, ConfigError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def pixels(text: str) -> float:
+    value = float(told_by(parse_number, text))
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is outside the pixel range [0, 1]; did you mean {text}/255?")
     return value
@@ -137,10 +142,7 @@ def pixels(text: str) -> float:
 
 def distance(text: str) -> float:
     """A radius or step size, whose largest value depends on the norm: what `evaluate` refuses later."""
-    try:
-        value = float(parse_number(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    value = float(told_by(parse_number, text))
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return value
@@ -151,10 +153,7 @@ def radii(text: str) -> list[float]:
 
 
 def positive(text: str) -> float:
-    try:
-        value = float(parse_number(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    value = float(told_by(parse_number, text))
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
@@ -172,10 +171,7 @@ def count_or_zero(text: str) -> int:
 
 def path(text: str) -> str:
     """With ~ and $VARIABLES written out: not every shell does so in `--output=~/x`, and none between quotes."""
-    try:
-        return expand(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return told_by(expand, text)
 
 
 def place(text: str) -> str:
@@ -240,7 +236,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epsilon", type=radii, action="extend", metavar="RADII", help=told)
     p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball (default: the run's)")
     p.add_argument("--attack", metavar="NAMES", help=f"{ATTACKS} (default: pgd with --steps and --restarts)")
-    p.add_argument("--alpha", type=distance, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
+    p.add_argument("--alpha", type=positive, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
     add_limit(p, "the run's")

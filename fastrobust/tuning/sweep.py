@@ -20,7 +20,8 @@ from rich.table import Table
 from fastrobust.config import reading
 from fastrobust.config.fields import FolderName, Section
 from fastrobust.config.numbers import parse_number
-from fastrobust.config.schema import Config, Place
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory

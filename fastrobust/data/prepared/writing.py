@@ -94,7 +94,7 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
     folder = Path(options.output)
     facts = {"format": MANIFEST_FORMAT, "kind": kind, "dataset": options.dataset, "split": split}
     facts |= {"storage": options.storage, "quality": options.quality, "cap": options.cap, "limit": options.limit}
-    facts |= {"source": source.source, "classes": list(source.classes)}
+    facts |= {"source": source.source, "classes": list(source.classes), "fingerprint": source.fingerprint()}
     there = {} if options.overwrite else facts | {"images": len(source.labels)}
     missing = tuple(size for size in sizes if options.overwrite or not already_there(folder, split, size, there))
     if not missing:
@@ -207,6 +207,9 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
         path.unlink()
         return False
     manifest["images"] = manifest["count"] + len(manifest["skipped"])
+    if facts and manifest.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:
+        raise ConfigError(f"{path} was written from other images: replace it with --overwrite, or choose another --output")
+    facts = {key: value for key, value in facts.items() if key != "fingerprint"}  # older files have none
     odd = [f"{key} {manifest.get(key)!r} instead of {facts[key]!r}" for key in facts if manifest.get(key) != facts[key]]
     if odd:
         told = f"{path} was written with {'; '.join(odd)[:500]}"
