@@ -239,7 +239,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--alpha", type=positive, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
-    add_limit(p, "the run's")
+    add_limit(p, "so many test images, each class in proportion (default: the run's)")
     p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     add_device(p)
