@@ -110,7 +110,7 @@ def test_of_much_that_does_not_fit_each_kind_is_listed(tmp_path):
     """A file of another network: the names on both sides, or the reader cannot tell what is to be renamed."""
     torch.save({f"their_{k}": v for k, v in THEIRS.items()}, tmp_path / "a.pt")
     with pytest.raises(ConfigError) as error:
-        foreign.load_into(network(), tmp_path / "a.pt")
+        foreign.load_into(network(), tmp_path / "a.pt", TEN)
     _, *lines = str(error.value).split("\n  ")
     count = len(THEIRS) - 3
     assert [line.rpartition(": ")[2] for line in lines] == [
