@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -354,14 +355,24 @@ def test_arrays_are_a_data_set_for_configs(tmp_path):
         sets.load("arrays", "test", file)
 
 
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, train_images=np.zeros((2, 5, 5), np.uint8), train_labels=np.arange(2), classes=["a", "b"])
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (lambda f: f.write_bytes(b"PK"), "is not a .npz file"),
+        (lambda f: f.write_bytes(b"PK\3\4"), "is a zip archive, not a whole .npz file"),
+        (lambda f: f.write_bytes(bytes(600)), "is not a whole .npz file"),
+        (lambda f: f.write_text("images"), 'is a text file that begins "images", not a whole .npz file'),
         (lambda f: f.write_text("<html>"), "is a web page"),
         (lambda f: np.savez(f, x=np.zeros(3)), "holds neither train_images nor test_images: x"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.float32)), "must be uint8"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 6), np.uint8)), "square"),
+        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.uint8)), "cannot be read: .*train_labels is not a file"),
+        (lambda f: f.write_bytes(npz().replace(bytes(50), b"\1" * 50, 1)), "cannot be read: Bad CRC-32"),
     ],
 )
 def test_files_that_are_no_arrays_are_named(tmp_path, write, says):
