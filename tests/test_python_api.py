@@ -239,6 +239,12 @@ def test_a_named_model_on_given_images_can_be_used_by_every_command(tmp_path, ca
         ({"test": (TEST[0], TEST[1] + 1)}, DataError, "label 10 is none of the 10 classes"),
         ({"data": "cifra10", "test": None}, DataError, "did you mean 'cifar10'"),
         ({"data": 7}, DataError, "not a int"),
+        ({"name": "a/b"}, ConfigError, "name: 'a/b' is no name for a folder"),
+        ({"name": ".."}, ConfigError, "name: '..' is no name for a folder"),
+        ({"name": "caf\udce9"}, ConfigError, "is no name for a folder"),
+        ({"model": type("Größe", (Net,), {})()}, ConfigError, "'größe_fgsm' is no name for a folder.*give name="),
+        ({"config": {"name": "other"}}, ConfigError, "config: name is an argument of fit: give name="),
+        ({"config": {"output": "other"}}, ConfigError, "config: output is an argument of fit: give output="),
         ({"method": "fgms"}, ConfigError, "did you mean 'fgsm'"),
         ({"config": {"precison": "bf16"}}, ConfigError, "did you mean 'precision'"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(9, 10))}, ConfigError, "cannot take 28 x 28 pixels"),
@@ -250,6 +256,14 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path, change, error, says):
     with pytest.raises(error, match=says):
         fit(network, tmp_path / "out", **change)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_run_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    found = fit("mnist_net", "~/out", epochs=1, name="a", data=(TRAIN[0][:60], TRAIN[1][:60]))
+    assert found.directory == tmp_path / "home/out/a" and (found.directory / "images.npz").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
 class Pair(Net):

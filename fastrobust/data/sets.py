@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
+from fastrobust.config.places import expand
 from fastrobust.data import downloads, formats, ilsvrc, layouts, packed
 from fastrobust.data.held_out import ALL, SPLITS, Choice, evenly_spaced
 from fastrobust.data.image_set import ImageSet
@@ -334,7 +335,7 @@ def known(dataset: str, path: str | Path | None = None) -> Dataset:
 
 def data_root(path: str | Path | None) -> Path:
     """The user's path, or else the folder in which data sets are looked for and downloaded."""
-    return Path(path if path is not None else os.environ.get("FASTROBUST_DATA") or "data").expanduser()
+    return Path(expand(path if path is not None else os.environ.get("FASTROBUST_DATA") or "data"))
 
 
 def _problem(dataset: str, place: Path) -> str | None:

@@ -1,6 +1,7 @@
 """Files that are whole whenever they are there: written beside their place, flushed to disk, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -42,6 +43,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None], previous: Pa
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def check_writable(path: Path) -> None:
+    """Raise RunError where a file could not be written in the end: said before the work, not after it."""
+    with explained(f"{path} cannot be written"):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.").close()
 
 
 def _flush_folder(folder: Path) -> None:
