@@ -208,13 +208,13 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
         path.unlink()
         return False
     manifest["images"] = manifest["count"] + len(manifest["skipped"])
-    if facts and manifest.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:
-        raise ConfigError(f"{path} was written from other images: replace it with --overwrite, or choose another --output")
-    facts = {key: value for key, value in facts.items() if key != "fingerprint"}  # older files have none
+    fingerprint, facts = facts["fingerprint"], {key: value for key, value in facts.items() if key != "fingerprint"}
     odd = [f"{key} {manifest.get(key)!r} instead of {facts[key]!r}" for key in facts if manifest.get(key) != facts[key]]
     if odd:
         told = f"{path} was written with {'; '.join(odd)[:500]}"
         raise ConfigError(f"{told}: replace it with --overwrite, or choose another --output")
+    if manifest.get("fingerprint", fingerprint) != fingerprint:  # older files have none
+        raise ConfigError(f"{path} was written from other images: replace it with --overwrite, or choose another --output")
     print(f"{path} is there already, with the same settings: left as it is (--overwrite replaces it)", flush=True)
     return True
 
