@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrobust.config.places import expand
 from fastrobust.evaluation.from_python import check_model, image_set
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
@@ -61,7 +62,7 @@ def verify(
     numbers = list(range(len(data.labels)))
     settings = {"epsilon": float(epsilon), "weights": weights_digest(model), "images": data.checksum()}
     with tempfile.TemporaryDirectory() as temporary:
-        kept = Verdicts(Path(temporary if output is None else output), settings, settings)
+        kept = Verdicts(Path(temporary if output is None else expand(output)), settings, settings)
         todo = [i for i in numbers if not pool.settled(kept.found.get(i), timeout)]
         pool.decide_all(model, data, kept, todo, numbers, float(epsilon), timeout, workers or limits.cores())
         verdicts = [kept.found[i]["verdict"] for i in numbers]

@@ -163,7 +163,8 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
         for size in missing:
             for left in leftovers(folder, split, size):
                 left.unlink()
-        if isinstance(error, OSError):  # what goes wrong with the source is a DataError
+        # what goes wrong with the source is a DataError; a broken pipe is the terminal's
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise DataError(f"{folder} cannot be written to: {error.strerror or error}") from None
         raise
 
