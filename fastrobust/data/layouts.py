@@ -45,9 +45,8 @@ def choose(
 ) -> Split:
     """One split of what `place` holds. classes: those that the data set has, if that is fixed. labels: the CSV file that
     says them, if the folders do not. Raises DataError."""
-    found, groups = grouped(members, place, labels)
+    files, groups = grouped(members, place, labels)
     side = side_of(members, groups, split, source, labels)
-    members = found
     images = named(groups[side], classes)
     found = {name for name, _, _ in images}
     train = {name for name, _, _ in named(groups.get("train", []), classes)}
@@ -65,10 +64,10 @@ def choose(
             f"{source}: all images of {side}/ are of one class, '{min(found)}'. Is the path one level too high? "
             f"It must be {LAYOUT}"
         )
-    refuse_copies(members, source)
+    refuse_copies(files, source)
     if not labels:
         refuse_shared_folders(images, source)
-        tell_what_is_left_out(members, side, source)
+        tell_what_is_left_out(files, side, source)
         doubt_nested(images, source)
     index = {name: label for label, name in enumerate(classes or sorted(expected))}
     chosen = sorted(images)
@@ -150,9 +149,10 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
             odd = f"the split '{side}', which is none of {', '.join(sides)}" if name and label else "no file or no label"
             raise DataError(f"{csv_file}, line {number}, has {odd}")
         name = Path(name if name in images else name.replace("\\", "/")).as_posix()
-        usual = name.replace(top(name), split_folder(top(name)) or top(name), 1)
-        places = dict.fromkeys((name, usual, *(f"{folder}/{name}" for folder in ([side] if side else sides))))
-        found = [place for place in places if place in images]
+        usual = name if name in images else (split_folder(top(name)) or top(name)) + name[len(top(name)) :]
+        found = [
+            known for known in (usual, *(f"{folder}/{name}" for folder in ([side] if side else sides))) if known in images
+        ]
         if not found:
             missing.append(name)
             continue
@@ -201,6 +201,24 @@ def without_top_folder(members: list[Member]) -> list[Member]:
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder around it, is one that programs leave behind: .DS_Store, .ipynb_checkpoints, __MACOSX."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def shown(place: Path) -> list[Path]:
+    """What a folder holds and is not hidden."""
+    return [child for child in place.iterdir() if not is_hidden(child.name)]
+
+
+def has_splits(place: Path) -> bool:
+    """Whether a folder holds the folder of a split, itself or in the one folder that is in it."""
+    inside = [child for child in shown(place) if child.is_dir()]
+    return any(split_folder(child.name) for child in inside) or (len(inside) == 1 and has_splits(inside[0]))
+
+
+def has_classes(place: Path) -> bool:
+    """Whether a folder holds folders of images, itself or in the one folder that is in it."""
+    inside = [child for child in shown(place) if child.is_dir()]
+    filled = [child for child in inside if any(formats.is_image(file.name) for file in child.iterdir())]
+    return len(filled) > 1 or (len(inside) == 1 and has_classes(inside[0]))
 
 
 def by_folder(members: list[Member], place: Path) -> dict[str, list[Image]]:

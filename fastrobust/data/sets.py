@@ -345,7 +345,7 @@ def _problem(dataset: str, place: Path) -> str | None:
     if dataset in ("mnist", "fashion_mnist"):
         absent = [name for names in _IDX_NAMES.values() for name in names if _idx_file(place, name) is None]
         return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
-    if place.is_file() or _is_split(place) or packed.files(place):
+    if place.is_file() or layouts.has_splits(place) or packed.files(place):
         return None
     batches = [name for names in formats.CIFAR_BATCHES.values() for name in names]
     absent = [name for name in batches if not (place / name).is_file()]
@@ -354,28 +354,11 @@ def _problem(dataset: str, place: Path) -> str | None:
     archives = _archives(place)
     if dataset == "cifar10" and len(archives) > 1:
         return f"holds {len(archives)} archives: give the `path` of one"
-    if archives or _holds_classes(place):
+    if archives or layouts.has_classes(place):
         return None
-    there = [f"{child.name}/" if child.is_dir() else child.name for child in _shown(place)]
+    there = [f"{child.name}/" if child.is_dir() else child.name for child in layouts.shown(place)]
     found = f"it holds {layouts.first_five(there)}" if there else "it is empty"
     return f"holds neither train/ nor test/ nor a file *{', *'.join(formats.ARCHIVE_SUFFIXES)}; {found}"
-
-
-def _shown(place: Path) -> list[Path]:
-    return [child for child in place.iterdir() if not layouts.is_hidden(child.name)]
-
-
-def _is_split(place: Path) -> bool:
-    """Whether a folder holds the folder of a split, itself or in the one folder that is in it."""
-    inside = [child for child in _shown(place) if child.is_dir()]
-    return any(layouts.split_folder(child.name) for child in inside) or (len(inside) == 1 and _is_split(inside[0]))
-
-
-def _holds_classes(place: Path) -> bool:
-    """Whether a folder holds folders of images, itself or in the one folder that is in it."""
-    inside = [child for child in _shown(place) if child.is_dir()]
-    filled = [child for child in inside if any(formats.is_image(file.name) for file in child.iterdir())]
-    return len(filled) > 1 or (len(inside) == 1 and _holds_classes(inside[0]))
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -386,7 +369,7 @@ def _archives(place: Path) -> list[Path]:
     """The tar files that make up the data set, in order; none if it is a folder of files."""
     if place.is_file():
         return [place]
-    if _is_split(place):
+    if layouts.has_splits(place):
         return []
     return sorted(file for file in place.iterdir() if file.name.endswith(formats.ARCHIVE_SUFFIXES))
 

@@ -126,6 +126,11 @@ def test_names_and_splits_as_windows_and_others_write_them(flat):
     assert names(folder) == [("train/deep/1.png", "cat"), ("2.png", "dog")] and names(folder, "test") == [("3.png", "dog")]
 
 
+def test_a_name_that_is_there_as_it_stands_counts(flat):
+    folder = flat(["Train/1.png,cat", "train/1.png,dog"])
+    assert names(folder) == [("Train/1.png", "cat"), ("train/1.png", "dog")]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
