@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import nn
 
 from fastrobust import __version__
-from fastrobust.config import reading
+from fastrobust.config import places, reading
 from fastrobust.config.schema import Config
 from fastrobust.models import Normalized, create
 from fastrobust.runtime.errors import FastrobustError, RunError
@@ -93,7 +93,7 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(run, str | os.PathLike):
         raise RunError(f"load takes a run directory or a .safetensors file; it was given a {type(run).__name__}")
     try:
-        return read_weights(run, model)[0]
+        return read_weights(places.expand(run), model)[0]
     except FastrobustError as error:
         raise RunError(str(error)) from None
 

@@ -141,7 +141,7 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     if isinstance(data, str | os.PathLike):
         if test is not None:
             raise DataError("test= belongs to images given from Python: a folder or data set has its own test images")
-        name, path = str(data), Path(data)
+        name, path = str(data), Path(expand(data))
         if name in {*DATASETS, *FROM_FILES} or (":" in name and not path.exists()):
             yield name, None
         elif not path.exists():
