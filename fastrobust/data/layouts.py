@@ -56,7 +56,7 @@ def choose(
         whose = "the data set" if classes else "train"
         raise DataError(f"{source}: {split} must have the classes of {whose}, but differs in {differ}")
     if absent := sorted(expected - found):
-        print(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out", flush=True)
+        tell(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out")
     if len(expected) < 2 and labels:
         raise DataError(f"{labels}: all images are of one class, '{min(found)}': at least two are needed")
     if len(expected) < 2:
@@ -110,7 +110,7 @@ def split_named(members: list[Member], place: Path) -> list[Member]:
     names = {folder: name for folder in tops if (name := split_folder(folder)) not in (None, folder)}
     for folder, name in list(names.items()):
         if name in tops:
-            print(f"note: {place}: {name}/ is used, {folder}/ is not", flush=True)
+            tell(f"note: {place}: {name}/ is used, {folder}/ is not")
             del names[folder]
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         both = " and ".join(f"{folder}/" for folder in names if names[folder] == twice[0])
@@ -164,7 +164,7 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
     if missing:
         raise DataError(f"{csv_file} names {len(missing)} files that are not in {place}:\n{formats.first_ten(missing)}")
     if len(used) < len(images):
-        print(f"note: {place}: {len(images) - len(used)} images are not in {csv_file}, and not used", flush=True)
+        tell(f"note: {place}: {len(images) - len(used)} images are not in {csv_file}, and not used")
     return groups
 
 
@@ -287,7 +287,7 @@ def side_of(
             found = f"its folders {classes} are taken for classes of {sides[0]}/"
         raise DataError(f"{source} must be {LAYOUT}; {found}, so there are no {split} images{hold}")
     if len(there) > 1:
-        print(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used", flush=True)
+        tell(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used")
     return there[0]
 
 
@@ -321,6 +321,21 @@ def refuse_shared_folders(images: list[Image], source: str) -> None:
             raise DataError(f"{source}: {first} and {folder} are one folder, {real}: it is of two classes, remove one")
 
 
+_told: set[str] = set()
+
+
+def tell(note: str) -> None:
+    """Print a note about a folder, once: a run looks into its folders several times."""
+    if note not in _told:
+        _told.add(note)
+        print(note, flush=True)
+
+
+def tell_again() -> None:
+    """From here on notes that were printed before are printed again: another run begins."""
+    _told.clear()
+
+
 def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None:
     """Say how many files of a split are not read, by their endings, and which folders of it are no classes."""
     inside = [member.name for member in members if member.name.startswith(f"{side}/")]
@@ -328,13 +343,13 @@ def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None
     odd = Counter(Path(name).suffix.lower() or "no ending" for name in files if not formats.is_image(name))
     if odd:
         kinds = ", ".join(f"{ending} {count}" for ending, count in sorted(odd.items())[:5])
-        print(f"note: {source}: {sum(odd.values())} files in {side}/ are no images that can be read ({kinds})", flush=True)
+        tell(f"note: {source}: {sum(odd.values())} files in {side}/ are no images that can be read ({kinds})")
     folders, filled = (
         {name.split("/")[1] for name in names if name.count("/") > 1} for names in (inside, filter(formats.is_image, inside))
     )
     if empty := folders - filled:
         told = f"folders of {side}/ without an image that can be read are no classes: {first_five(empty)}"
-        print(f"note: {source}: {told}", flush=True)
+        tell(f"note: {source}: {told}")
 
 
 def doubt_nested(images: list[Image], source: str) -> None:
@@ -344,4 +359,4 @@ def doubt_nested(images: list[Image], source: str) -> None:
         classes, folders = (sorted(set(part)) for part in zip(*inner, strict=True))
         if len(inner) > len(classes):
             told = f"the classes {', '.join(classes[:5])} hold their images in folders ({', '.join(folders[:5])})"
-            print(f"note: {source}: {told}: if these are the classes, they must be one level higher", flush=True)
+            tell(f"note: {source}: {told}: if these are the classes, they must be one level higher")

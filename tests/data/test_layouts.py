@@ -324,3 +324,13 @@ def test_a_refusal_says_what_is_there(tmp_path):
     file = zipped(tmp_path / "pets.zip", "images/a/b/1.png", "other/2.png")
     with pytest.raises(DataError, match="it holds images, other, images in no such folder, so there are no train"):
         read(file, "train")
+
+
+def test_a_note_is_printed_once_for_a_run(tmp_path, capsys):
+    root = write(tmp_path, *PLAIN, "train/cat/notes.heic", "test/cat/3.png", "test/dog/4.png")
+    for _ in range(3):
+        read(root, "train")
+    assert capsys.readouterr().out.count("1 files in train/ are no images") == 1
+    layouts.tell_again()
+    read(root, "train")
+    assert capsys.readouterr().out.count("1 files in train/ are no images") == 1
