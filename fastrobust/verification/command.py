@@ -17,14 +17,13 @@ from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json
-from fastrobust.verification.network import extract
 from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
 
 
 def command(arguments) -> int:
     """The verify command."""
     try:
-        from fastrobust.verification import workers  # which needs scipy and HiGHS
+        from fastrobust.verification import lowering, workers  # which need scipy and HiGHS
     except ImportError as error:
         raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
 
@@ -36,7 +35,7 @@ def command(arguments) -> int:
         raise FastrobustError(f"verification is exact in the L-infinity norm alone, not in {norm}; {why}")
     weights = trained.path / run_directory.WEIGHTS if trained.path.is_dir() else trained.path
     data = trained.images()
-    extract(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified
+    network = lowering.lower_model(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified
     chosen = spread(data.labels.numpy(), data.classes, arguments.limit).tolist()
     part = data.take(chosen) if len(chosen) < len(data.labels) else data
     place = f"epsilon-{arguments.epsilon:g}"
@@ -50,7 +49,7 @@ def command(arguments) -> int:
         print(f"{len(chosen) - len(todo)} of {len(chosen)} images have been decided before")
     try:
         about_time = (arguments.epsilon, arguments.timeout, arguments.workers)
-        workers.decide_all(trained.model, data, verdicts, todo, chosen, *about_time)
+        workers.decide_all(trained.model, network, data, verdicts, todo, chosen, *about_time)
     except KeyboardInterrupt:
         print(f"stopped; the verdicts so far are in {folder}: run the same command to go on", file=sys.stderr)
         return 130

@@ -9,54 +9,15 @@ import numpy as np
 import pytest
 import torch
 from small_networks import SHAPE, images, program, rows_at, tiny
-from torch import nn
 
 from fastrobust.attack import gradient
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
 from fastrobust.models import create
-from fastrobust.runtime.errors import FastrobustError
-from fastrobust.verification import branch, milp, reduced
+from fastrobust.verification import branch, milp
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
-from fastrobust.verification.network import extract
-
-# the network
-
-
-def test_the_layers_compute_what_the_model_computes():
-    for model, shape in (
-        (tiny(0), SHAPE),
-        (create("mnist_net", channels=1, classes=10, mean=(0.1,), std=(0.3,)), (1, 28, 28)),
-    ):
-        network, x = extract(model, shape), torch.rand(5, *shape)
-        expected = model.double()(x.double())
-        assert torch.allclose(network(network.normalize(x)), expected, rtol=0, atol=1e-12)
-        matrices = reduced.Matrices(network)
-        h = network.normalize(x).flatten(1).numpy()
-        for k, (weight, shift) in enumerate(zip(matrices.weights, matrices.shifts, strict=True)):
-            h = (weight @ (h if k == 0 else h.clip(min=0)).T).T + shift
-        assert np.allclose(h, expected.detach().numpy(), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("layers", "words"),
-    [
-        ([nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)], "BatchNorm2d"),
-        ([nn.Flatten(), nn.Linear(36, 4), nn.Linear(4, 3)], "without a ReLU"),
-        ([nn.Flatten(), nn.Linear(36, 4), nn.ReLU()], "end with a linear layer"),
-        ([nn.Conv2d(1, 2, 3, padding=(1, 0)), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)], "one padding"),
-        ([nn.Conv2d(1, 2, 3, padding_mode="reflect", padding=1)], "zeros"),
-        ([nn.Flatten(), nn.Linear(35, 4)], "takes 35 values, but gets 36"),
-        ([nn.Conv2d(1, 2, 3)], "not a convolution"),
-    ],
-)
-def test_what_cannot_be_verified_is_said(layers, words):
-    with pytest.raises(FastrobustError, match=words):
-        extract(nn.Sequential(*layers), SHAPE)
-
-
-# verdicts
+from fastrobust.verification.lowering import lower_model
 
 
 def brute_force(around, question: torch.Tensor) -> float:
@@ -76,7 +37,7 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         truth = "verified" if least > branch.TOLERANCE else "broken"
 
         def wrong(points, other=other):
-            logits = decider.network(bounder.reduced.images(points).reshape(-1, *SHAPE))
+            logits = decider.network(bounder.reduced.images(points))
             return logits[:, label] <= logits[:, other] + branch.TOLERANCE
 
         left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, wrong)
@@ -181,11 +142,11 @@ def test_no_time_gives_timeouts_not_wrong_verdicts():
 def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
     model = create("mnist_net", channels=1, classes=10, mean=(0.0,), std=(1.0,))
     x = torch.rand(500, 1, 28, 28)
-    network = extract(model, (1, 28, 28))
+    network = lower_model(model, (1, 28, 28))
     for p in (model,):
         logits = p(x)
     scale = logits.abs().max()
-    assert ((network(network.normalize(x)) - logits).abs().max() / scale) < 1e-5
+    assert ((network(x) - logits).abs().max() / scale) < 1e-5
 
 
 @pytest.mark.parametrize("timeout", [0.5, 3.5, 40.5, 200.5])
