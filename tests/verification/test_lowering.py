@@ -210,5 +210,5 @@ def test_a_class_that_other_processes_do_not_have_goes_to_them_as_torchs_modules
     there = pickle.loads(workers.portable(model))
     assert not isinstance(there, Residual) and torch.equal(there(x), model(x))
     assert isinstance(pickle.loads(workers.portable(Residual())), Residual)
-    with pytest.raises(FastrobustError, match="cannot read ByShape .*a module that can be imported"):
+    with pytest.raises(FastrobustError, match=r"cannot read ByShape .*a module that can be imported"):
         workers.portable(ByShape())
