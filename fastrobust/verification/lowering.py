@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ AT_ONCE = 2**24  # numbers that a function makes at a time while its matrix is f
 
 
 class Expression:
-    """A sum of linear functions of values, of the shape 1 x ..., and a constant, `shift`. parts: the function of each."""
+    """A sum of linear functions of values and a constant, `shift`. parts: the function of each."""
 
     def __init__(self, graph: Graph, parts: dict[int, Callable[[Tensor], Tensor]], shift: Tensor):
         self.graph, self.parts, self.shift = graph, parts, shift
@@ -88,11 +88,11 @@ for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", 
 
 
 class Graph:
-    """What a model was found to compute so far: the ReLUs, and the shape of every value (1 x ...)."""
+    """What a model was found to compute so far: the ReLUs, and the shape of every value."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.relus: list[Sum] = []
-        self.shapes = [(1, *shape)]
+        self.shapes = [shape]
 
     def value(self, number: int) -> Expression:
         return Expression(self, {number: lambda t: t}, torch.zeros(self.shapes[number], dtype=DTYPE))
@@ -169,11 +169,27 @@ def _leaky_relu(x, negative_slope=0.01, *_) -> Expression:
     return negative_slope * x + (1 - negative_slope) * torch.relu(x)
 
 
-RULES = {"batch_norm": _batch_norm, "relu": lambda x, *_: x.graph.relu(x), "leaky_relu": _leaky_relu, "maximum": _maximum}
+def _max_pool2d(x, kernel, stride=None, padding=0, dilation=1, ceil_mode=False, **_) -> Expression:
+    pair = lambda size: (size, size) if isinstance(size, int) else tuple(size)
+    if pair(padding) != (0, 0) or pair(dilation) != (1, 1) or ceil_mode:
+        raise FastrobustError("max pooling with padding, dilation or ceil_mode is not supported")
+    (height, width), (down, right) = pair(kernel), pair(stride or kernel)
+    ends = (x.shape[2] - height + 1, x.shape[3] - width + 1)
+    parts = [x[:, :, i : ends[0] + i : down, j : ends[1] + j : right] for i in range(height) for j in range(width)]
+    return reduce(_maximum, parts)
+
+
+RULES = {
+    "batch_norm": _batch_norm,
+    "relu": lambda x, *_: x.graph.relu(x),
+    "leaky_relu": _leaky_relu,
+    "maximum": _maximum,
+    "max_pool2d": _max_pool2d,
+}
 
 
 def lower(run: Callable[[Expression], Expression], shape: tuple[int, ...]) -> Network:
-    """The network of a function of one input (1 x shape) that is made of torch's functions."""
+    """The network of a function of one input of this shape that is made of torch's functions."""
     graph = Graph(shape)
     outputs = run(graph.value(0))
     if not isinstance(outputs, Expression):
@@ -192,7 +208,7 @@ def lower_model(model: nn.Module, shape: tuple[int, ...]) -> Network:
         module.register_forward_hook(lambda *_: inside.pop() and None)
     x = torch.rand(4, *shape, dtype=DTYPE, generator=torch.Generator().manual_seed(0))
     try:
-        network = lower(model, shape)
+        network = lower(model, (1, *shape))
         expected = model(x).flatten(1)
     except (FastrobustError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
         where = inside[-1] if inside else type(model).__name__

@@ -80,6 +80,7 @@ KINDS = {
         nn.Linear(8, 3),
         nn.ReLU(),
     ),
+    "max pooling": lambda: flat(nn.Conv2d(1, 1, 2), nn.ReLU(), nn.MaxPool2d((2, 3), (1, 3)), features=2),
     "no ReLU": lambda: flat(nn.Conv2d(1, 2, 3), nn.Dropout2d(), nn.Identity(), features=8),
     **{
         f"{mode} padding": lambda mode=mode: flat(nn.Conv2d(1, 2, 3, 2, 1, padding_mode=mode), nn.ReLU(), features=8)
@@ -174,7 +175,7 @@ class Aliased(nn.Module):
     [
         ([nn.Conv2d(1, 2, 3), nn.Sequential(nn.GELU())], r"GELU \('1.0'\) is not supported: torch's gelu"),
         ([nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2)], r"GroupNorm \('1'\) is not supported: torch's group_norm"),
-        ([nn.MaxPool2d(2)], r"MaxPool2d \('0'\) is not supported"),
+        ([nn.MaxPool2d(3, 1, 1)], r"MaxPool2d \('0'\) is not supported: max pooling with padding"),
         ([nn.BatchNorm2d(1, track_running_stats=False)], r"BatchNorm2d \('0'\).*without running averages"),
         ([nn.Flatten(), nn.Linear(15, 4)], r"Linear \('1'\) is not supported: .*15"),
         ([ByValue()], r"ByValue \('0'\) is not supported"),
