@@ -76,7 +76,7 @@ def _decide(onnx: OnnxNetwork, case: vnnlib.Case, deadline: float) -> Answer:
         return torch.minimum(torch.maximum(points.to(DTYPE), case.low), case.high)
 
     def confirmed(points: Tensor) -> Tensor:
-        """By a pass in single precision, one in double precision, and one of the onnx package."""
+        """By a pass in single precision, one in double precision, and one of onnxruntime."""
         with torch.no_grad():
             broken = (many(points) <= 0).any(1) & (network(exactly(points)) <= 0).any(1)
         for i in broken.nonzero()[:, 0].tolist():
@@ -111,7 +111,7 @@ def _random() -> torch.Generator:
 
 
 def _compare(onnx: OnnxNetwork, outputs: Callable[[Tensor], Tensor], case: vnnlib.Case) -> None:
-    """Raise FastrobustError unless the file is run here as the onnx package runs it, and has the property's outputs."""
+    """Raise FastrobustError unless the file is run here as onnxruntime runs it, and has the property's outputs."""
     x = (case.low + (case.high - case.low) * torch.rand(len(case.low), generator=_random(), dtype=DTYPE)).float()
     with torch.no_grad():
         mine, said = outputs(x[None])[0], onnx.reference(x.reshape(onnx.shape)).flatten()
@@ -121,7 +121,7 @@ def _compare(onnx: OnnxNetwork, outputs: Callable[[Tensor], Tensor], case: vnnli
     if not torch.allclose(mine, said, rtol=1e-3, atol=1e-3 * max(1.0, said.abs().max().item())):
         error = (mine - said).abs().max().item()
         raise FastrobustError(
-            f"{onnx.path}: its outputs are not what the onnx package computes (by {error:.2g}); please report it"
+            f"{onnx.path}: its outputs are not what onnxruntime computes (by {error:.2g}); please report it"
         )
 
 

@@ -37,14 +37,13 @@ class Case:
     def values(self, outputs: Tensor) -> Tensor:
         """1 x outputs -> 1 x groups: at most 0 for a counterexample. With it at the end a network is asked whether all its
         outputs are positive."""
-        values = []
-        for weight, bias in self.groups:
-            rows = F.linear(outputs, weight.to(outputs.dtype), bias.to(outputs.dtype))
-            value = rows[:, :1]
-            for k in range(1, len(bias)):
-                value = torch.maximum(value, rows[:, k : k + 1])
-            values.append(value)
-        return torch.cat(values, 1)
+        value = None
+        for k in range(max(len(bias) for _, bias in self.groups)):  # the k-th row of each group; a short one's last again
+            weight = torch.stack([weight[min(k, len(weight) - 1)] for weight, _ in self.groups]).to(outputs.dtype)
+            bias = torch.stack([bias[min(k, len(bias) - 1)] for _, bias in self.groups]).to(outputs.dtype)
+            rows = F.linear(outputs, weight, bias)
+            value = rows if value is None else torch.maximum(value, rows)
+        return value
 
 
 def read(path: Path) -> list[Case]:

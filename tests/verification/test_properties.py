@@ -104,8 +104,7 @@ def test_operators_are_those_of_onnxruntime(name, tmp_path):
         x = numbers(*shape, seed=seed)
         expected = torch.from_numpy(run(path, x))
         assert found(torch.from_numpy(x)).shape == expected.shape
-        for mine in (found(torch.from_numpy(x)), found.reference(torch.from_numpy(x))):
-            assert torch.allclose(mine, expected, rtol=0, atol=1e-5)
+        assert torch.allclose(found(torch.from_numpy(x)), expected, rtol=0, atol=1e-5)
         assert torch.allclose(network(torch.from_numpy(x))[0], expected.flatten().double(), rtol=0, atol=1e-5)
 
 
@@ -345,11 +344,11 @@ def test_files_that_cannot_be_used_are_errors(files, tmp_path, capsys, monkeypat
     assert "ONNX files need onnx: pip install 'fastrobust[verify]'" in capsys.readouterr().err
 
 
-def test_a_file_that_is_run_otherwise_than_by_onnx_is_an_error(files, monkeypatch):
+def test_a_file_that_is_run_otherwise_than_by_onnxruntime_is_an_error(files, monkeypatch):
     from fastrobust.verification import onnx_file
 
     monkeypatch.setitem(onnx_file.OPERATORS, "Relu", lambda _, x: x)
-    with pytest.raises(FastrobustError, match="not what the onnx package computes"):
+    with pytest.raises(FastrobustError, match="not what onnxruntime computes"):
         properties.verify(*files, 10)
 
 

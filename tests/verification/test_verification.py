@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import real
 from small_networks import SHAPE, images, program, rows_at, tiny
 
 from fastrobust.attack import gradient
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
+from fastrobust.evaluation.trained import open_trained
 from fastrobust.models import create
 from fastrobust.verification import branch, milp
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
 from fastrobust.verification.lowering import lower_model
+
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def brute_force(around, question: torch.Tensor) -> float:
@@ -174,3 +179,12 @@ def test_a_time_limit_is_kept_from_the_first_bounds_on(monkeypatch, timeout):
     assert timeout < now[0] <= timeout + 40, "what is under way is ended: a few bounds for each layer and target"
     if timeout < 1:
         assert verdict.by == "optimised bounds"
+
+
+def test_verdicts_of_mnist_images_are_those_of_the_records():
+    """benchmarks/results/mnist/mnist_fgsm_ibp_0_verified_0.3_first_500.json counts them; these are its first 20."""
+    trained = open_trained(RESULTS / "mnist/mnist_fgsm_ibp_0.safetensors", str(real("mnist")))
+    data = trained.images()
+    verdicts = Decider(trained.model, (1, 28, 28), 0.3).decide(list(range(20)), data.images[:20], data.labels[:20], 60)
+    odd = {v.index: v.verdict for v in verdicts if v.verdict != "verified"}
+    assert odd == {6: "falsified", 8: "misclassified", 18: "falsified"}
