@@ -7,17 +7,18 @@ off, and the section of the file that holds the weights is found. What does not 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fastrobust.models import Normalized
 from fastrobust.runtime.errors import ConfigError, RunError, first_line
-from fastrobust.runtime.files import explained, mistaken
+from fastrobust.runtime.files import CUT, PICKLE, SAFETENSORS, TORCH, kind_of_file
 from fastrobust.runtime.run_directory import WEIGHTS
 
 SECTIONS = (  # of a file of torch.save, averaged weights before live ones
@@ -26,6 +27,7 @@ SECTIONS = (  # of a file of torch.save, averaged weights before live ones
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "0.", "1.")
 CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # last words of a normalisation's names
+OBJECTS = ("nsupported global", "unsupported GLOBAL", "allowlisted", "unrecognized function")  # why torch.load refused
 LISTED = 6  # names in a message
 
 
@@ -46,24 +48,28 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], str]:
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise RunError(f"there is no weights file {path}")
-    with explained(f"{path} cannot be read"), path.open("rb") as file:
-        start = file.read(64)
-    if problem := mistaken(start):
-        raise RunError(f"{path} {problem}")
+    kind = kind_of_file(path)
+    if kind not in (None, SAFETENSORS, TORCH, PICKLE, CUT):
+        wanted = "a file of torch.save(model.state_dict(), FILE), one of safetensors or a run's directory"
+        raise RunError(f"{path} is {kind}, not weights: {wanted} is needed")
+    objects = (
+        f"{path} holds Python objects, which could run code when read: in the program that made it, write "
+        "the tensors alone: torch.save(model.state_dict(), FILE)"
+    )
+    if kind == PICKLE:
+        raise RunError(objects)
     try:
-        if start[8:9] == b"{":
+        if kind == SAFETENSORS:
             return load_file(path), ""
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise RunError(f"{path} is damaged: {first_line(error)}") from None
     except Exception as error:  # a damaged file, or one that was made to harm, can raise anything
-        if "weights_only" in str(error) or "unsupported global" in str(error).lower():
-            raise RunError(
-                f"{path} holds Python objects, which could run code when read: in the program that made it, write "
-                "the tensors alone: torch.save(model.state_dict(), FILE)"
-            ) from None
-        raise RunError(f"{path} is not a file of weights, or damaged: {first_line(error)[:200]}") from None
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
+        if any(word in reason for word in OBJECTS):
+            raise RunError(objects) from None
+        raise RunError(f"{path} is not a file of weights, or damaged: {reason.splitlines()[0][:200]}") from None
     return _section(found, path)
 
 
@@ -107,14 +113,18 @@ def fit(model: Normalized, tensors: dict[str, Tensor], where: str, replace_head:
     last = list(network)[-1].rpartition(".")[0]
     head = [name for name in odd if name.rpartition(".")[0] == last and fitting[name].shape[1:] == network[name].shape[1:]]
     head = head if replace_head else []
-    lines = [
-        f"{name}: the file has {_form(fitting[name])}, the model {_form(network[name])}" for name in odd if name not in head
+    other = [name for name in odd if name not in head]
+    kinds = [
+        [f"{name}: the file has {_form(fitting[name])}, the model {_form(network[name])}" for name in other],
+        [f"{name} {_form(network[name])}: not in the file" for name in absent],
+        [f"{name} {_form(t)}: not in the model" for name, t in left.items()],
     ]
-    lines += [f"{name} {_form(network[name])}: not in the file" for name in absent]
-    lines += [f"{name} {_form(t)}: not in the model" for name, t in left.items()]
-    if lines:
-        more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-        raise ConfigError("\n  ".join([f"{where} do not fit the model:", *lines[:LISTED], *more]))
+    if any(kinds):
+        each = LISTED // sum(map(bool, kinds))
+        lines = [f"{where} do not fit the model:"]
+        for kind in kinds:
+            lines += kind[:each] + ([f"and {len(kind) - each} more"] if len(kind) > each else [])
+        raise ConfigError("\n  ".join(lines))
     for name, tensor in fitting.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ConfigError(f"{where}: {name} holds infinite numbers or NaN")
@@ -133,18 +143,45 @@ def _form(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a number"
 
 
-def load_into(model: Normalized, path: str | Path, replace_head: bool = False) -> str:
-    """Copy a file's weights into the model; its head keeps its first weights where the file's is for other classes. Returns
-    what was done, in words. Raises RunError or ConfigError, also where the file's normalisation is not the model's."""
+def load_into(model: Normalized, path: str | Path, classes: tuple[str, ...]) -> str:
+    """Copy a file's weights into the model, which has these classes. The head keeps its first weights where the file's is
+    for others, and has its rows in the order of `classes` where the file names them. Returns what was done, in words.
+    Raises RunError or ConfigError, also where the file's normalisation is not the model's."""
     tensors, section = read(path)
-    found = fit(model, tensors, f"the weights in {path}", replace_head)
+    found = fit(model, tensors, f"the weights in {path}", replace_head=True)
+    found, reordered = for_classes(found, model, classes_in(path), classes)
     for word, theirs, ours in (("mean", found.mean, model.mean), ("std", found.std, model.std)):
         if theirs is not None and not torch.allclose(torch.tensor(theirs), ours.flatten().float().cpu(), atol=1e-3):
             values = ", ".join(f"{v:.4g}" for v in theirs)
             raise ConfigError(f"{path} holds a normalisation of its own: set model.{word} to [{values}]")
     assign(model, found)
     told = f"{len(found.tensors)} tensors of {path}" + (f", its section {section}" if section else "")
+    told += "; the rows of the head in the order of the classes here" if reordered else ""
     return told + (f"; a new head, {', '.join(found.head)}: the file's is for other classes" if found.head else "")
+
+
+def classes_in(path: str | Path) -> tuple[str, ...] | None:
+    """The classes that a file of fastrobust names, None where a file does not say. Raises RunError."""
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(json.loads((file.metadata() or {})["classes"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def for_classes(found: Fit, model: Normalized, theirs: tuple[str, ...] | None, ours: tuple[str, ...]) -> tuple[Fit, bool]:
+    """The same for the classes `ours`, where the file's head is for `theirs`, and whether its rows were put into another
+    order. Where the names are others its head is left out."""
+    last = list(model.network.state_dict())[-1].rpartition(".")[0]
+    rows = [name for name in found.tensors if name.rpartition(".")[0] == last]
+    if theirs is None or theirs == ours or any(len(found.tensors[name]) != len(ours) for name in rows):
+        return found, False
+    if sorted(theirs) != sorted(ours):
+        return found._replace(tensors={n: t for n, t in found.tensors.items() if n not in rows}, head=rows), False
+    order = [theirs.index(name) for name in ours]
+    return found._replace(tensors=found.tensors | {name: found.tensors[name][order] for name in rows}), True
 
 
 def assign(model: Normalized, found: Fit) -> None:

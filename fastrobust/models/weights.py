@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fastrobust.config import reading
 from fastrobust.config.schema import Config
 from fastrobust.models import Normalized, create
 from fastrobust.runtime.errors import FastrobustError, RunError
-from fastrobust.runtime.files import explained, mistaken, write_atomically
+from fastrobust.runtime.files import SAFETENSORS, kind_of_file, write_atomically
 from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
 
 
@@ -71,21 +72,17 @@ def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise RunError(f"the weights in {weights} do not fit {config.model.name}: {error}") from None
+    model.classes = classes
     return model.eval(), config, classes
 
 
 def refuse_others(path: Path) -> None:
     """Raise RunError, which says what the file is, if it is not one of weights, whole or damaged."""
-    with explained(f"{path} cannot be read"), path.open("rb") as file:
-        start = file.read(64)
-    if problem := mistaken(start):
-        raise RunError(f"{path} {problem}")
-    if start[:2] in (b"PK", b"\x80\x02"):
+    if (kind := kind_of_file(path)) not in (None, SAFETENSORS):
         run = path.parent if (path.parent / CONFIG).is_file() else "RUN"
-        what = "a zip archive" if path.suffix == ".zip" else "a file of torch.save"
         others = "weights of another program by --model NAME --dataset NAME"
         raise RunError(
-            f"{path} is {what}, not weights that fastrobust wrote; a run's are opened by its directory, {run}; {others}"
+            f"{path} is {kind}, not weights that fastrobust wrote; a run's are opened by its directory, {run}; {others}"
         )
 
 
@@ -93,6 +90,8 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The trained model of a run directory or .safetensors file, ready to use: in eval mode, on the CPU, normalisation
     inside. Takes images in [0, 1], float N x C x H x W, and gives logits N x classes. `model`: for a run of `fit` that was
     given a network, one of the same class, which takes the weights. Raises RunError."""
+    if not isinstance(run, str | os.PathLike):
+        raise RunError(f"load takes a run directory or a .safetensors file; it was given a {type(run).__name__}")
     try:
         return read_weights(run, model)[0]
     except FastrobustError as error:

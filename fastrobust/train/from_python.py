@@ -16,12 +16,14 @@ from torch import nn
 
 from fastrobust.config import parts, reading
 from fastrobust.config.datasets import DATASETS, FROM_FILES
+from fastrobust.config.fields import folder_name
 from fastrobust.config.numbers import ball_in_words
-from fastrobust.data import arrays, given
+from fastrobust.config.places import expand
+from fastrobust.data import arrays, given, loaders
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, interrupt, run_directory
-from fastrobust.runtime.errors import DataError, RunError
+from fastrobust.runtime.errors import ConfigError, DataError, RunError
 from fastrobust.train import start
 
 IMAGES = "images.npz"  # in the run directory: the images that the program gave
@@ -46,6 +48,8 @@ class Run:
         return f"Run({self.directory}: {clean}, {robust} at {ball}, {s['examples']} test images)"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module | str,
     data: Any,
@@ -77,15 +81,25 @@ def fit(
     docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated by itself.
 
     Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""
+    if isinstance(classes, str) or (classes is not None and len(set(classes)) != len(classes)):
+        raise DataError(f"classes must be names, each once; they are {classes!r}")
     network = None if isinstance(model, str) else model
+    if isinstance(network, nn.Module) and any(p.is_inference() for p in network.parameters()):
+        raise ConfigError("the model was made under torch.inference_mode, where nothing can be trained: make it outside")
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
     kind = method if isinstance(method, str) else str(method.get("name"))
-    directory = Path(output) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
+    try:
+        name = folder_name(str(name or f"{title}_{kind.rpartition(':')[2]}".lower()))
+    except ValueError as error:
+        raise ConfigError(f"name: {error}; give name=") from None
+    for key in {"name", "output"} & set(config or {}):
+        raise ConfigError(f"config: {key} is an argument of fit: give {key}=")
+    directory = Path(expand(output)) / name
     if (directory / run_directory.CONFIG).exists() and not resume:
         raise RunError(f"{directory} holds a run already: give another name=, or resume=True to go on with it")
     settings: dict[str, Any] = {
-        "name": directory.name,
-        "output": str(output),
+        "name": name,
+        "output": str(directory.parent),
         "epsilon": float(epsilon),
         "model": {
             "name": model if isinstance(model, str) else GIVEN + f"{type(model).__module__}.{type(model).__qualname__}"
@@ -100,16 +114,19 @@ def fit(
         settings["phases"][0]["resolution"] = resolution
     with _placed(data, test, classes, directory) as (dataset, path):
         settings["data"] = {"dataset": dataset} | ({"path": path} if path else {})
-        if network is not None:
-            channels = 3 if (found := DATASETS.get(dataset)) is None else found.channels
-            channels = arrays.dataset(path).channels if dataset == "arrays" else channels
-            mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
         settings["model"] |= {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
         for key, value in (config or {}).items():
             reading.put(settings, key, value, f"config[{key!r}]")
         parsed = reading.parse(settings, "fit")
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with interrupt.left_alone(), torch.random.fork_rng(devices), distributed.joined(parsed.device) as (world, device):
+            if network is not None:  # without a normalisation, unless one is given
+                facts = parsed.facts
+                if facts.channels is None:
+                    facts = world.first(lambda: loaders.resolve(parsed, device)).facts
+                none = {"mean": [0.0] * facts.channels, "std": [1.0] * facts.channels}
+                settings["model"] = none | settings["model"]
+                parsed = reading.parse(settings, "fit")
             summary = start.run(parsed, directory, device, world, again=resume, network=network)
     trained, _, names = read_weights(directory, network)
     trained = trained.to(memory_format=torch.contiguous_format)
@@ -137,7 +154,7 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     train = given.read(data, classes)
     if classes is None and not hasattr(data, "classes") and train.labels.min() > 0:
         raise DataError(given.FROM_ONE)
-    held = given.read(test, train.classes)
+    held = given.read(test, train.classes) if classes else given.read_for(train.classes, test, "the model")
     file = directory / IMAGES
     if file.exists():
         for split, mine in (("train", train), ("test", held)):

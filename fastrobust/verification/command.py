@@ -60,7 +60,10 @@ def command(arguments) -> int:
     records = [verdicts.found[i] for i in chosen]
     summary = settings | summarize(records, arguments, time.monotonic() - began, len(todo))
     summary |= {"images": part.checksum(), "chosen": part.chosen, "data": arguments.data}
-    write_json(folder / "summary.json", summary | machine.environment("cpu"))
+    if (more := examples_in(folder / "summary.json")) > len(chosen):  # of the same weights and test set
+        print(f"summary.json keeps the result on {more} images of an earlier call")
+    else:
+        write_json(folder / "summary.json", summary | machine.environment("cpu"))
     show(summary, folder)
     if arguments.json:
         print(json.dumps(summary))
@@ -88,6 +91,13 @@ def a_property(arguments) -> int:
         found = {"answer": answer.answer, "by": answer.by, "domains": answer.domains, "seconds": seconds}
         print(json.dumps(about | found))
     return 0
+
+
+def examples_in(summary: Path) -> int:
+    try:
+        return int(json.loads(summary.read_text())["examples"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def digests_of_version_0_1(weights: Path, data: sets.ImageSet) -> dict[str, str]:

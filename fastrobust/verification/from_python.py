@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrobust.config.places import expand
 from fastrobust.evaluation.from_python import check_model, image_set
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
@@ -52,7 +53,9 @@ def verify(
         raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
     if not 0 < epsilon <= 1 or not 0 < timeout < 1e7:
         raise FastrobustError(f"epsilon must lie in (0, 1] and timeout be positive; they are {epsilon:g} and {timeout:g}")
-    data = image_set(images, labels)
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise FastrobustError(f"workers must be a whole number from 1; it is {workers!r}")
+    data = image_set(model, images, labels)
     if data.images.dtype != torch.uint8:
         raise DataError("verification takes images as uint8: (images * 255).round().to(torch.uint8)")
     check_model(model, data.images[:1])
@@ -60,7 +63,7 @@ def verify(
     numbers = list(range(len(data.labels)))
     settings = {"epsilon": float(epsilon), "weights": weights_digest(model), "images": data.checksum()}
     with tempfile.TemporaryDirectory() as temporary:
-        kept = Verdicts(Path(temporary if output is None else output), settings, settings)
+        kept = Verdicts(Path(temporary if output is None else expand(output)), settings, settings)
         todo = [i for i in numbers if not pool.settled(kept.found.get(i), timeout)]
         pool.decide_all(model, network, data, kept, todo, numbers, float(epsilon), timeout, workers or limits.cores())
         verdicts = [kept.found[i]["verdict"] for i in numbers]

@@ -61,6 +61,24 @@ def test_a_wrong_choice_names_the_nearest(file, wrong, key, near):
     assert re.search(rf"^  {re.escape(key)}: '.*' is not one of .*; did you mean '{near}'\?$", text, re.MULTILINE), text
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meaning"),
+    [
+        ("method={name: pgd}", "method.alpha: this key is needed (step size)"),
+        ("method={name: awp, of: {name: pgd}}", "method.of.alpha: this key is needed (step size)"),
+        ("schedule={name: multistep}", "schedule.lr: this key is needed (the first rate)"),
+        ("schedule={name: cosine}", "schedule.max_lr: this key is needed (the highest rate)"),
+        ("phases=[{epochs: 3}]", "phases.0.batch_size: this key is needed (images in a batch, of all processes together)"),
+        ("padding=3", "did you mean 'data.augment.padding'? (width of the border of `pad`)"),
+        ("data.balanced=true", "'data.balance'? (every class comes equally often, whatever the number of its images)"),
+        ("held_out=3", "'data.held_out'? (so many training images, the same number of each class, are never trained on)"),
+    ],
+)
+def test_the_meaning_of_a_key_is_told(file, wrong, meaning):
+    lines = refusal(file, wrong).splitlines()
+    assert any(line.endswith(meaning) for line in lines), lines
+
+
 @pytest.mark.parametrize("key", ["epsilon", "method.alpha", "guard.alpha", "evaluation.alpha", "evaluation.epsilon"])
 @pytest.mark.parametrize("value", [8, 2])
 def test_pixels_on_the_scale_of_255(file, key, value):
@@ -206,3 +224,41 @@ def test_files_that_cannot_be_read(file):
 def test_sections_do_not_take_another_methods_keys(file):
     assert "unknown key 'method.replays'" in refusal(file, "method.replays=3")
     assert "unknown key 'optimizer.momentum'" in refusal(file, "optimizer={name: adam, momentum: 0.9}")
+
+
+@pytest.mark.parametrize("wrong", ["device=mps", "device=meta", "device=cuda:x", "name=a/b", "name=.hidden", "name=''"])
+def test_words_that_are_none_are_refused_in_words(file, wrong):
+    text = refusal(file, wrong)
+    assert re.search(r"  (device|name): '.*' is (none of auto, cpu|no name for a folder)", text) and "pattern" not in text
+
+
+def test_places_are_written_out_and_none_is_a_folder_of_that_name(file, monkeypatch):
+    """A folder called `~` is one `rm -r ~` away from the end of a home."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    found = load(file, ["output=~/runs", "data.path=$DISK/photos", "data.prepared=${DISK}/made"])
+    assert (found.output, found.data.path, found.data.prepared) == ("/home/me/runs", "/disk/photos", "/disk/made")
+    assert "data.path: the environment variable ABSENT is not set" in refusal(file, "data.path=$ABSENT/x")
+    assert "output: there is no home folder for '~nobody-here'" in refusal(file, "output=~nobody-here/runs")
+
+
+def test_a_config_is_found_at_home_and_a_name_with_a_dollar_is_one_where_it_is_there(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert load(f"~/{file.name}").name == load(file).name
+    (odd := tmp_path / "a$b").mkdir()
+    assert load(file, [f"data.path={odd}"]).data.path == str(odd)
+
+
+def test_names_that_are_not_utf8_are_told_in_words(file, tmp_path, monkeypatch):
+    """A config is text: what it names has to be text."""
+    told = r"'.*nu\\udce9.*' is not UTF-8, and a config cannot hold it: rename it, or give a link to it with a plain name"
+    for override in ("data.path=/tmp/nu\udce9dir", "output=nu\udce9", r'name="nu\udce9"', r'model.name="nu\udce9:make"'):
+        assert re.search(told, text := refusal(file, override)) and text.encode(), override
+    (folder := tmp_path / "nu\udce9").mkdir()
+    (named := folder / "nu\udce9.yaml").write_bytes(file.read_bytes())
+    assert re.search(told, refusal(named))
+    monkeypatch.setenv("HOME", str(folder))
+    assert re.search(f"data.path: {told}", refusal(file, "data.path=~/x"))
+    monkeypatch.chdir(folder)
+    assert re.search(f"model.weights: {told}", refusal(file, "model.weights=x"))  # a run stores it with the folder
+    assert load(file, ["output=x", "data.path=/tmp/é"]).output == "x"

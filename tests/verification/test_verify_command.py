@@ -155,3 +155,13 @@ def test_bad_arguments(finished_run, capsys):
         assert caught.value.code == 2 and "error: argument" in capsys.readouterr().err
     with pytest.raises(RunError):
         Verdicts(finished_run / "config.yaml" / "x", {}, {})
+
+
+def test_fewer_images_do_not_take_the_place_of_more(verified, finished_run, capsys, tmp_path):
+    """The model card and the page tell what summary.json holds."""
+    output, summary = verified
+    copy = shutil.copytree(output, tmp_path / "copy")
+    assert cli(["verify", *arguments(finished_run, "--limit", "5"), "--output", str(copy)]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1])["examples"] == 5 and "summary.json keeps the result on 12 images" in text
+    assert json.loads((copy / "summary.json").read_text()) == summary
