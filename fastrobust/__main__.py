@@ -46,7 +46,9 @@ EXAMPLES = {
     "evaluate": """\
   fastrobust evaluate runs/mine
   fastrobust evaluate runs/mine --epsilon 8/255 --attack pgd-50-10,autoattack""",
-    "verify": "  fastrobust verify runs/mine --epsilon 0.1 --limit 500",
+    "verify": """\
+  fastrobust verify runs/mine --epsilon 0.1 --limit 500
+  fastrobust verify network.onnx --vnnlib property.vnnlib --timeout 300""",
     "export": "  fastrobust export runs/mine -o mine",
     "report": "  fastrobust report runs/mine runs/other -o report.html",
     "sweep": "  fastrobust sweep configs/sweeps/figure2.yaml --dry-run",
@@ -263,16 +265,19 @@ def evaluate(p: argparse.ArgumentParser) -> None:
 
 
 def verify(p: argparse.ArgumentParser) -> None:
-    add_run(p)
-    p.add_argument("--epsilon", type=pixels, required=True, action=Once, help="radius, such as 0.1 or 8/255")
+    told = "a run directory, a model.safetensors that fastrobust wrote, or NETWORK.onnx"
+    p.add_argument("run", metavar="RUN", type=path, help=told)
+    p.add_argument("--epsilon", type=pixels, action=Once, help="radius, such as 0.1 or 8/255; needed for a run")
+    told = "the property to verify of NETWORK.onnx: sat with a counterexample, unsat, or timeout"
+    p.add_argument("--vnnlib", metavar="FILE", type=path, action=Once, help=told)
     p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball: linf (default: the run's)")
     add_limit(p)
-    p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for one image (default: 60)")
+    told = "for one image, or for the property (default: 60)"
+    p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help=told)
     add_workers(p, "processes")
     add_data(p)
-    p.add_argument(
-        "-o", "--output", metavar="DIR", type=path, help="where verdicts go (default: RUN/verification/epsilon-EPSILON)"
-    )
+    told = "where verdicts go (default: RUN/verification/epsilon-EPSILON); with --vnnlib, the file for the answer"
+    p.add_argument("-o", "--output", metavar="DIR", type=path, help=told)
     add_json(p)
 
 
