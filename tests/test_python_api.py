@@ -338,8 +338,8 @@ def test_verify_in_a_script_without_a_main_guard(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     found = Decider(Normalized(network, (0.0,), (1.0,)), (1, 6, 6), 0.01).decide(list(range(12)), x, y, 60.0)
     assert done.stdout.splitlines()[-1] == str([v.verdict for v in found])
-    with pytest.raises(FastrobustError, match="Net is not supported"):
-        fastrobust.verify(Net(), *TEST, epsilon=0.01)
+    with pytest.raises(FastrobustError, match=r"GELU \('1'\) is not supported"):
+        fastrobust.verify(nn.Sequential(Net(), nn.GELU()), *TEST, epsilon=0.01)
 
 
 def test_arrays_are_a_data_set_for_configs(tmp_path):
