@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import time
@@ -25,7 +24,7 @@ from PIL import Image
 from fastrobust import __version__
 from fastrobust.data import layouts, sets
 from fastrobust.data.held_out import Choice, evenly_spaced
-from fastrobust.data.prepared import records
+from fastrobust.data.prepared import records, regions
 from fastrobust.data.prepared.beton import BetonWriter
 from fastrobust.data.prepared.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
 from fastrobust.data.prepared.shards import ShardWriter
@@ -62,9 +61,7 @@ def encode(image: Image.Image, number: int, sizes: tuple[Size, ...], options: ar
         if raw:
             data = resized.tobytes()
         else:
-            buffer = io.BytesIO()
-            resized.save(buffer, "JPEG", quality=options.quality)
-            data = buffer.getvalue()
+            data = regions.encode(resized, options.quality)
         pictures.append(Picture(resized.height, resized.width, raw, data))
     return pictures
 
