@@ -43,28 +43,30 @@ def shares(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @compiled()
-def across(pixels: np.ndarray, line: np.ndarray, first: np.ndarray, share: np.ndarray, row: np.ndarray) -> None:
+def across(pixels: np.ndarray, line: np.ndarray, first: np.ndarray, share: np.ndarray, row: np.ndarray):
     """Fill row, 3 w floats, with the sums of pixels, 3 W bytes. line: room for these as floats, with zeros behind them."""
     for i in range(len(pixels)):
         line[i] = pixels[i]
     for x in range(len(first)):
-        i, a, b, c = 3 * first[x], share[0, x], share[1, x], share[2, x]
-        row[3 * x] = line[i] * a + line[i + 3] * b + line[i + 6] * c
-        row[3 * x + 1] = line[i + 1] * a + line[i + 4] * b + line[i + 7] * c
-        row[3 * x + 2] = line[i + 2] * a + line[i + 5] * b + line[i + 8] * c
+        i, j, a, b, c = 3 * first[x], 3 * x, share[0, x], share[1, x], share[2, x]
+        row[j] = line[i] * a + line[i + 3] * b + line[i + 6] * c
+        row[j + 1] = line[i + 1] * a + line[i + 4] * b + line[i + 7] * c
+        row[j + 2] = line[i + 2] * a + line[i + 5] * b + line[i + 8] * c
     for k in range(3, len(share)):
         for x in range(len(first)):
-            i, a = 3 * (first[x] + k), share[k, x]
-            row[3 * x] += line[i] * a
-            row[3 * x + 1] += line[i + 1] * a
-            row[3 * x + 2] += line[i + 2] * a
+            i, j, a = 3 * (first[x] + k), 3 * x, share[k, x]
+            row[j] += line[i] * a
+            row[j + 1] += line[i + 1] * a
+            row[j + 2] += line[i + 2] * a
 
 
-@compiled(types.void(types.Array(types.uint8, 3, "C", readonly=True), *4 * [types.int64], types.uint8[:, :, ::1]))
-def shrink(image: np.ndarray, top: int, left: int, height: int, width: int, out: np.ndarray) -> None:
+@compiled(types.void(types.Array(types.uint8, 3, "C", readonly=True), *4 * [types.int64], types.uint8[:, :, ::1], types.bool))
+def shrink(image: np.ndarray, top: int, left: int, height: int, width: int, out: np.ndarray, mirror: bool):
     """Fill out, uint8 h x w x 3, with a box of image, uint8 H x W x 3, that is at least as large; both are contiguous."""
     lines, rows = image.reshape(image.shape[0], -1), out.reshape(out.shape[0], -1)
     first, share = shares(width, out.shape[1])
+    if mirror:
+        first, share = first[::-1].copy(), share[:, ::-1].copy()
     above, weight = shares(height, out.shape[0])
     line = np.zeros(3 * (width + len(share)), np.float32)
     row, total = np.empty(rows.shape[1], np.float32), np.empty(rows.shape[1], np.float32)

@@ -85,18 +85,17 @@ class Ffcv(Loader):
     def _decode(self, index: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> None:
         """Fill out, B x resolution x resolution x 3. Decoding and resizing release the interpreter."""
         _, cv2, shrink = functions()
+        side = self.resolution
         if not hasattr(self.local, "pixels"):
-            side = self.resolution
             self.local.pixels, self.local.mirrored = np.empty(self.largest, np.uint8), np.empty((side, side, 3), np.uint8)
         for k, (i, (top, left, height, width), flip) in enumerate(zip(index.tolist(), boxes.tolist(), flips, strict=True)):
             image, y, x = self._image(i, top, left, height, width)
-            target = self.local.mirrored if flip else out[k]
-            scales = height / len(target), width / len(target)
-            if min(scales) >= 1 and not all(scale.is_integer() for scale in scales):
-                shrink(image, top - y, left - x, height, width, target)
-            else:
-                box = image[top - y : top - y + height, left - x : left - x + width]
-                cv2.resize(box, target.shape[:2], dst=target, interpolation=cv2.INTER_AREA)
+            top, left = top - y, left - x
+            if min(height, width) >= side and (height % side or width % side):
+                shrink(image, top, left, height, width, out[k], flip)
+                continue
+            target, box = self.local.mirrored if flip else out[k], image[top : top + height, left : left + width]
+            cv2.resize(box, (side, side), dst=target, interpolation=cv2.INTER_AREA)
             if flip:
                 cv2.flip(target, 1, dst=out[k])
 
