@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from fastrobust import __version__
@@ -52,23 +54,36 @@ def is_raw(storage: str, number: int) -> bool:
 
 
 def encode(image: Image.Image, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
-    """The image in every size, each resized from the original (bicubic)."""
-    pictures = []
+    """The RGB image in every size, each resized from the original (bicubic)."""
+    pictures, pixels = [], None
     for size in sizes:
         shape = records.stored_size(*image.size, size, options.cap)
-        resized = image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)
-        raw = is_raw(options.storage, number)
-        if raw:
-            data = resized.tobytes()
+        if shape == image.size:
+            resized = image
         else:
-            data = regions.encode(resized, options.quality)
+            pixels = shrinkable(image) if pixels is None else pixels
+            resized = shrunk(pixels, *shape)
+        raw = is_raw(options.storage, number)
+        data = resized.tobytes() if raw else regions.encode(resized, options.quality)
         pictures.append(Picture(resized.height, resized.width, raw, data))
     return pictures
 
 
+def shrinkable(image: Image.Image) -> torch.Tensor:
+    """The pixels with a fourth channel that means nothing, as Pillow has them: torch is the fastest with these."""
+    pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+
+
+def shrunk(pixels: torch.Tensor, width: int, height: int) -> Image.Image:
+    """By torch: Pillow's filter in a sixth of its time. Some pixels differ from Pillow's by 1 or 2."""
+    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return Image.frombytes("RGB", (width, height), resized.permute(0, 2, 3, 1).numpy(), "raw", "RGBX")
+
+
 def in_order(work: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
     """work(0), work(1), … in this order, done in threads a little ahead. Pillow releases the interpreter as it works."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # of each
         ahead: deque = deque()
         try:
             for i in range(count):
@@ -143,7 +158,7 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
                 np.save(file, index[:count])
             files = [finish(path) for path in paths]
             manifest = facts | {"size": size, "count": count, "skipped": skipped}
-            manifest |= {"files": files, "fastrobust": __version__, "pillow": PIL.__version__}
+            manifest |= {"files": files, "fastrobust": __version__, "pillow": PIL.__version__, "torch": torch.__version__}
             write_json(manifest_path(folder, split, size), records.seal(manifest))
             length = sum(file["bytes"] for file in files)
             print(f"{manifest_path(folder, split, size)}: {count} images, {length / 1e6:,.1f} MB", flush=True)
