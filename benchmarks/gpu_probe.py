@@ -61,7 +61,7 @@ def main() -> int:
 
     keep(torch=torch.__version__, cuda=torch.version.cuda, gpu=torch.cuda.is_available())
     for package in ("triton", "torchvision", "pydantic"):
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # of a package that does not fit this torch, its import can raise anything
             keep(**{package: __import__(package).__version__})
     if not found["gpu"] or found["missing"]:
         return 0

@@ -52,14 +52,15 @@ class Part(NamedTuple):
     data: bool = False  # whether it reads CIFAR-10
 
 
-def tests(group: int, name: str, estimate: float, limit: float, which: str) -> Part:
-    """The tests for a GPU, by up to four processes where pytest-xdist is there: one that crashes is then replaced."""
-    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text())
+def tests(group: int, name: str, estimate: float, limit: float, word: str, *which: str) -> Part:
+    """The tests in files with this word, by up to four processes where pytest-xdist is there: one that crashes is then
+    replaced."""
+    files = sorted(str(file) for file in (ROOT / "tests").rglob("test_*.py") if word in file.read_text())
     there = importlib.util.find_spec
     options = ["-n", str(max(1, min(4, (os.cpu_count() or 1) // 4))), "--max-worker-restart", "20"] if there("xdist") else []
     options += ["--timeout", "120", "--timeout-method", "thread"] if there("pytest_timeout") else []
     options += ["-o", "addopts=", "-o", "faulthandler_timeout=60", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-    command = ["-m", "pytest", "-v", "--tb=short", "-c", str(ROOT / "pyproject.toml"), *options, "-m", "gpu", "-k", which]
+    command = ["-m", "pytest", "-v", "--tb=short", "-c", str(ROOT / "pyproject.toml"), *options, *which]
     return Part(group, name, estimate, limit, [*command, *files])
 
 
@@ -93,11 +94,12 @@ def parts(home: Path) -> list[Part]:
     speed = ["evaluate", "--quick", "--limit", "500", *run]
     epoch, fused = ["epoch", "--quick"], ["--engine", "fused+cuda_graph"]
     return [
-        tests(1, "tests", 70, 180, "not compiled"),
+        tests(1, "tests", 70, 180, "mark.gpu", "-m", "gpu", "-k", "not compiled"),
         benchmark(1, "epoch_quick", 50, 150, *epoch, "--images", "6400"),
         train(1, 0),
         benchmark(1, "epoch_fused", 60, 150, *epoch, "--images", "6400", *fused),
         robust(1, 0),
+        tests(2, "tests_kernels", 60, 150, "triton_kernels"),  # the numbers of Triton's kernels, which nothing else checks
         profile(2, "cuda_graph"),
         profile(2, "fused+cuda_graph"),
         train(2, 1),
@@ -109,7 +111,7 @@ def parts(home: Path) -> list[Part]:
         robust(2, 1),
         robust(2, 2),
         *(profile(3, engine) for engine in ("eager", "fused", "compile", "compile+cuda_graph")),
-        tests(3, "tests_compiled", 90, 240, "compiled"),
+        tests(3, "tests_compiled", 90, 240, "mark.gpu", "-m", "gpu", "-k", "compiled"),
         benchmark(3, "step_quick", 280, 480, "step", "--quick"),
         benchmark(4, "imagenet", 180, 400, "imagenet", "--repetitions", "3", "--steps", "10", "--images", "1024"),
     ]
@@ -314,6 +316,9 @@ def report(groups: list[int], minutes: float, out: Path, earlier: Path | None) -
         return 2
     if facts.get("gpu") is False:
         print("error: no CUDA GPU is visible; this report is about one", file=sys.stderr)
+        return 2
+    if facts.get("gpu") and not facts.get("device"):
+        print("error: the probe did not come to know the device; its log is in the archive", file=sys.stderr)
         return 2
     home, outcome = home_of(facts), {}
     for name in [part.name for part in parts(home) if part.group in groups]:

@@ -230,7 +230,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--epsilon", type=radii, action="extend", metavar="RADII", help=told)
     p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball (default: the run's)")
     p.add_argument("--attack", metavar="NAMES", help=f"{ATTACKS} (default: pgd with --steps and --restarts)")
-    p.add_argument("--alpha", type=distance, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
+    p.add_argument("--alpha", type=positive, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
     add_limit(p, "the run's")

@@ -240,6 +240,7 @@ class Pair(Net):
         (Net(), TEST[0], TEST[1] + 1, {}, "label 10 is none of the model's 10 classes"),
         (Net(), *TEST, {"epsilon": 8}, "did you mean 8/255"),
         (Net(), *TEST, {"attack": "pgd50"}, "'pgd50' is not one of pgd, pgd-t, apgd-ce"),
+        (Net().to("meta"), *TEST, {}, "on the device `meta`, where it has no values"),
         (lambda x: x, *TEST, {}, "must be an nn.Module with parameters, it is a function"),
     ],
 )

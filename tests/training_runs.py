@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.config import reading
+from fastrobust.config.schema import Config
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
 from fastrobust.runtime import run_directory
@@ -137,10 +138,11 @@ STEP_OPTIONS = {
 
 
 class Noise(NamedTuple):
-    """A step, and the loader of 50 images of noise that it trains on, in batches of 16."""
+    """A step, the loader of 50 images of noise that it trains on, in batches of 16, and its config."""
 
     step: step.Step
     loader: Resident
+    config: Config
 
     def batches(self, count: int):
         return self.loader.batches(0, 0, 16, 0, count)
@@ -179,7 +181,7 @@ def on_noise(
     }
     loader = Resident(ImageSet(pixels, labels, tuple("0123456789"), "made up"), torch.device(device))
     config = reading.parse(settings | (more or {}), "test").with_channels(3)
-    return Noise(step.build(config, loader, torch.device(device), network=network), loader)
+    return Noise(step.build(config, loader, torch.device(device), network=network), loader, config)
 
 
 class Steps(NamedTuple):

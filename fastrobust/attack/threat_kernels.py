@@ -90,17 +90,20 @@ def climb(
     """clip_to_box(signed_step(delta, gradient, alpha), x); with a radius `project` instead. sees: then the result has an
     attribute `seen`, x + it for the network."""
     (out, places, seen), n = _made(x, sees), delta.numel()
-    _climb[(triton.cdiv(n, BLOCK),)](
-        delta, gradient, x, out, *places, alpha, 0.0 if radius is None else radius, n, x.shape[1],
-        PROJECT=radius is not None, TENSOR_A=isinstance(alpha, Tensor), TENSOR_R=isinstance(radius, Tensor), B=BLOCK, **seen,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _climb[(triton.cdiv(n, BLOCK),)](
+            delta, gradient, x, out, *places, alpha, 0.0 if radius is None else radius, n, x.shape[1],
+            PROJECT=radius is not None, TENSOR_A=isinstance(alpha, Tensor), TENSOR_R=isinstance(radius, Tensor), B=BLOCK,
+            **seen,
+        )  # fmt: skip
     return out
 
 
 def start(uniform: Tensor, x: Tensor, radius: float | Tensor, clip: bool, sees: Sees | None = None) -> Tensor:
     """A perturbation out of numbers that are uniform in [0, 1). sees: as in `climb`."""
     (out, places, seen), n = _made(x, sees), x.numel()
-    _start[(triton.cdiv(n, BLOCK),)](
-        uniform, x, out, *places, radius, n, x.shape[1], CLIP=clip, TENSOR_R=isinstance(radius, Tensor), B=BLOCK, **seen
-    )
+    with torch.cuda.device_of(x):
+        _start[(triton.cdiv(n, BLOCK),)](
+            uniform, x, out, *places, radius, n, x.shape[1], CLIP=clip, TENSOR_R=isinstance(radius, Tensor), B=BLOCK, **seen
+        )
     return out

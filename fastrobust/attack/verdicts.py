@@ -60,8 +60,11 @@ def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0:
         found = f"{labels.dtype} {tuple(labels.shape)}, the least {labels.min().item()}" if len(labels) else "none"
         raise DataError(f"labels must be int64, one of at least 0 for each of the {len(images)} images; found {found}")
-    if threat is not None and not 0 <= float(threat.radius) <= (widest := threat.widest(images.shape[1:])):
-        radius, range_ = float(threat.radius), "the pixel range [0, 1]" if widest == 1 else f"0 to {widest:.4g}"
+    if threat is None:
+        return
+    radius, widest = float(threat.radius), threat.widest(images.shape[1:])
+    if not 0 <= radius <= widest:
+        range_ = "the pixel range [0, 1]" if widest == 1 else f"0 to {widest:.4g}"
         raise DataError(f"epsilon {radius:g} is outside {range_}; did you mean {radius:g}/255?")
 
 

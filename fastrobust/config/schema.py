@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from fastrobust.config import datasets, parts
-from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section, some
+from fastrobust.config.fields import Count, FolderName, NonNegative, Number, Pixels, Positive, Section, some
 from fastrobust.config.numbers import ball_in_words
 from fastrobust.runtime.errors import ConfigError
 
@@ -41,6 +41,12 @@ def _place(value: str) -> str:
 
 
 Place = Annotated[str, AfterValidator(_place)]
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise ValueError(f"'{value}' is none of auto, cpu, cuda and cuda:NUMBER")
+    return value
 
 
 def _word(known: tuple[str, ...], value: str) -> str:
@@ -198,10 +204,10 @@ class Evaluation(Section):
 
 
 class Config(Section):
-    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: FolderName
     output: Place = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = "auto"
     loader: Annotated[str, AfterValidator(_loader)] = "auto"
     logging: Annotated[tuple[Annotated[str, AfterValidator(_logger)], ...], BeforeValidator(_listed)] = ("tensorboard",)

@@ -38,8 +38,9 @@ def shift_flip(images: Tensor, top: Tensor, left: Tensor, mirrored: Tensor | Non
     """fp32 in [0, 1] from uint8, N x C x H x W in channels-last memory: image k shifted by (padding - top[k], padding -
     left[k]) with zeros coming in, after its mirroring where mirrored[k] < 0.5."""
     out, (_, c, h, w) = torch.empty_like(images, dtype=torch.float32), images.shape
-    _shift_flip[(triton.cdiv(images.numel(), BLOCK),)](
-        images, out, top, left, top if mirrored is None else mirrored, images.numel(), c, h, w, padding,
-        FLIP=mirrored is not None, RECIPROCAL=images.is_cuda, B=BLOCK,
-    )  # fmt: skip
+    with torch.cuda.device_of(images):
+        _shift_flip[(triton.cdiv(images.numel(), BLOCK),)](
+            images, out, top, left, top if mirrored is None else mirrored, images.numel(), c, h, w, padding,
+            FLIP=mirrored is not None, RECIPROCAL=images.is_cuda, B=BLOCK,
+        )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import DataError, first_line
 from fastrobust.runtime.progress import Progress
 
@@ -46,6 +47,23 @@ def read(data: Any, classes: Sequence[str] | None = None) -> Given:
     if len(np.unique(labels)) < 2:
         raise DataError(f"all {len(labels)} images are of one class: there is nothing to tell apart")
     return Given(pixels, labels, names)
+
+
+def read_for(classes: tuple[str, ...], data: Any, whose: str) -> Given:
+    """Images for a model of these classes. A Dataset that names its own (`classes`, as torchvision's do) is matched by name,
+    else labels are indices into `classes`. Raises DataError."""
+    if isinstance(data, tuple | list) or getattr(data, "classes", None) is None:
+        return read(data, classes)
+    found = read(data)
+    if not set(found.classes) & set(classes) and len(found.classes) == len(classes):
+        names = ", ".join(found.classes[:3]), ", ".join(classes[:3])
+        print(
+            f"note: the images' classes ({names[0]}, …) are taken for {whose}'s ({names[1]}, …) by their numbers", flush=True
+        )
+        return found._replace(classes=classes)
+    images, labels = torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.from_numpy(found.labels)
+    matched = ImageSet(images, labels, found.classes, "the Dataset").labelled_as(classes, whose)
+    return found._replace(labels=matched.labels.numpy(), classes=classes)
 
 
 def _items(data: Any) -> tuple[list, list]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.attack.verdicts import check_images, evaluating
+from fastrobust.config.numbers import parse_number
 from fastrobust.data import given
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
+from fastrobust.models import Normalized
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
 
@@ -41,6 +43,8 @@ class Evaluation:
     images: str = field(repr=False)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def evaluate(
     model: nn.Module,
     images: Any,
@@ -56,14 +60,14 @@ def evaluate(
     """Attack a model in eval mode, where it is; its mode and gradients are left as they are.
 
     model: takes N x C x H x W, pixels in [0, 1], and gives logits N x classes; its normalisation is inside. images: uint8 or
-    float in [0, 1], N x C x H x W; labels: N whole numbers; or a Dataset of (image, label) in place of both. epsilon: radius
-    in pixels of [0, 1], in the norm "linf" or "l2". attack: one or several with commas, each on what the ones before left
-    robust, as for the evaluate command: "pgd-50-10,autoattack". alpha: step size of PGD, by default epsilon / 4. Raises
-    FastrobustError."""
-    names, data = attack_names(attack), image_set(images, labels)
+    float in [0, 1], N x C x H x W; labels: N whole numbers; or a Dataset of (image, label) in place of both, whose
+    `classes` are matched with those of a model that fastrobust made. epsilon: radius in pixels of [0, 1], in the norm "linf"
+    or "l2". attack: one or several with commas, each on what the ones before left robust, as for the evaluate command:
+    "pgd-50-10,autoattack". alpha: step size of PGD, by default epsilon / 4. Raises FastrobustError."""
+    names, options = asked(attack, epsilon, norm, alpha, batch_size, seed)
+    data = image_set(model, images, labels)
     check_model(model, data.images[:1])
-    options = {"norm": norm, "epsilon": float(epsilon), "alpha": epsilon / 4 if alpha is None else alpha}
-    records = run_attacks(model, data, names, **options, batch_size=batch_size, seed=seed)
+    records = run_attacks(model, data, names, **options)
     found = report(as_named(attack), records)
     return Evaluation(
         **{key: found[key] for key in ("clean_accuracy", "robust_accuracy", "examples", "attack", "norm", "epsilon")},
@@ -80,6 +84,8 @@ def evaluate(
     )
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def adversarial_images(
     model: nn.Module,
     images: Tensor,
@@ -98,22 +104,49 @@ def adversarial_images(
     `evaluate`; only `images` must be a tensor. Raises FastrobustError."""
     if not isinstance(images, Tensor):
         raise DataError(f"the images must be a tensor, N x C x H x W; they are a {type(images).__name__}")
-    names, data = attack_names(attack), image_set(images, labels)
+    names, options = asked(attack, epsilon, norm, alpha, batch_size, seed)
+    data = image_set(model, images, labels)
     check_model(model, data.images[:1])
     found = to_unit(data.images).clone()
-    options = {"norm": norm, "epsilon": float(epsilon), "alpha": epsilon / 4 if alpha is None else alpha}
-    run_attacks(model, data, names, **options, batch_size=batch_size, seed=seed, found=found)
+    run_attacks(model, data, names, **options, found=found)
     return found.to(images.device)
 
 
-def image_set(images: Any, labels: Any = None, classes: Sequence[str] | None = None) -> ImageSet:
-    """Images and labels of a program as an ImageSet; floats stay floats. Raises DataError."""
+def asked(attack: Any, epsilon: Any, norm: str, alpha: Any, batch_size: Any, seed: Any) -> tuple[list[str], dict[str, Any]]:
+    """The names of the attacks, and the other arguments of `run_attacks`. Raises ConfigError for what cannot be meant."""
+    if not isinstance(attack, str):
+        raise ConfigError(f"attack must be text, several with commas, such as 'pgd-50-10,autoattack'; it is {attack!r}")
+    epsilon = _number("epsilon", epsilon)
+    alpha = epsilon / 4 if alpha is None else _number("alpha", alpha)
+    if epsilon < 0 or alpha < 0 or (alpha == 0 < epsilon):
+        raise ConfigError(f"epsilon must not be negative and alpha be more than 0; they are {epsilon:g} and {alpha:g}")
+    for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
+            raise ConfigError(f"{name} must be a whole number from {least}; it is {value!r}")
+    return attack_names(attack), {"norm": norm, "epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        found = float(parse_number(value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name}: {first_line(error)}") from None
+    if not math.isfinite(found):
+        raise ConfigError(f"{name} must be a finite number; it is {found:g}")
+    return found
+
+
+def image_set(model: nn.Module, images: Any, labels: Any = None) -> ImageSet:
+    """Images and labels of a program as an ImageSet; floats stay floats. Of a Dataset that names its classes the labels are
+    those of the model, by name, if it knows its own. Raises DataError."""
+    classes = model.classes if isinstance(model, Normalized) else None
     if labels is None:
-        found = given.read(images, classes)
+        found = given.read(images) if classes is None else given.read_for(classes, images, "the model")
         return ImageSet(
             torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.from_numpy(found.labels), found.classes, ""
         )
     pixels, numbers = torch.as_tensor(images).detach().cpu(), torch.from_numpy(given.whole_numbers(labels))
+    pixels = pixels.clone() if pixels.is_inference() else pixels
     if pixels.is_floating_point():
         pixels = pixels.float()
     check_images(pixels, numbers)
@@ -125,6 +158,8 @@ def check_model(model: nn.Module, image: Tensor) -> None:
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     if parameter is None:
         raise ConfigError(f"the model must be an nn.Module with parameters, it is a {type(model).__name__}")
+    if parameter.is_meta:
+        raise ConfigError("the model is on the device `meta`, where it has no values: load its weights onto another")
     try:
         with evaluating(model), torch.no_grad():
             logits = model((image.float() / 255 if image.dtype == torch.uint8 else image).to(parameter.device))

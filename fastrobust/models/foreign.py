@@ -7,11 +7,12 @@ off, and the section of the file that holds the weights is found. What does not 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -133,18 +134,45 @@ def _form(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a number"
 
 
-def load_into(model: Normalized, path: str | Path, replace_head: bool = False) -> str:
-    """Copy a file's weights into the model; its head keeps its first weights where the file's is for other classes. Returns
-    what was done, in words. Raises RunError or ConfigError, also where the file's normalisation is not the model's."""
+def load_into(model: Normalized, path: str | Path, classes: tuple[str, ...]) -> str:
+    """Copy a file's weights into the model, which has these classes. The head keeps its first weights where the file's is
+    for others, and has its rows in the order of `classes` where the file names them. Returns what was done, in words.
+    Raises RunError or ConfigError, also where the file's normalisation is not the model's."""
     tensors, section = read(path)
-    found = fit(model, tensors, f"the weights in {path}", replace_head)
+    found = fit(model, tensors, f"the weights in {path}", replace_head=True)
+    found, reordered = for_classes(found, model, classes_in(path), classes)
     for word, theirs, ours in (("mean", found.mean, model.mean), ("std", found.std, model.std)):
         if theirs is not None and not torch.allclose(torch.tensor(theirs), ours.flatten().float().cpu(), atol=1e-3):
             values = ", ".join(f"{v:.4g}" for v in theirs)
             raise ConfigError(f"{path} holds a normalisation of its own: set model.{word} to [{values}]")
     assign(model, found)
     told = f"{len(found.tensors)} tensors of {path}" + (f", its section {section}" if section else "")
+    told += "; the rows of the head in the order of the classes here" if reordered else ""
     return told + (f"; a new head, {', '.join(found.head)}: the file's is for other classes" if found.head else "")
+
+
+def classes_in(path: str | Path) -> tuple[str, ...] | None:
+    """The classes that a file of fastrobust names, None where a file does not say. Raises RunError."""
+    path = Path(path)
+    path = path / WEIGHTS if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            return tuple(json.loads((file.metadata() or {})["classes"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def for_classes(found: Fit, model: Normalized, theirs: tuple[str, ...] | None, ours: tuple[str, ...]) -> tuple[Fit, bool]:
+    """The same for the classes `ours`, where the file's head is for `theirs`, and whether its rows were put into another
+    order. Where the names are others its head is left out."""
+    last = list(model.network.state_dict())[-1].rpartition(".")[0]
+    rows = [name for name in found.tensors if name.rpartition(".")[0] == last]
+    if theirs is None or theirs == ours or any(len(found.tensors[name]) != len(ours) for name in rows):
+        return found, False
+    if sorted(theirs) != sorted(ours):
+        return found._replace(tensors={n: t for n, t in found.tensors.items() if n not in rows}, head=rows), False
+    order = [theirs.index(name) for name in ours]
+    return found._replace(tensors=found.tensors | {name: found.tensors[name][order] for name in rows}), True
 
 
 def assign(model: Normalized, found: Fit) -> None:

@@ -41,7 +41,8 @@ def _tried(device: torch.device) -> str | None:
         from fastrobust.models.norm_kernels import norm_relu as kernel
 
         x, one = torch.zeros(2, 1, 2, 2, device=device), torch.ones(1, device=device)
-        kernel(x, None, one, one, one.clone(), one.clone(), 0.1, 1e-5, True, False)
+        with torch.cuda.device_of(x):
+            kernel(x, None, one, one, one.clone(), one.clone(), 0.1, 1e-5, True, False)
     except Exception as error:  # a compiler can raise anything
         return first_line(error)
     return None

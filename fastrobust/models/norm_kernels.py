@@ -272,7 +272,8 @@ class NormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, add, weight, bias, running_mean, running_var, momentum, eps, train, after):
-        z, y, mean, rstd = norm_relu(x, add, weight, bias, running_mean, running_var, momentum, eps, train, after)
+        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+            z, y, mean, rstd = norm_relu(x, add, weight, bias, running_mean, running_var, momentum, eps, train, after)
         before = add is not None and not after
         statistics = (mean, rstd) if train else (running_mean, running_var)
         ctx.save_for_backward(z if before else x, y if after else None, weight, bias, *statistics)

@@ -27,7 +27,10 @@ class Seen(Tensor):
 
 
 class Normalized(nn.Module):
-    """(x - mean) / std per channel, then `network`. x: N x C x H x W in [0, 1]."""
+    """(x - mean) / std per channel, then `network`. x: N x C x H x W in [0, 1]. classes: the names of the logits, where they
+    are known."""
+
+    classes: tuple[str, ...] | None = None
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -67,7 +70,8 @@ class _Normalise(torch.autograd.Function):
         from fastrobust.models import pixel_kernels  # needs Triton
 
         ctx.save_for_backward(std)
-        return pixel_kernels.normalise(x, Sees(mean, std, dtype))
+        with torch.cuda.device_of(x):
+            return pixel_kernels.normalise(x, Sees(mean, std, dtype))
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise RunError(f"the weights in {weights} do not fit {config.model.name}: {error}") from None
+    model.classes = classes
     return model.eval(), config, classes
 
 
@@ -93,6 +95,8 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     """The trained model of a run directory or .safetensors file, ready to use: in eval mode, on the CPU, normalisation
     inside. Takes images in [0, 1], float N x C x H x W, and gives logits N x classes. `model`: for a run of `fit` that was
     given a network, one of the same class, which takes the weights. Raises RunError."""
+    if not isinstance(run, str | os.PathLike):
+        raise RunError(f"load takes a run directory or a .safetensors file; it was given a {type(run).__name__}")
     try:
         return read_weights(run, model)[0]
     except FastrobustError as error:

@@ -3,10 +3,11 @@
 import contextlib
 import gc
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastrobust.runtime.errors import FastrobustError, first_line, is_out_of_memory
 
@@ -14,17 +15,27 @@ Trial = Callable[..., None]
 
 
 def of_a_pass(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for its backward pass, seen by making one: the least that a step on x needs beside the
-    weights."""
-    kept, weights = {}, {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    """Bytes that a forward pass keeps for its backward pass: the least that a step on x needs beside the weights. It is made
+    with tensors that have a shape and no values (`meta`), so that it takes no memory, and where the model does not allow
+    that, as it is."""
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    try:
+        shapes = {name: t.to("meta") for name, t in tensors.items()}
+        return _kept(lambda: functional_call(model, shapes, (x.to("meta"),)), shapes.values())
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return _kept(lambda: model(x), tensors.values())
+
+
+def _kept(forward: Callable[[], Tensor], weights: Iterable[Tensor]) -> int:
+    known, kept = {t.untyped_storage()._cdata for t in weights}, {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # held, so that no other takes its address
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _ = model(x)
-    return sum(size for place, size in kept.items() if place not in weights)
+        _ = forward()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in known)
 
 
 def largest_that_fits(trial: Trial, *batch: Tensor) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from fastrobust.data.batch import Batch
 from fastrobust.models.fused import trouble, unwritten
-from fastrobust.runtime.cuda_graph import record
+from fastrobust.runtime.cuda_graph import on_stream, record
 from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
 WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
@@ -61,13 +61,22 @@ def prepare(engine: str, run: Run, batch: Batch, owner) -> Run:
     whose forward pass is compiled. What the engine cannot do is said once, and steps are run eagerly."""
     if "compile" in engine:
         run = CompiledStep(run, owner)
-    if "cuda_graph" not in engine:
-        return run
-    try:
-        return GraphStep(run, batch, owner)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        print(f"warning: no CUDA graph could be captured, training eagerly: {first_line(error)}", file=sys.stderr)
-        return run
+    if "cuda_graph" in engine:
+        try:
+            return GraphStep(run, batch, owner)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            print(f"warning: no CUDA graph could be captured, training eagerly: {first_line(error)}", file=sys.stderr)
+    return beside_ddp(run, batch.images.device) if batch.images.is_cuda and owner.learner.shared is not None else run
+
+
+def beside_ddp(run: Run, device: torch.device) -> Run:
+    """The step on the stream on which DistributedDataParallel was built: else every update waits between two streams."""
+
+    def step(batch: Batch) -> None:
+        with on_stream(device):
+            run(batch)
+
+    return step
 
 
 class CompiledStep:

@@ -21,7 +21,7 @@ from fastrobust.data import arrays, given
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, interrupt, run_directory
-from fastrobust.runtime.errors import DataError, RunError
+from fastrobust.runtime.errors import ConfigError, DataError, RunError
 from fastrobust.train import start
 
 IMAGES = "images.npz"  # in the run directory: the images that the program gave
@@ -46,6 +46,8 @@ class Run:
         return f"Run({self.directory}: {clean}, {robust} at {ball}, {s['examples']} test images)"
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit(
     model: nn.Module | str,
     data: Any,
@@ -77,7 +79,11 @@ def fit(
     docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated by itself.
 
     Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""
+    if isinstance(classes, str) or (classes is not None and len(set(classes)) != len(classes)):
+        raise DataError(f"classes must be names, each once; they are {classes!r}")
     network = None if isinstance(model, str) else model
+    if isinstance(network, nn.Module) and any(p.is_inference() for p in network.parameters()):
+        raise ConfigError("the model was made under torch.inference_mode, where nothing can be trained: make it outside")
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
     kind = method if isinstance(method, str) else str(method.get("name"))
     directory = Path(output) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
@@ -137,7 +143,7 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     train = given.read(data, classes)
     if classes is None and not hasattr(data, "classes") and train.labels.min() > 0:
         raise DataError(given.FROM_ONE)
-    held = given.read(test, train.classes)
+    held = given.read(test, train.classes) if classes else given.read_for(train.classes, test, "the model")
     file = directory / IMAGES
     if file.exists():
         for split, mine in (("train", train), ("test", held)):

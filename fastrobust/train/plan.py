@@ -15,7 +15,7 @@ from fastrobust.config.schema import Config
 from fastrobust.data import loaders
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import Progress, duration
-from fastrobust.train import schedules, selection, step
+from fastrobust.train import schedules, selection, step, work
 from fastrobust.train.threads import Threads
 
 WARM_UP, TIMED = 2, 4  # steps
@@ -69,6 +69,10 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
     radii = ball_in_words(settings.epsilon[0], config.norm) + "".join(f", {describe(e)}" for e in settings.epsilon[1:])
     console.print(f"training about {duration(total)} on {where}, as measured over a few steps")
+    if (each := work.of_steps(config, loader)) is not None:
+        steps = [schedules.steps_in(config, phase, len(loader)) for phase in config.phases]
+        pflop = sum(one * count for one, count in zip(each, steps, strict=True)) / 1e15
+        console.print(f"  {pflop:.3g} PFLOP: every pass of attack and update, without guard and evaluation")
     if config.selection:
         looks = -(-sum(map(config.passes, config.phases)) // config.selection.every) * (1 if config.averaging is None else 2)
         seconds = looks * config.selection.steps * len(held.labels) * attack_step / world.size

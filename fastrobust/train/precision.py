@@ -11,6 +11,7 @@ from torch import nn
 
 from fastrobust.config.schema import Config
 from fastrobust.models.weights import build_model
+from fastrobust.runtime import limits, memory
 from fastrobust.runtime.errors import ConfigError, first_line
 
 SURE = 1.15  # times as fast as fp32: less may be chance
@@ -42,8 +43,8 @@ def has_bf16() -> bool:
 
 def speed(config: Config, network: nn.Module | None = None) -> float | None:
     """How many times as fast passes in bf16 are as those in fp32, by the processor time of one thread, which other programs
-    change little; None for a small network. On random images of the largest phase, with a copy of the model; the random
-    generator is left as it was."""
+    change little; None for a small network and where memory is short. On random images of the largest phase, with a copy of
+    the model; the random generator is left as it was."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
 
     phase = max(config.phases, key=lambda phase: phase.resolution)
@@ -55,8 +56,10 @@ def speed(config: Config, network: nn.Module | None = None) -> float | None:
         x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
         with FlopCounterMode(display=False) as work, torch.no_grad():
             model.eval()(x[:1])
-        if work.get_total_flops() < ENOUGH:
+        fit = limits.available_memory() / 2 / max(1, memory.of_a_pass(model, x[:1]))  # or the trial ends the run
+        if work.get_total_flops() < ENOUGH or fit < min(2, len(x)):
             return None
+        x = x[: int(min(fit, len(x)))]
         model.train()
         seconds = {False: [], True: []}
         for step in range(2 * (1 + TIMED)):

@@ -88,7 +88,8 @@ class Shadow(nn.Module):
             if self.gradients[kind]:
                 torch._foreach_copy_(self.gradients[kind], gradients[kind])
         scale, tracker = (scaler._scale, scaler._growth_tracker) if scaler.is_enabled() else (None, None)
-        (self._by_kernels if self.kernels else self._by_torch)(lr, scale)
+        with torch.cuda.device_of(self.master):
+            (self._by_kernels if self.kernels else self._by_torch)(lr, scale)
         if scale is not None:
             rates = scaler.get_growth_factor(), scaler.get_backoff_factor(), scaler.get_growth_interval()
             torch._amp_update_scale_(scale, tracker, self.found, *rates)

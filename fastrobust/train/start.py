@@ -28,7 +28,7 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, engine, precision, selection
+from fastrobust.train import changes, engine, precision, selection, work
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -103,13 +103,13 @@ def run(
             made = training(config, directory, device, world, network)
             if checkpoint is None:
                 print(f"{directory} has no checkpoint yet: starting from the beginning", flush=True)
-                load_weights(made.learner.model, config, world)
+                load_weights(made.learner.model, config, made.loader.classes, world)
             else:
                 made.restore(*checkpoint)
                 print(f"{directory}: going on after {made.learner.updates.item()} updates", flush=True)
             return finish(made)
     made = training(config, directory, device, world, network)
-    load_weights(made.learner.model, config, world)
+    load_weights(made.learner.model, config, made.loader.classes, world)
     world.first(lambda: create(made))
     with held(directory, world), interrupt.resumable(directory):
         return finish(made)
@@ -198,10 +198,10 @@ def warn_of_memory(made: Training, available: float) -> None:
         )
 
 
-def load_weights(model, config: Config, world: World = distributed.ALONE) -> None:
+def load_weights(model, config: Config, classes: tuple[str, ...], world: World = distributed.ALONE) -> None:
     """Give the model the weights of `model.weights`, if the config names any, and say so. Raises RunError or ConfigError."""
     if config.model.weights:
-        told = foreign.load_into(model, config.model.weights, replace_head=True)
+        told = foreign.load_into(model, config.model.weights, classes)
         if world.rank == 0:
             print(f"weights: {told}", flush=True)
 
@@ -276,6 +276,7 @@ def finish(training: Training) -> dict[str, Any]:
     summary["skipped_images"] = {split: len(found) for split, found in training.skipped.items()}
     summary["evaluation_seconds"] = round(time.monotonic() - began, 3)
     summary["processes"] = world.size
+    summary["train_pflop"] = world.first(lambda: work.pflop(config, training.history, training.loader, training.network))
     world.first(lambda: write_json(directory / run_directory.SUMMARY, summary))
     return summary
 
@@ -323,5 +324,7 @@ def show_summary(summary: dict[str, Any], directory: Path) -> None:
         f"trained in {duration(summary['train_seconds'])} ({per_epoch} per epoch); files in {directory}/",
         soft_wrap=True,
     )
+    if (pflop := summary.get("train_pflop")) is not None:
+        console.print(f"training took {pflop:.3g} PFLOP, attack and update together")
     console.print(f"evaluate again:  {to_paste('evaluate', directory)}", markup=False, soft_wrap=True)
     console.print(f'use it:          model = fastrobust.load("{directory}")', markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from fastrobust.models.pixels import Sees
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
-from fastrobust.train import engine, schedules
+from fastrobust.train import engine, precision, schedules
 from fastrobust.train.learner import DTYPES, Learner, Part
 from fastrobust.train.methods.base import Inputs, Method, Shapes
 
@@ -132,13 +132,14 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     model = build_model(config, loader.classes, network).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels, len(loader.classes))
     kernels = engine.wants_kernels(config.engine, device)
-    sees = Sees(model.mean, model.std, DTYPES[config.precision])
+    chosen = precision.choose(config, device, network)
+    sees = Sees(model.mean, model.std, DTYPES[chosen])
     learner = Learner(
         model.train(),
         config.optimizer,
         schedules.lr_table(config, len(loader)),
         epoch_table=torch.tensor(schedules.update_epochs(config, len(loader))),
-        precision=config.precision,
+        precision=chosen,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
         label_smoothing=config.label_smoothing,
         clip_gradients=config.clip_gradients,

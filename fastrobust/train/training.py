@@ -41,7 +41,7 @@ class Training:
     `network` is trained in place of the one that the config names."""
 
     def __init__(self, config: Config, directory: Path, device: torch.device, world: World = ALONE, network=None):
-        self.config, self.directory, self.device, self.world = config, directory, device, world
+        self.config, self.directory, self.device, self.world, self.network = config, directory, device, world, network
         self.phases = loaders.Phases(config, device, world)
         self.loader = self.phases.enter(0)
         self.phases.check_files(len(self.loader))

@@ -106,7 +106,7 @@ def command(arguments) -> int:
     loader = loaders.Phases(config, device).enter(0)
     rates = geometric(low, high, arguments.steps)
     step = build(config, loader, device)
-    load_weights(step.learner.model, config)
+    load_weights(step.learner.model, config, loader.classes)
     losses, found = run_test(losses_of(step, loader, config, rates), rates)
     write_text(Path(arguments.output), page_of(config, rates, losses, found))
     end = f"no divergence up to {high:.3g}: try --high {high * 10:g}"

@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fastrobust.config import reading
+from fastrobust.config.fields import FolderName, Section
 from fastrobust.config.numbers import parse_number
-from fastrobust.config.schema import Config, Section
+from fastrobust.config.schema import Config
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
@@ -39,7 +40,7 @@ Grid = dict[str, Values | Bundles]  # by axis
 class Sweep(Section):
     """`grids`, in the place of `grid`: several with the same axes, for values of one axis that depend on another's."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: FolderName
     config: str
     output: str = "runs"
     set: dict[str, Any] = Field(default_factory=dict)

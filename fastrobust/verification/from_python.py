@@ -51,7 +51,9 @@ def verify(
         raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
     if not 0 < epsilon <= 1 or not 0 < timeout < 1e7:
         raise FastrobustError(f"epsilon must lie in (0, 1] and timeout be positive; they are {epsilon:g} and {timeout:g}")
-    data = image_set(images, labels)
+    if workers is not None and (not isinstance(workers, int) or workers < 1):
+        raise FastrobustError(f"workers must be a whole number from 1; it is {workers!r}")
+    data = image_set(model, images, labels)
     if data.images.dtype != torch.uint8:
         raise DataError("verification takes images as uint8: (images * 255).round().to(torch.uint8)")
     check_model(model, data.images[:1])

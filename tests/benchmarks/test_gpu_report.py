@@ -287,7 +287,8 @@ def test_commands_can_be_read(parts):
             assert (options.run, options.limit) == (one.needs, 10_000)
         elif module == "pytest":
             files = [Path(word) for word in options if word.endswith(".py")]
-            assert gpu_report.ROOT / "tests/test_gpu.py" in files and all(file.exists() for file in files)
+            first = "tests/attack/test_threat_kernels.py" if name == "tests_kernels" else "tests/test_gpu.py"
+            assert gpu_report.ROOT / first in files and len(files) > 2 and all(file.exists() for file in files)
         else:
             source = "".join(
                 (gpu_report.ROOT / f"{file}.py").read_text() for file in (module.replace(".", "/"), "benchmarks/measure")

@@ -116,7 +116,7 @@ def test_the_clean_weights_of_torchvision_start_the_finetuning(tmp_path):
     torch.save(theirs.state_dict(), file)
     c = reading.load(CONFIGS / "imagenet_convnext_tiny_finetune.yaml", [f"model.weights={file}"])
     ours = build_model(c, tuple(map(str, range(1000)))).eval()
-    foreign.load_into(ours, c.model.weights, replace_head=True)
+    foreign.load_into(ours, c.model.weights, tuple(map(str, range(1000))))
     x = torch.rand(1, 3, 64, 64)
     mean, std = (torch.tensor(v)[:, None, None] for v in (c.model.mean, c.model.std))
     with torch.no_grad():

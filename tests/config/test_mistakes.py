@@ -206,3 +206,19 @@ def test_files_that_cannot_be_read(file):
 def test_sections_do_not_take_another_methods_keys(file):
     assert "unknown key 'method.replays'" in refusal(file, "method.replays=3")
     assert "unknown key 'optimizer.momentum'" in refusal(file, "optimizer={name: adam, momentum: 0.9}")
+
+
+@pytest.mark.parametrize("wrong", ["device=mps", "device=meta", "device=cuda:x", "name=a/b", "name=.hidden", "name=''"])
+def test_words_that_are_none_are_refused_in_words(file, wrong):
+    text = refusal(file, wrong)
+    assert re.search(r"  (device|name): '.*' is (none of auto, cpu|no name for a folder)", text) and "pattern" not in text
+
+
+def test_places_are_written_out_and_none_is_a_folder_of_that_name(file, monkeypatch):
+    """A folder called `~` is one `rm -r ~` away from the end of a home."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    found = load(file, ["output=~/runs", "data.path=$DISK/photos", "data.prepared=${DISK}/made"])
+    assert (found.output, found.data.path, found.data.prepared) == ("/home/me/runs", "/disk/photos", "/disk/made")
+    assert "data.path: the environment variable ABSENT is not set" in refusal(file, "data.path=$ABSENT/x")
+    assert "output: there is no home folder for '~nobody-here'" in refusal(file, "output=~nobody-here/runs")

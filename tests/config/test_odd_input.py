@@ -121,7 +121,7 @@ def test_a_number_too_long_to_write_is_refused(file):
 def test_messages_stay_short(file):
     text = refusal_of_text(file, MINIMAL + "".join(f"k{i}: 1\n" for i in range(500)))
     assert "and 480 more" in text and len(text) < 8000
-    assert "at most 200 characters" in refusal_of_text(file, MINIMAL + f"name: {'a' * 300}\n")
+    assert "up to 200 of" in refusal_of_text(file, MINIMAL + f"name: {'a' * 300}\n")
     assert len(refusal_of_text(file, MINIMAL + f"precision: {'a' * 30_000}\n")) < 1000
 
 

@@ -149,6 +149,37 @@ def test_what_is_no_image_is_called_what_it_is(tmp_path):
             read(root, "train")
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (PermissionError(13, "Permission denied"), r"1\.png cannot be read \(Permission denied\)"),
+        (OSError(5, "Input/output error"), r"1\.png cannot be read \(Input/output error\)"),
+    ],
+)
+def test_what_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, error, words):
+    """Nobody should delete good images for a message about them."""
+    root = write(tmp_path, *PLAIN, "test/cat/3.png", "test/dog/4.png")
+
+    def fail(file, *arguments):
+        if file.name == "1.png":
+            error.filename = str(file)
+            raise error
+        return read_at(file, *arguments)
+
+    read_at = formats.read_at
+    monkeypatch.setattr(formats, "read_at", fail)
+    with pytest.raises(DataError, match=words) as caught:
+        read(root, "train")
+    assert not any(word in str(caught.value) for word in ("replace", "remove", "corrupt", "damage", "fetch"))
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_image(tmp_path, monkeypatch):
+    root = write(tmp_path, *PLAIN, "test/cat/3.png", "test/dog/4.png")
+    monkeypatch.setattr(formats.Image, "open", lambda *a, **k: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        read(root, "train")
+
+
 def test_all_bad_files_are_named(tmp_path):
     root = write(tmp_path, *PLAIN, "test/cat/3.png", "test/dog/4.png")
     for name in PLAIN:

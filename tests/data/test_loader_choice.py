@@ -1,17 +1,20 @@
 """Tests of the choice of a run's loader, of what it reads, and of the test images that belong to it."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from loader_batches import CPU, RANDOM, config_for
+from prepared_files import write
 
 from fastrobust.config import reading
 from fastrobust.data import loaders, sets
 from fastrobust.data.held_out import evenly_spaced
-from fastrobust.data.loaders.ffcv import native
-from fastrobust.data.prepared import beton
+from fastrobust.data.loaders.ffcv import functions
+from fastrobust.data.prepared import beton, records
 from fastrobust.data.prepared.records import Records
 from fastrobust.data.sets import Pictures
 from fastrobust.runtime.distributed import World
@@ -42,7 +45,7 @@ def test_auto_takes_what_is_there(resolved, written, monkeypatch):
     assert resolved(**ORIGINAL).loader == "torch"
     little_memory(monkeypatch)
     assert resolved().loader == "torch"
-    both = ("ffcv", "nvidia.dali")
+    both = (*loaders.FAST, "nvidia.dali")
     for kind in ("ffcv", "dali"):
         place = str(written / "jpeg" / f"x-{kind}")
         found = resolved(both, data={"prepared": place})
@@ -52,11 +55,43 @@ def test_auto_takes_what_is_there(resolved, written, monkeypatch):
         assert resolved((), data={"prepared": place}, loader=kind).loader == kind  # named: an error where it is opened
 
 
+@pytest.mark.parametrize("fingerprint", [True, False], ids=["", "as older files are"])
+@pytest.mark.parametrize("change", ["folders", "files", "one class"])
+def test_auto_takes_no_files_of_other_images_or_labels(photos, tmp_path, monkeypatch, capsys, change, fingerprint):
+    """The same number of images and the same classes are not enough."""
+    source, place = tmp_path / "source", tmp_path / "x-ffcv"
+    shutil.copytree(photos, source)
+    write("ffcv", source, place, "--sizes", "64")
+    if not fingerprint:
+        for file in place.glob("*.json"):
+            manifest = {key: value for key, value in json.loads(file.read_text()).items() if key != "fingerprint"}
+            file.write_text(json.dumps(records.seal({key: v for key, v in manifest.items() if key != "sha256"})))
+    monkeypatch.setattr(loaders, "installed", lambda package: package in loaders.FAST)
+    config = config_for(source, data={"prepared": str(place)})
+    assert loaders.resolve(config, CPU).loader == "ffcv" and "not used" not in capsys.readouterr().out
+    first, second = sorted((source / "train").iterdir())[:2]
+    if change == "folders":
+        first.rename(source / "x"), second.rename(first), (source / "x").rename(second)
+    elif change == "files":  # the same names and labels
+        one, other = next(first.iterdir()), next(second.iterdir())
+        content = one.read_bytes()
+        one.write_bytes(other.read_bytes()), other.write_bytes(content)
+    else:
+        file = sorted(first.iterdir())[0]
+        file.rename(second / f"z{file.name}")
+    seen = fingerprint or change != "files"
+    assert loaders.resolve(config, CPU).loader == ("resident" if seen else "ffcv")
+    assert ("the source has other train images or labels now" in capsys.readouterr().out) == seen
+    if fingerprint:
+        with pytest.raises(ConfigError, match="was written from other images: replace it with --overwrite"):
+            write("ffcv", source, place, "--sizes", "64")
+
+
 def test_what_auto_chose_is_whole_and_chosen_once(resolved, written, monkeypatch):
     """A resolved config says which files are read, whatever is installed later."""
     little_memory(monkeypatch)
     for kind in ("ffcv", "dali"):
-        found = resolved(("ffcv", "nvidia.dali"), data={"prepared": str(written / "jpeg" / f"x-{kind}")})
+        found = resolved((*loaders.FAST, "nvidia.dali"), data={"prepared": str(written / "jpeg" / f"x-{kind}")})
         monkeypatch.setattr(loaders, "installed", lambda package: False)
         assert loaders.resolve(found, CPU) == found
     shards = resolved((), data={"prepared": str(written / "jpeg" / "x-dali")})
@@ -127,11 +162,11 @@ def test_what_cannot_be_loaded_is_explained(resolved, written, tmp_path, monkeyp
     whole.check_files(37)
     with pytest.raises(DataError, match="holds 37 images, the first phase's file 36"):
         whole.check_files(36)
-    native.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FastrobustError, match="ffcv is not installed; install it with `apt-get"):
-        native()
-    native.cache_clear()
+    functions.cache_clear()
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(FastrobustError, match=r"ffcv needs a package that does not load \(.*simplejpeg.*`pip install"):
+        functions()
+    functions.cache_clear()
 
 
 def test_limit_takes_an_even_part(resolved, written):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import photo
+from PIL import Image
 from prepared_files import KINDS, KINDS_FILES, both, files, pixels, upright, write
 
 from fastrobust.data.prepared import beton, records, writing
@@ -45,6 +46,21 @@ def test_a_corrupt_image_stops_the_job_or_is_left_out(kind, spoilt, tmp_path, ca
     assert len(found.manifest["skipped"]) == 1 and str(file) in found.manifest["skipped"][0]
     assert found.label.tolist() == [0] * 13 + [1] * 11 + [2] * 12
     assert pixels(found, 20).shape[:2] == upright(sorted((folder / "train").rglob("*.jpg"))[21]).size[::-1]
+
+
+@both
+def test_an_image_too_wide_for_a_jpeg_is_named(kind, tmp_path, photos):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    file = sorted((folder / "train").rglob("*.jpg"))[3]
+    Image.new("RGB", (66_000, 8)).save(file.with_suffix(".png"))
+    wide = "wide.*png would be stored as 66000 x 8 pixels, a side may have 65500"
+    file.with_suffix(".png").rename(file.with_name("wide.png"))
+    with pytest.raises(DataError, match=wide):
+        write(kind, folder, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    write(kind, folder, tmp_path / "out", "--skip-corrupt")
+    assert len(KINDS[kind](tmp_path / "out", "train", "original")) == 37
 
 
 def test_an_image_larger_than_a_page_is_named(tmp_path, photos, monkeypatch):

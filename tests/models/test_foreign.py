@@ -1,6 +1,7 @@
 """Tests of fastrobust.models.foreign: weights that other programs wrote, in all the wrappings that are in use."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ def network(classes: int = 10, seed: int = 0):
     return models.create("mnist_net", channels=1, classes=classes, mean=(0.2,), std=(0.5,))
 
 
+TEN = tuple("0123456789")
 THEIRS = network(seed=1).network.state_dict()
 CONSTANTS = {"mu": torch.full((1, 1, 1, 1), 0.2), "sigma": torch.full((1, 1, 1, 1), 0.5)}
 WRAPPINGS = {
@@ -37,7 +39,7 @@ WRAPPINGS = {
 def test_weights_are_found_in_every_wrapping(tmp_path, wrapping):
     file, model = tmp_path / "theirs.pt", network()
     torch.save(WRAPPINGS[wrapping], file)
-    foreign.load_into(model, file)
+    foreign.load_into(model, file, TEN)
     for name, tensor in model.network.state_dict().items():
         torch.testing.assert_close(tensor, THEIRS[name], rtol=1e-3, atol=1e-3 if wrapping == "half precision" else 0)
 
@@ -46,25 +48,43 @@ def test_a_safetensors_file_and_a_run_are_read(tmp_path):
     save_file(THEIRS, tmp_path / "model.safetensors")
     for place in (tmp_path, tmp_path / "model.safetensors"):
         model = network()
-        assert "8 tensors" in foreign.load_into(model, place)
+        assert "8 tensors" in foreign.load_into(model, place, TEN)
         assert torch.equal(model.network.state_dict()["0.weight"], THEIRS["0.weight"])
 
 
 def test_the_files_normalisation_must_be_the_models(tmp_path):
     torch.save(THEIRS | {"mean": torch.tensor([0.1307]), "std": torch.tensor([0.3081])}, tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"set model.mean to \[0.1307\]"):
-        foreign.load_into(network(), tmp_path / "a.pt")
+        foreign.load_into(network(), tmp_path / "a.pt", TEN)
 
 
 def test_a_head_for_other_classes_is_replaced_only_where_asked(tmp_path):
     torch.save(THEIRS, tmp_path / "a.pt")
     model = network(classes=3)
     before = {name: t.clone() for name, t in model.network.state_dict().items()}
-    assert "a new head, 7.weight, 7.bias" in foreign.load_into(model, tmp_path / "a.pt", replace_head=True)
+    assert "a new head, 7.weight, 7.bias" in foreign.load_into(model, tmp_path / "a.pt", tuple("abc"))
     after = model.network.state_dict()
     assert torch.equal(after["7.weight"], before["7.weight"]) and torch.equal(after["0.weight"], THEIRS["0.weight"])
     with pytest.raises(ConfigError, match=r"7.weight: the file has 10 x 100, the model 3 x 100"):
-        foreign.load_into(model, tmp_path / "a.pt")
+        foreign.fit(model, THEIRS, "they")
+
+
+def test_classes_of_a_run_are_matched_by_name(tmp_path):
+    """As many classes need not be the same ones: the rows of the head would stand for others without a word."""
+    names = tuple("abcdefghij")
+    metadata = {"classes": json.dumps(names)}
+    save_file(THEIRS, tmp_path / "model.safetensors", metadata)
+    model, x = network(), torch.rand(5, 1, 28, 28)
+    assert "head" not in foreign.load_into(model, tmp_path, names)
+    logits = model(x)
+    other = network(seed=3)
+    assert "; the rows of the head in the order of the classes here" in foreign.load_into(other, tmp_path, names[::-1])
+    torch.testing.assert_close(other(x), logits.flip(1))
+    renamed = network(seed=4)
+    before = renamed.network.state_dict()["7.weight"].clone()
+    assert "; a new head, 7.bias, 7.weight" in foreign.load_into(renamed, tmp_path, ("z", *names[1:]))
+    after = renamed.network.state_dict()
+    assert torch.equal(after["7.weight"], before) and torch.equal(after["5.weight"], THEIRS["5.weight"])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +103,7 @@ def test_a_head_for_other_classes_is_replaced_only_where_asked(tmp_path):
 def test_what_does_not_fit_is_listed(tmp_path, content, says):
     torch.save(content, tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=says):
-        foreign.load_into(network(), tmp_path / "a.pt", replace_head=True)
+        foreign.load_into(network(), tmp_path / "a.pt", TEN)
 
 
 class Whole(torch.nn.Linear):

@@ -44,6 +44,24 @@ def test_what_a_pass_keeps_is_counted():
     assert memory.of_a_pass(flat, torch.zeros(2, 3, 8, 8)) == 0
 
 
+@pytest.mark.parametrize(("looks", "length", "kept"), [(False, 2**30, 2 * 4 * 2**30), (True, 2, 4 + 4 * 2)])
+def test_counting_takes_no_memory_where_shapes_are_enough(looks, length, kept):
+    """The pass would take 8 GB, for which the system might kill the process."""
+    seen = []
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            seen.append(x.device.type)
+            return (x * self.weight if not looks or x.max() == 0 else x).relu()
+
+    assert memory.of_a_pass(Network(), torch.zeros(1).expand(length)) == kept
+    assert seen == (["meta", "cpu"] if looks else ["meta"])
+
+
 def test_a_run_that_the_system_would_kill_is_warned_of(quick, monkeypatch, capsys):
     """mnist_net keeps so many bytes an image, times the 35 images of a batch: 1 MB."""
     needed = 35 * 4 * (3 * 28**2 + 16 * 14**2 + 32 * 7**2 + 100)

@@ -10,9 +10,9 @@ from training_runs import CPU
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
-from fastrobust.runtime import run_directory
+from fastrobust.runtime import limits, run_directory
 from fastrobust.runtime.errors import ConfigError
-from fastrobust.train import precision
+from fastrobust.train import precision, step
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
 
         def forward(self, x):
             passes.append(torch.is_autocast_enabled("cpu"))
-            now[0] += (2.0 if passes[-1] else 5.0) + (100.0 if len(passes) < 4 else 0.0)
+            now[0] += (2.0 if passes[-1] else 5.0) + (100.0 if len(passes) < 5 else 0.0)
             return self.layer(x.flatten(1))
 
     monkeypatch.setattr(precision.time, "process_time", lambda: now[0])
@@ -71,7 +71,7 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
     network, before, threads = Network(), torch.get_rng_state(), torch.get_num_threads()
     weights = network.layer.weight.clone()
     assert precision.speed(given(), network) == 2.5
-    assert passes[1:] == [False, True] * 4  # the first counts the operations
+    assert passes[2:] == [False, True] * 4  # the first two count operations and memory
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(network.layer.weight, weights)
     assert network.layer.weight.grad is None
@@ -82,6 +82,38 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
 def test_a_small_network_is_trained_in_fp32_without_a_word(given, monkeypatch, capsys):
     monkeypatch.setattr(precision, "has_bf16", lambda: True)
     assert precision.choose(given(), CPU) == "fp32" and capsys.readouterr().out == ""
+
+
+def test_a_trial_takes_no_memory_that_is_not_there(given, monkeypatch):
+    """A trial that the system kills would end the run without a word."""
+    images = []
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(28 * 28 * 3, 10)
+
+        def forward(self, x):
+            images.append(len(x))
+            return self.layer(x.flatten(1))
+
+    monkeypatch.setattr(precision, "ENOUGH", 1)
+    each = 4 * 28 * 28 * 3
+    for fit, trial in ((100, 16), (5.5, 5), (2, 2)):
+        monkeypatch.setattr(limits, "available_memory", lambda fit=fit: 2 * fit * each)
+        images.clear()
+        assert precision.speed(given(), Network()) > 0 and images == [1, 1] + 8 * [trial]
+    monkeypatch.setattr(limits, "available_memory", lambda: 3 * each)
+    images.clear()
+    assert precision.speed(given(), Network()) is None and images == [1, 1]
+
+
+def test_a_step_without_a_run_chooses_too(config_of, begin, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(precision, "speed", lambda config, network: 2.0)
+    loader = begin(config_of()).loader
+    for name, half in (("auto", True), ("fp32", False)):
+        assert step.build(config_of(precision=name), loader, CPU).learner.autocast._enabled is half
 
 
 def test_a_model_that_does_not_take_the_images_is_named(given):

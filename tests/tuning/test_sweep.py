@@ -219,7 +219,8 @@ for id in $(cat $folder/count); do for task in "" _0 _1; do echo "$id$task|$(cat
 
 def test_slurm_is_given_an_array_and_no_job_twice(sweep_file, tmp_path, monkeypatch, capfd):
     """With stand-ins for sbatch and sacct, which run nothing; the files and commands are submitit's own."""
-    pytest.importorskip("submitit")
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.Job, "_results_timeout_s", 0.1)  # of a slow file system; else 15 s for each lost job
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in {"sbatch": SBATCH, "srun": "", "sacct": SACCT}.items():

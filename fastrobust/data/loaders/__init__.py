@@ -8,8 +8,10 @@ what happens to be installed.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +27,8 @@ from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, DataError
 
 READERS = {"ffcv": beton.read, "webdataset": shards.read}  # of each kind of prepared files
-PREPARED = {"ffcv": ("ffcv", "ffcv"), "dali": ("webdataset", "nvidia.dali")}  # loader: the files that it reads, its package
+FAST = ("simplejpeg", "cv2", "numba")
+PREPARED = {"ffcv": ("ffcv", FAST), "dali": ("webdataset", ("nvidia.dali",))}  # loader: its files, its packages
 
 
 def resolve(config: Config, device: torch.device) -> Config:
@@ -83,13 +86,18 @@ def choice_of(config: Config, limit: int | None) -> Choice:
 def _automatic(config: Config, device: torch.device) -> str:
     if config.facts.size is not None or config.facts.read is not None:
         return "resident"
-    for name, (kind, package) in PREPARED.items():
+    for name, (kind, _) in PREPARED.items():
         reason = why_not(config, kind)
         if reason:
             print(f"note: prepared files are not used: {reason}", flush=True)
-        if reason is None and installed(package):
+        if reason is None and available(name):
             return name
     return "resident" if fits(config, device) else "torch"
+
+
+def available(loader: str) -> bool:
+    """Whether the packages that a loader needs are installed."""
+    return loader not in PREPARED or all(map(installed, PREPARED[loader][1]))
 
 
 def installed(package: str) -> bool:
@@ -131,25 +139,35 @@ def why_not(config: Config, kind: str) -> str | None:
         return f"{place} holds no test images"
     if config.data.held_out and (problem := not_whole(found[0].manifest)):
         return f"data.held_out needs all training images, and those in {place} {problem}"
-    problems = [problem for one in found if (problem := _not_all(config, one))]
+    source = functools.cache(lambda split: _source(config, split))
+    problems = [problem for one in found if (problem := _not_all(one, source))]
     return f"those in {place}: {problems[0]}" if problems else None
 
 
-def _not_all(config: Config, found: records.Records) -> str | None:
+def _source(config: Config, split: str) -> sets.Pictures | None:
+    """All images of a split, if the source is still there."""
+    every = choice_of(config, None)._replace(held_out=0)
+    try:
+        return sets.pictures_of(sets.list_images(config.data.dataset, split, config.data.path, every))
+    except DataError:
+        return None
+
+
+def _not_all(found: records.Records, source: Callable[[str], sets.Pictures | None]) -> str | None:
     """Why prepared images are not all of their split's."""
     manifest = found.manifest
     if manifest["dataset"] is None:  # FFCV's own file: nothing says which source it is of
         return None
     if manifest["limit"] is not None:
         return f"they were written with --limit {manifest['limit']}"
-    try:
-        every = choice_of(config, None)._replace(held_out=0)
-        listing = sets.list_images(config.data.dataset, manifest["split"], config.data.path, every)
-    except DataError:
-        return None  # the source is no longer there
+    if (every := source(manifest["split"])) is None:
+        return None
     count = manifest["count"] + len(manifest["skipped"])
-    if (len(listing.labels), listing.classes) != (count, found.classes):
-        return f"the source has {len(listing.labels)} {manifest['split']} images now, {count} when they were written"
+    if (len(every.labels), every.classes) != (count, found.classes):
+        return f"the source has {len(every.labels)} {manifest['split']} images now, {count} when they were written"
+    same = "fingerprint" not in manifest or manifest["fingerprint"] == every.fingerprint()  # older files have none
+    if not same or (not manifest["skipped"] and (found.label != every.labels).any()):
+        return f"the source has other {manifest['split']} images or labels now than when they were written"
     return None
 
 

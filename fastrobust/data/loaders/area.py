@@ -11,7 +11,7 @@ from numba import njit, types
 
 
 def compiled(*signature):
-    """Makes machine code of a function, which is kept on the disk where it can be. It runs without the interpreter's lock."""
+    """Makes machine code of a function, kept on the disk where that can be. It runs without the interpreter's lock."""
 
     def compile(function):
         try:
@@ -24,14 +24,14 @@ def compiled(*signature):
 
 @compiled()
 def shares(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each of `count` pixels out of `size`: the first one that it covers, and the shares of that and of those after it."""
+    """Of each of `count` pixels out of `size`: the first that it covers, the shares of that and of those after it."""
     scale = 1.0 / (count / size)
     first, share = np.zeros(count, np.int64), np.zeros((max(3, int(scale) + 2), count), np.float32)
     for d in range(count):
         start, k = d * scale, 0
         end, cell = start + scale, min(scale, size - start)
-        last = min(int(math.floor(end)), size - 1)
-        whole = first[d] = min(int(math.ceil(start)), last)
+        last = min(math.floor(end), size - 1)
+        whole = first[d] = min(math.ceil(start), last)
         if whole - start > 1e-3:
             first[d], share[0, d], k = whole - 1, (whole - start) / cell, 1
         for _ in range(whole, last):
@@ -60,7 +60,10 @@ def across(pixels: np.ndarray, line: np.ndarray, first: np.ndarray, share: np.nd
             row[j + 2] += line[i + 2] * a
 
 
-@compiled(types.void(types.Array(types.uint8, 3, "C", readonly=True), *4 * [types.int64], types.uint8[:, :, ::1], types.bool))
+IMAGE = types.Array(types.uint8, 3, "C", readonly=True)
+
+
+@compiled(types.void(IMAGE, *4 * [types.int64], types.uint8[:, :, ::1], types.bool))
 def shrink(image: np.ndarray, top: int, left: int, height: int, width: int, out: np.ndarray, mirror: bool):
     """Fill out, uint8 h x w x 3, with a box of image, uint8 H x W x 3, that is at least as large; both are contiguous."""
     lines, rows = image.reshape(image.shape[0], -1), out.reshape(out.shape[0], -1)

@@ -29,7 +29,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
     frame, scan = _header(data)
     stream = np.frombuffer(data, np.uint8)
     after = np.flatnonzero(stream[scan:-1] == 255) + scan + 1
-    ends = after[stream[after] >= RESTARTS[0]] + 1  # of each MCU, its marker included: a 255 of an MCU's own has a 0 behind it
+    ends = after[stream[after] >= RESTARTS[0]] + 1  # of each MCU and its marker; a 255 within an MCU has a 0 behind it
     numbers = np.concatenate(([frame - PLACE, scan - PLACE], np.diff(ends, prepend=scan))).astype("<u2").tobytes()
     segment = bytes((255, APP9)) + (2 + len(SIGN) + len(numbers)).to_bytes(2, "big") + SIGN + numbers
     return data[:PLACE] + segment + data[PLACE:]

@@ -36,6 +36,7 @@ from fastrobust.runtime.progress import Progress, duration
 
 SIZES = {"imagenet": (160, 352, "original"), "imagenette": (80, 176, "original")}  # of the configs' phases
 KINDS = {"ffcv": BetonWriter, "webdataset": ShardWriter}
+LONGEST = 65500  # pixels of a side that Pillow writes into a JPEG
 SAMPLE = 48  # images from which --dry-run judges the whole
 
 
@@ -53,11 +54,14 @@ def is_raw(storage: str, number: int) -> bool:
     return storage == "raw" or (storage == "mixed" and number * 2654435761 % 2**32 < 2**31)
 
 
-def encode(image: Image.Image, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
-    """The RGB image in every size, each resized from the original (bicubic)."""
-    pictures, pixels = [], None
+def encode(source: sets.Pictures, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
+    """The image in every size, each resized from the original (bicubic). Raises DataError."""
+    image, pixels, pictures = source.image(number), None, []
     for size in sizes:
         shape = records.stored_size(*image.size, size, options.cap)
+        if max(shape) > LONGEST:
+            found = f"{source.where(number)} would be stored as {shape[0]} x {shape[1]} pixels"
+            raise DataError(f"{found}, a side may have {LONGEST}: replace or remove it, or use --skip-corrupt")
         if shape == image.size:
             resized = image
         else:
@@ -102,7 +106,7 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
     folder = Path(options.output)
     facts = {"format": MANIFEST_FORMAT, "kind": kind, "dataset": options.dataset, "split": split}
     facts |= {"storage": options.storage, "quality": options.quality, "cap": options.cap, "limit": options.limit}
-    facts |= {"source": source.source, "classes": list(source.classes)}
+    facts |= {"source": source.source, "classes": list(source.classes), "fingerprint": source.fingerprint()}
     there = {} if options.overwrite else facts | {"images": len(source.labels)}
     missing = tuple(size for size in sizes if options.overwrite or not already_there(folder, split, size, there))
     if not missing:
@@ -127,7 +131,7 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
 
         def work(i: int) -> list[Picture] | DataError:
             try:
-                return encode(source.image(i), i, missing, options)
+                return encode(source, i, missing, options)
             except DataError as error:
                 if not options.skip_corrupt:
                     raise
@@ -215,6 +219,9 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
         path.unlink()
         return False
     manifest["images"] = manifest["count"] + len(manifest["skipped"])
+    if facts and manifest.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:
+        raise ConfigError(f"{path} was written from other images: replace it with --overwrite, or choose another --output")
+    facts = {key: value for key, value in facts.items() if key != "fingerprint"}  # older files have none
     odd = [f"{key} {manifest.get(key)!r} instead of {facts[key]!r}" for key in facts if manifest.get(key) != facts[key]]
     if odd:
         told = f"{path} was written with {'; '.join(odd)[:500]}"
@@ -227,9 +234,7 @@ def estimate(split: str, source: sets.Pictures, sizes: tuple[Size, ...], options
     """Print what a split would take, judged from an even sample. Nothing is written."""
     numbers = evenly_spaced(len(source.labels), SAMPLE).tolist()
     began = time.perf_counter()
-    pictures = list(
-        in_order(lambda k: encode(source.image(numbers[k]), numbers[k], sizes, options), len(numbers), options.workers)
-    )
+    pictures = list(in_order(lambda k: encode(source, numbers[k], sizes, options), len(numbers), options.workers))
     seconds = (time.perf_counter() - began) / len(numbers) * len(source.labels)
     print(f"{split}: {len(source.labels)} images of {len(source.classes)} classes from {source.source}")
     for k, size in enumerate(sizes):

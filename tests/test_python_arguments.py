@@ -1,0 +1,124 @@
+"""Classes that a Dataset names, calls under no_grad, and arguments that cannot be meant, from Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import bar_images
+from torch import nn
+
+import fastrobust
+from fastrobust.runtime.errors import FastrobustError
+
+FEW = {"evaluation.steps": 5, "evaluation.restarts": 1, "optimizer.name": "adam"}
+NAMES = tuple("abcdefghij")
+
+
+class Named(torch.utils.data.Dataset):
+    """Bars of these classes of ten; labels are places in `classes`."""
+
+    def __init__(self, count: int, seed: int, classes: tuple[str, ...]):
+        pixels, labels = bar_images(count, seed)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        self.items = [(x, classes.index(NAMES[y])) for x, y in zip(images, labels, strict=True) if NAMES[y] in classes]
+        self.classes = list(classes)
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, k):
+        return self.items[k]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3 * 28 * 28, 10)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+def fit(folder, test, network=None, **options):
+    options = {"epsilon": 0.02, "epochs": 3, "batch_size": 50, "lr": 0.01, "output": folder, "config": FEW} | options
+    return fastrobust.fit(network or Net(), Named(600, 1, NAMES), test=test, **options)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("named"), Named(200, 2, NAMES))
+
+
+def test_the_test_images_of_fit_are_matched_by_name(run, tmp_path, capsys):
+    some = Named(200, 2, ("h", "c"))
+    found = fit(tmp_path, some)
+    assert "no images of" in capsys.readouterr().out
+    assert found.summary["clean_accuracy"] > 0.9 and run.summary["clean_accuracy"] > 0.9
+    counts = {name: sum(NAMES.index(name) == NAMES.index(some.classes[y]) for _, y in some.items) for name in NAMES}
+    assert found.summary["images"]["test"] == counts
+
+
+def test_so_are_those_of_evaluate(run, tmp_path, capsys):
+    part, options = Named(200, 2, ("h", "c")), {"epsilon": 0.0, "attack": "pgd-1-1"}
+    for model in (run.model, fastrobust.load(run.directory, Net())):
+        found = fastrobust.evaluate(model, part, **options)
+        assert found.clean_accuracy > 0.9 and "no images of" in capsys.readouterr().out
+    other = Named(200, 2, NAMES)
+    other.classes = [f"class {k}" for k in range(10)]
+    assert fastrobust.evaluate(run.model, other, **options).clean_accuracy > 0.9
+    assert "are taken for the model's (a, b, c, …) by their numbers" in capsys.readouterr().out
+    other.classes[3] = "a"
+    with pytest.raises(FastrobustError, match="trained on 10 classes"):
+        fastrobust.evaluate(run.model, other, **options)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_of_gradients_does_not_matter(run, tmp_path, mode):
+    x, y = (
+        torch.stack(t) if k == 0 else torch.tensor(t) for k, t in enumerate(zip(*Named(50, 2, NAMES).items, strict=True))
+    )
+    options = {"epsilon": 0.05, "attack": "pgd-3-1"}
+    expected, network = fastrobust.evaluate(run.model, x, y, **options), Net()
+    with mode():
+        inside = x.clone()
+        assert torch.equal(fastrobust.evaluate(run.model, inside, y, **options).robust, expected.robust)
+        fastrobust.adversarial_images(run.model, inside, y, **options)
+        assert fit(tmp_path, Named(200, 2, NAMES), network).summary["clean_accuracy"] > 0.9
+        if mode is torch.inference_mode:
+            with pytest.raises(FastrobustError, match=r"made under torch\.inference_mode"):
+                fit(tmp_path / "other", Named(200, 2, NAMES), Net())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epsilon": -0.1}, "epsilon must not be negative"),
+        ({"epsilon": float("nan")}, "epsilon must be a finite number"),
+        ({"epsilon": "a bit"}, "epsilon: 'a bit' is not a number; write 0.03 or 8/255"),
+        ({"alpha": 0}, "alpha be more than 0"),
+        ({"alpha": -1.0}, "alpha be more than 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number from 1"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number from 1"),
+        ({"seed": 2**70}, "seed must be a whole number from 0"),
+        ({"seed": None}, "seed must be a whole number from 0"),
+        ({"attack": ["pgd-3-1"]}, "attack must be text"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(run, options, says):
+    x, y = torch.zeros(4, 3, 28, 28), torch.tensor([0, 1, 2, 3])
+    for call in (fastrobust.evaluate, fastrobust.adversarial_images):
+        with pytest.raises(FastrobustError, match=says):
+            call(run.model, x, y, **{"epsilon": 0.05, "attack": "pgd-1-1"} | options)
+    assert fastrobust.evaluate(run.model, x, y, epsilon="8/255", attack="pgd-1-1").epsilon == 8 / 255
+
+
+def test_others_of_verify_load_and_fit(run, tmp_path):
+    x, y = torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.tensor([0, 1])
+    with pytest.raises(FastrobustError, match="workers must be a whole number from 1"):
+        fastrobust.verify(run.model, x, y, epsilon=0.1, workers=-1)
+    with pytest.raises(FastrobustError, match="it was given a NoneType"):
+        fastrobust.load(None)
+    for classes in ("abcdefghij", ("a", "a", *NAMES[2:])):
+        with pytest.raises(FastrobustError, match="classes must be names, each once"):
+            fit(tmp_path, Named(200, 2, NAMES), classes=classes)
+    assert not list(tmp_path.iterdir())
