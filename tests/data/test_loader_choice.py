@@ -233,7 +233,7 @@ def test_training_images_are_mirrored_and_cropped_only_in_training(made):
 
 
 def test_a_stored_config_is_read_back_resolved(resolved, written):
-    found = resolved(("ffcv",), data={"prepared": str(written / "jpeg" / "x-ffcv")})
+    found = resolved(loaders.FAST, data={"prepared": str(written / "jpeg" / "x-ffcv")})
     assert found.loader == "ffcv" and reading.parse(found.to_dict(), "stored") == found
     assert np.array_equal(loaders.Phases(found, CPU).enter(0).labels, np.repeat([0, 1, 2], [13, 12, 12]))
 
