@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks import measure
-from fastrobust.config.schema import Augment
+from fastrobust.config.sections import Augment
 from fastrobust.data import loaders, sets
 from fastrobust.data.loaders.dali import Dali
 from fastrobust.data.loaders.ffcv import Ffcv

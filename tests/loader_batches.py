@@ -8,7 +8,8 @@ import torch
 from data_files import need, prepare
 
 from fastrobust.config import reading
-from fastrobust.config.schema import Augment, Config
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Augment
 from fastrobust.data import sets
 from fastrobust.data.batch import Batch
 from fastrobust.data.loaders.base import Loader

@@ -7,19 +7,19 @@ import ast
 import importlib
 import importlib.util
 import re
+import runpy
 import shlex
 import typing
 from pathlib import Path
+from typing import Literal
 
+import pydantic
 import pytest
 import torch
-from pydantic_core import PydanticUndefined
 
 from fastrobust.__main__ import OPTIONS, parse
-from fastrobust.config import parts, reading
-from fastrobust.config.fields import Section
-from fastrobust.config.numbers import parse_number
-from fastrobust.config.schema import Config
+from fastrobust.config import keys, parts, reading
+from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section, key
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks/RECORDS.md"]
@@ -190,99 +190,65 @@ def test_the_readmes_example_can_be_configured():
 # ---- docs/configuration.md and the schema
 
 
-def rows() -> list[tuple[str, list[str]]]:
-    """(key, the cells of its row) in the tables of docs/configuration.md whose first column holds keys."""
-    found = []
-    for line in (ROOT / "docs/configuration.md").read_text().splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        key = re.fullmatch(r"`([\w.]+)`", cells[0]) if cells else None
-        if key and len(cells) > 2 and key[1].split(".")[0] in Config.model_fields:
-            found.append((key[1].replace(".N.", ".0."), cells))
-    return found
+CONFIGURATION = runpy.run_path(str(ROOT / "docs/configuration.py"))
 
 
-def keys_with_values() -> set[str]:
-    """Every key of the schema but those that hold other keys."""
-    known = reading._all_keys()
-    return {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
+def test_the_tables_of_keys_are_those_of_the_schema():
+    text = (ROOT / "docs/configuration.md").read_text()
+    assert CONFIGURATION["page"](text) == text, "docs/configuration.md is not up to date: python docs/configuration.py"
 
 
-def test_every_key_of_the_schema_is_in_the_documentation():
-    assert keys_with_values() <= {key for key, _ in rows()}
+def test_a_key_that_no_table_names_is_told():
+    text = (ROOT / "docs/configuration.md").read_text()
+    for gone in ("<!-- keys: guard -->", "clip_gradients "):
+        with pytest.raises(SystemExit, match=r"guard\.action|clip_gradients"):
+            CONFIGURATION["page"](text.replace(gone, "", 1))
+    with pytest.raises(SystemExit, match=r"seed in one table"):
+        CONFIGURATION["page"](text.replace("<!-- keys: guard -->", "<!-- keys: guard seed -->"))
 
 
-def test_every_key_in_the_documentation_is_in_the_schema():
-    assert {key for key, _ in rows()} <= keys_with_values()
+@pytest.mark.parametrize(
+    ("kind", "limits", "told"),
+    [
+        (bool, {}, "`true`, `false`"),
+        (Literal["a", False] | None, {}, "`a`, `false`"),
+        (NonNegative, {}, "0 or more"),
+        (Positive | None, {}, "above 0"),
+        (Number, {"ge": 0, "lt": 1}, "0 to below 1"),
+        (Number, {"gt": 0, "le": 0.5}, "above 0, up to 0.5"),
+        (Pixels | None, {}, "pixels"),
+        (Count, {"values": "images"}, "images"),
+        (tuple[Literal["a", "b"], ...], {}, "list of `a`, `b`"),
+    ],
+)
+def test_values_are_told_by_the_type(kind, limits, told):
+    section = pydantic.create_model("A", __base__=Section, a=(kind, key("its meaning", **limits)))
+    field = section.model_fields["a"]
+    assert CONFIGURATION["values"](field.annotation, field.title, field.metadata) == told
 
 
-def fields() -> list[tuple[str, str | None, typing.Any]]:
-    """(key, the part that it belongs to or None, pydantic's field) of every key with a value."""
-    tables = {"method": parts.METHODS, "optimizer": parts.OPTIMIZERS, "schedule": parts.SCHEDULES}
-
-    def walk(section: type[Section], prefix: str, part: str | None) -> list:
-        found = []
-        for name, field in section.model_fields.items():
-            inner = nested(field.annotation)
-            if inner is None:
-                found.append((prefix + name, part, field))
-            else:
-                found += walk(inner, f"{prefix}{name}.{'0.' if 'tuple' in str(field.annotation) else ''}", part)
-        return found
-
-    everything = []
-    for key, part, field in walk(Config, "", None):
-        table = tables.get(key)
-        if table is None:
-            everything.append((key, part, field))
-        for name in table or ():
-            everything += walk(parts.find(f"{key}.name", table, name), f"{key}.", name)
-    return everything
+def test_defaults_that_are_told_in_words_are_what_a_config_resolves_to():
+    """Those of the methods, at 8/255 and at 16/255: `1.25 epsilon`, `epsilon / 4`, `20; 10 where epsilon is above 8/255`."""
+    seen = 0
+    for one in keys.every():
+        words = (one.field.json_schema_extra or {}).get("default")
+        if not one.path.startswith("method.") or not words or one.part == "awp":
+            continue
+        for epsilon in (8 / 255, 16 / 255):
+            section = parts.find("method", parts.METHODS, one.part)(name=one.part)
+            section.resolve(epsilon)
+            found = getattr(section, one.path.partition(".")[2])
+            small, _, large = words.removesuffix(", at most 2").removesuffix(" where epsilon is above 8/255").partition("; ")
+            told = (large or small) if epsilon > 8 / 255 else small
+            formula = re.sub(r"([\d.]+) epsilon", r"\1 * epsilon", told).replace("×", "*").replace("^", "**")
+            expected = eval(formula.replace(" and ", ","), {"epsilon": epsilon, "true": True, "false": False})
+            assert found == pytest.approx(expected), f"{one.path} of {one.part}"
+            seen += 1
+    assert seen > 20
 
 
-def nested(annotation: typing.Any) -> type[Section] | None:
-    """The section that an annotation speaks of; None for the base of a named part, and for values."""
-    if isinstance(annotation, type):
-        return annotation if issubclass(annotation, Section) and annotation is not Section else None
-    return next((found for part in typing.get_args(annotation) if (found := nested(part))), None)
-
-
-def test_defaults_and_words_in_the_documentation_are_those_of_the_schema():
-    table = rows()
-    compared = 0
-    for key, part, field in fields():
-        if key.endswith(".name") and part:
-            continue  # each part's own name
-        of_key = [cells for found, cells in table if found == key]
-        if part is not None:  # key | of | values | default | meaning
-            of_key = [cells for cells in of_key if cells[1] == "all" or f"`{part}`" in cells[1]]
-        assert len(of_key) == 1, f"{key} of {part or 'the config'} has {len(of_key)} rows"
-        *_, values, default, _ = of_key[0]
-        words = [word for kind in literals(field.annotation) for word in typing.get_args(kind)]
-        words = [str(word).lower() if isinstance(word, bool) else word for word in words]
-        assert {f"`{word}`" for word in words} <= set(re.findall(r"`[^`]+`", values)), key
-        if field.default is PydanticUndefined:
-            expected = "the file's name without `.yaml`" if key == "name" else "needed"
-            assert expected in default, f"{key} of {part}: {default}"
-        elif field.default is not None:
-            (told,) = re.findall(r"`([^`]+)`", default)
-            assert value_of(told) == as_list(field.default), f"{key} of {part}: {told}"
-            compared += 1
-        else:
-            assert default not in ("needed", ""), key  # filled in later, from other keys
-    assert compared > 25
-
-
-def literals(annotation: typing.Any) -> list:
-    """The Literal types within an annotation."""
-    if typing.get_origin(annotation) is typing.Literal:
-        return [annotation]
-    return [found for part in typing.get_args(annotation) for found in literals(part)]
-
-
-def as_list(value: typing.Any) -> typing.Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def value_of(text: str) -> typing.Any:
-    value = reading.read_yaml(f"v: {text}", "the documentation")["v"]
-    return parse_number(value) if isinstance(value, str) and re.match(r"[\d.]", value) else value
+def test_every_model_that_has_a_name_is_described():
+    text = (ROOT / "docs/configuration.md").read_text()
+    (table,) = re.findall(r"^\| `model.name` \| network \|\n((?:\|.*\n)+)", text, re.M)
+    described = {name for line in table.splitlines() for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    assert described >= parts.MODELS.keys()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchattacks
 from conftest import bar_images
+from PIL import Image
 from torch import nn
 
 import fastrobust
@@ -117,6 +118,30 @@ def test_the_weights_are_those_of_the_same_run_by_a_config(tmp_path, config_file
     found = fit(network, tmp_path / "api", config=FEW)
     expected = fastrobust.load(tmp_path / "runs" / "bars").state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in found.model.state_dict().items())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_folder_trains_a_given_network_without_normalisation(tmp_path, channels, capsys):
+    """Its files decide how many channels there are; the run that is resumed is the same."""
+    for split, (images, labels) in (("train", bars(60, 0)), ("val", bars(20, 1))):
+        for k, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            file = tmp_path / "photos" / split / f"{label}" / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L" if channels == 1 else "RGB").save(file)
+    options = {"epochs": 1, "resolution": 28, "name": "photos"}
+
+    def run(**more):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(channels * 784, 10))
+        return fit(network, tmp_path, str(tmp_path / "photos"), None, **(options | more))
+
+    made = run()
+    assert (made.model.mean.flatten().tolist(), made.model.std.flatten().tolist()) == ([0] * channels, [1] * channels)
+    again = run(resume=True)
+    assert again.summary == made.summary and torch.equal(again.model.network[1].weight, made.model.network[1].weight)
+    assert run(name="other", mean=[0.5] * channels).model.mean.flatten().tolist() == [0.5] * channels
+    capsys.readouterr()
+    with pytest.raises(ConfigError, match=r"Sequential cannot take 28 x 28 pixels \(mat1 and mat2 shapes"):
+        run(name="wrong", config=FEW | {"data.channels": 4 - channels})
 
 
 def test_data_in_every_form_gives_the_same_run(run, tmp_path):

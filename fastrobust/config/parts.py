@@ -55,6 +55,7 @@ MODELS = {
     "wide_resnet28_10_silu": "fastrobust.models.wide_resnet:wide_resnet28_10_silu",
     "wide_resnet70_16_silu": "fastrobust.models.wide_resnet:wide_resnet70_16_silu",
 }
+SECTIONS = {"method": METHODS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}  # of a config, whose `name` is a part's
 LOADERS = {
     "resident": "fastrobust.data.loaders.resident:Resident",
     "ffcv": "fastrobust.data.loaders.ffcv:Ffcv",

@@ -4,20 +4,17 @@
 the key and the nearest right one.
 """
 
-import functools
 import math
 import os
 import re
 import reprlib
-import typing
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from fastrobust.config import packaged, parts
-from fastrobust.config.fields import Section
+from fastrobust.config import keys, packaged
 from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.schema import Config
 from fastrobust.runtime.errors import ConfigError
@@ -213,31 +210,6 @@ def _item(node: list, part: str, override: str) -> Any:
     return node[int(part)]
 
 
-@functools.cache
-def _all_keys() -> list[str]:
-    """Every dotted key of the schema, those of all methods, optimisers and schedules of the tables included."""
-    tables = {"method": parts.METHODS, "optimizer": parts.OPTIMIZERS, "schedule": parts.SCHEDULES}
-
-    def sections(kind: Any) -> list[type[Section]]:
-        """The sections that an annotation speaks of."""
-        if isinstance(kind, type):
-            return [kind] if issubclass(kind, Section) else []
-        return [found for part in typing.get_args(kind) for found in sections(part)]
-
-    def walk(section: type[Section], prefix: str) -> list[str]:
-        keys = []
-        for name, field in section.model_fields.items():
-            place, known = f"{prefix}{name}.", sections(field.annotation)
-            if section is Config and name in tables:
-                known = [parts.find(name, tables[name], part) for part in tables[name]]
-            keys.append(prefix + name)
-            for child in known:
-                keys += walk(child, f"{place}0." if "tuple" in str(field.annotation) else place)
-        return keys
-
-    return list(dict.fromkeys(walk(Config, "")))
-
-
 def _shown(value: Any) -> str:
     """A value in a few words at most."""
     short = reprlib.Repr()
@@ -249,13 +221,22 @@ def _shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
+def _meaning(path: str, part: Any = None) -> str:
+    """What a key means, in a few words: ` (step size)`. `part`: the `name` of its section, where that has one."""
+    path = re.sub(r"\.\d+\.", ".0.", path.replace("method.of.", "method."))
+    found = [key for key in keys.every() if key.path == path and key.meaning]
+    words = next((key.meaning for key in [*(key for key in found if key.part == part), *found]), "")
+    words = re.split(r"\. |[:,]? see |[:,]? \(?\[", words)[0]
+    return f" ({words})" if words else ""
+
+
 def _explain(error: dict[str, Any]) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, and the nearest right key for an unknown one."""
     loc = [str(part) for part in error["loc"]]
     loc = [part for part in loc if not part.startswith(("function-", "tuple[", "constrained-"))]
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        known = _all_keys()
+        known = list(dict.fromkeys(k.path for k in keys.every()))
         if key.startswith("method.of."):  # a method within another has the keys of methods
             known = [k.replace("method.", "method.of.", 1) for k in known if k.startswith("method.")]
         if key in known:
@@ -264,10 +245,11 @@ def _explain(error: dict[str, Any]) -> str:
         same_leaf = [k for k in known if k.rpartition(".")[2] == loc[-1]]
         near = next(iter(same_leaf), None) or nearest(key, siblings) or nearest(key, known, FAR_ALIKE)
         allowed = f"; the keys there are: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
-        return f"unknown key '{key}'" + (f"; did you mean '{near}'?" if near else allowed)
+        return f"unknown key '{key}'" + (f"; did you mean '{near}'?{_meaning(near)}" if near else allowed)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
-        message = "this key is needed"
+        given = error["input"]
+        message = f"this key is needed{_meaning(key, given.get('name') if isinstance(given, dict) else None)}"
     elif error["type"] == "literal_error":
         context = error["ctx"]
         expected, given = context["expected"], error["input"]

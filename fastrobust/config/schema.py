@@ -8,39 +8,28 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainValidator,
-    SerializeAsAny,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from fastrobust.config import datasets, parts
-from fastrobust.config.fields import Count, FolderName, NonNegative, Number, Pixels, Positive, Section, some
+from fastrobust.config.fields import FolderName, NonNegative, Number, Pixels, Positive, Section, Seed, key, some
 from fastrobust.config.numbers import ball_in_words
+from fastrobust.config.sections import (
+    Averaging,
+    Data,
+    Evaluation,
+    Guard,
+    Model,
+    Phase,
+    Place,
+    Selection,
+    named,
+    word,
+)
 from fastrobust.runtime.errors import ConfigError
-
-
-def _place(value: str) -> str:
-    """A path with ~ and $VARIABLES written out."""
-    path = os.path.expanduser(os.path.expandvars(value))
-    if unset := re.search(r"\$\{?(\w+)", path):
-        raise ValueError(f"the environment variable {unset[1]} is not set")
-    if path.startswith("~"):
-        raise ValueError(f"there is no home folder for '{path.split('/')[0]}'")
-    return path
-
-
-Place = Annotated[str, AfterValidator(_place)]
 
 
 def _device(value: str) -> str:
@@ -49,183 +38,55 @@ def _device(value: str) -> str:
     return value
 
 
-def _word(known: tuple[str, ...], value: str) -> str:
-    """One of the known words, or `package.module:name`."""
-    if ":" not in value and value not in known:
-        raise ValueError(parts.unknown(value, known))
-    return value
-
-
-def _dataset(value: str) -> str:
-    _word((*datasets.DATASETS, *datasets.FROM_FILES), value)
-    try:
-        datasets.find(value)
-    except ConfigError as error:
-        raise ValueError(str(error).removeprefix("data.dataset: ")) from None
-    return value
-
-
-def _loader(value: str) -> str:
-    return _word(("auto", *parts.LOADERS), value)
-
-
-def _logger(value: str) -> str:
-    return _word(tuple(parts.LOGGERS), value)
-
-
-def named(key: str, table: dict[str, str]) -> Any:
-    """The type of a section whose `name` says which class of a table it is, or a class of the user's own."""
-
-    def read(value: Any, info: ValidationInfo) -> Section:
-        if isinstance(value, Section):
-            return value
-        name = value.get("name") if isinstance(value, dict) else None
-        if not isinstance(name, str):
-            raise ValueError("this section needs a `name`" if name is None else "its `name` must be a word")
-        try:
-            kind = parts.find_class(key, table, name)
-        except ConfigError as error:
-            raise ValueError(str(error).removeprefix(f"{key}: ")) from None
-        return kind.model_validate(value, context=info.context)
-
-    return Annotated[SerializeAsAny[Section], PlainValidator(read)]
-
-
-class Augment(Section):
-    """Applied on the training device, batch by batch. `pad` is the random crop with zero padding of the CIFAR-10 recipe.
-    mixup, cutmix: alpha of the Beta distribution that an image's share is drawn from; 0 is without."""
-
-    crop: Literal["none", "pad", "random_resized"] = "none"
-    padding: Count = 4
-    border: Literal["zeros", "reflect"] = "zeros"  # what comes in at the edges of `pad`
-    flip: Literal[False, True, "alternate"] = False
-    randaugment: Annotated[int, Field(ge=0, le=10, strict=True)] = 0  # operations on each image
-    magnitude: Annotated[int, Field(ge=0, le=30, strict=True)] = 9  # of those
-    cutout: Annotated[int, Field(ge=0, strict=True)] = 0  # side of the square that is blackened, in pixels
-    mixup: NonNegative = 0.0
-    cutmix: NonNegative = 0.0
-
-    @property
-    def mixes(self) -> str:
-        """Which key gives images the labels of two; empty if none does."""
-        return "mixup" if self.mixup else "cutmix" if self.cutmix else ""
-
-
-class Data(Section):
-    dataset: Annotated[str, AfterValidator(_dataset)]
-    path: Place | None = None
-    prepared: Place | None = None  # folder of prepared files; default: DATASET-ffcv or DATASET-dali beside the data sets
-    workers: Count | None = None  # threads or processes that decode; default: one for each core
-    download: bool = False
-    limit: Count | None = None
-    held_out: Annotated[int, Field(ge=0, strict=True)] = 0  # training images that are never trained on
-    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0  # of which those are
-    labels: Place | None = None  # a CSV file with columns file, label, and perhaps split
-    skip_corrupt: bool = False  # leave out images that cannot be decoded
-    balance: bool = False  # every class equally often, whatever the number of its images
-    channels: Literal[1, 3] | None = None  # default: 1 where the files of an image folder are grey
-    augment: Augment = Augment()
-
-
-class Model(Section):
-    """`mean` and `std` are in units of pixels in [0, 1]; the normalisation they describe is the model's first layer.
-    Training starts with the `weights` of a file or run; a last layer for other classes is replaced by a new one."""
-
-    name: str
-    options: dict[str, str | bool | int | float] | None = None  # further arguments of the model
-    weights: Annotated[Place, AfterValidator(os.path.abspath)] | None = None
-    mean: tuple[Pixels, ...] | None = None
-    std: tuple[Positive, ...] | None = None
-
-
-class Phase(Section):
-    """`resolution` is the side of the images that the model sees; `resize` the short side of those they are cropped from. A
-    batch passes through the model in `accumulate` parts, whose gradients are averaged for its one update."""
-
-    epochs: Count
-    batch_size: Count
-    accumulate: Count = 1
-    resolution: Count | None = None
-    resize: Count | Literal["original"] | None = None
-
-
 def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _off(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 reads `off` as false
-
-
-class Guard(Section):
-    """PGD on 512 training images after each epoch (paper, appendix B: on one minibatch): a fall of robust accuracy by more
-    than `drop` from one epoch to the next is catastrophic overfitting. alpha defaults to epsilon / 4: 2/255 at 8/255."""
-
-    action: Annotated[Literal["stop", "recover", "warn", "off"], BeforeValidator(_off)] = "stop"
-    steps: Count = 5
-    alpha: Pixels | None = None
-    drop: Annotated[Number, Field(gt=0, lt=1)] = 0.2
-
-
-class Averaging(Section):
-    """Averaged weights beside the trained ones: mean <- decay mean + (1 - decay) weights after every update, with less decay
-    in the first ones. 0.999 for 15 to 30 epochs, 0.9995 for 100."""
-
-    decay: Annotated[Number, Field(gt=0, lt=1)] = 0.999
-
-
-class Selection(Section):
-    """PGD on the held-out images after every so many epochs, at the full epsilon; the run ends with the weights, trained or
-    averaged, that stood it best. alpha defaults to epsilon / 4."""
-
-    steps: Count = 10
-    alpha: Pixels | None = None
-    every: Count = 1
-
-
-class Evaluation(Section):
-    """PGD on the test set. epsilon defaults to the training epsilon; alpha, one for each radius, to epsilon / 4."""
-
-    epsilon: Annotated[tuple[Pixels, ...], AfterValidator(some)] | None = None
-    alpha: Annotated[tuple[Pixels, ...], AfterValidator(some)] | None = None
-    steps: Count = 50
-    restarts: Count = 10
-    batch_size: Count = 500
-    limit: Count | None = None
-
-    @field_validator("epsilon", "alpha", mode="before")
-    @classmethod
-    def _one_value(cls, value: Any) -> Any:
-        return [value] if isinstance(value, (int, float, str)) else value
-
-    def alpha_at(self, epsilon: float) -> float:
-        """The step size of PGD at a radius: the config's for a radius that stands there, else a quarter of it."""
-        return dict(zip(self.epsilon, self.alpha, strict=True)).get(epsilon, epsilon / 4)
-
-
 class Config(Section):
-    name: FolderName
-    output: Place = "runs"
-    seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = 0
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = "auto"
-    loader: Annotated[str, AfterValidator(_loader)] = "auto"
-    logging: Annotated[tuple[Annotated[str, AfterValidator(_logger)], ...], BeforeValidator(_listed)] = ("tensorboard",)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    deterministic: bool = False  # the same bits every time, on a GPU at some cost; on a CPU the threads are kept
-    norm: Literal["linf", "l2"] = "linf"  # of the ball; epsilon and all alpha are in its units
-    epsilon: Pixels
-    epsilon_warmup: NonNegative = 0.0  # epochs over which epsilon and alpha grow linearly from 0
+    name: FolderName = key("name of the run directory", ..., "the file's name without `.yaml`")
+    output: Place = key("where run directories are made: the run goes to `OUTPUT/NAME/`", "runs")
+    seed: Seed = key("seed of the weights, the order of the images and the random starts", 0)
+    device: Annotated[str, AfterValidator(_device)] = key(
+        "`auto` is the GPU if there is one, else the CPU", "auto", values="`auto`, `cpu`, `cuda`, `cuda:N`"
+    )
+    engine: Literal["auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph"] = key(
+        "how a step is run. `auto` is `cuda_graph` on a GPU and `eager` on a CPU. If compiling or capturing fails, a "
+        "warning says so and training goes on eagerly. `fused`: see below",
+        "auto",
+    )
+    loader: word(("auto", *parts.LOADERS), "package.module:Class") = key(
+        "what reads the training images: see [data.md](data.md#loaders)", "auto"
+    )
+    logging: Annotated[tuple[word(parts.LOGGERS, "package.module:Class"), ...], BeforeValidator(_listed)] = key(
+        "where the figures of each epoch go, besides `metrics.jsonl`: see [reliability.md](reliability.md#logging)",
+        ("tensorboard",),
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = key(
+        "of the forward and backward passes. `auto` is half precision on a GPU (`bf16` where it has that). On a CPU with "
+        "bf16 instructions it is what a trial of a few steps finds faster, by 1.15 times at least (networks of less than "
+        "10 MFLOP an image are left out); else, and with `deterministic: true`, `fp32`. `fp16` uses a dynamic loss scale, "
+        "for the attack too. Weights are fp32 always. On a GPU `fp32` lets convolutions round their inputs to TF32 (10 "
+        "bits), as PyTorch does; `summary.json` says so (`arithmetic`)",
+        "auto",
+    )
+    deterministic: bool = key(
+        "`true`: the same bits every time on a GPU too, but slower. A CPU gives the same bits with the same number of "
+        "threads, which `true` keeps fixed",
+        False,
+    )
+    norm: Literal["linf", "l2"] = key("norm of the ball, of every radius and of every step size", "linf")
+    epsilon: Pixels = key("radius of the ball that training uses")
+    epsilon_warmup: NonNegative = key("epsilon and alpha grow linearly from 0 over so many epochs", 0.0, values="epochs")
     data: Data
     model: Model
-    method: named("method", parts.METHODS)
-    optimizer: named("optimizer", parts.OPTIMIZERS)
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = (
-        0.0  # share of each label spread over all classes, attack and update
+    method: named("method") = key("the training method")
+    optimizer: named("optimizer") = key("the optimiser")
+    label_smoothing: Number = key(
+        "share of each label that is spread over all classes, in the losses of attack and update", 0.0, ge=0, lt=1
     )
-    clip_gradients: Positive | None = None  # the largest norm of all weight gradients together
+    clip_gradients: Positive | None = key("the largest norm of all weight gradients together", None, "none")
     averaging: Averaging | None = None
-    schedule: named("schedule", parts.SCHEDULES)
+    schedule: named("schedule") = key("the learning-rate schedule")
     phases: Annotated[tuple[Phase, ...], AfterValidator(some)]
     guard: Guard = Guard()
     selection: Selection | None = None
@@ -309,10 +170,10 @@ class Config(Section):
         number of channels is not known yet, they may have 3."""
         side = max(phase.resolution for phase in self.phases)
         widest = math.sqrt((self.facts.channels or 3) * side * side)
-        for key, radius in (("epsilon", self.epsilon), ("evaluation.epsilon", max(self.evaluation.epsilon))):
+        for name, radius in (("epsilon", self.epsilon), ("evaluation.epsilon", max(self.evaluation.epsilon))):
             if self.norm == "l2" and radius > widest:
                 apart = f"no two images of {side} x {side} pixels are further apart than {widest:.4g} in L2"
-                return f"{key} is {radius:g}, but {apart}; did you mean {radius:g}/255?"
+                return f"{name} is {radius:g}, but {apart}; did you mean {radius:g}/255?"
         return ""
 
     def _asked_channels(self) -> int | None:
@@ -320,7 +181,7 @@ class Config(Section):
         given = self.model.mean or self.model.std
         if given is not None:
             return 1 if len(given) == 1 else 3
-        return None if self.model.name in parts.MODELS or re.match(r"timm/|.*:", self.model.name) else 3
+        return None if self.model.name in parts.MODELS or re.match(r"timm/|given/|.*:", self.model.name) else 3
 
     def _normalise(self) -> None:
         """The default mean and std, where it is known how many channels the images have."""

@@ -52,4 +52,5 @@ def check_names(meta: formats.Member) -> None:
 
 
 # means and standard deviations of the training pixels as RobustBench has them
+# mean, std: see fastrobust.config.datasets
 CIFAR100 = Dataset(3, 32, CLASSES, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), read)

@@ -100,7 +100,9 @@ def check_labels(labels: np.ndarray, classes: int, where: str | Path) -> None:
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         found = f"label {labels[wrong[0]]} of image {wrong[0]}"
-        raise DataError(f"{where}: {found} is outside 0..{classes - 1}: fetch the file again")
+        from_1 = labels.min() == 1 and labels.max() == classes
+        advice = "they count from 1, so subtract 1" if from_1 else "if the file is a published one, fetch it again"
+        raise DataError(f"{where}: {found} is outside 0..{classes - 1}: {advice}")
 
 
 class Member(NamedTuple):
@@ -344,4 +346,5 @@ def unusable(where: str, error: Exception) -> DataError:
     advice = (
         "put a good copy in its place (a run that was begun goes on with --resume), or leave it out: data.skip_corrupt=true"
     )
-    return DataError(f"{where} is not a usable image ({error}): {advice}")
+    said = str(error).partition(" <_io.")[0]  # Pillow: cannot identify image file <_io.BytesIO object at 0x7f23167>
+    return DataError(f"{where} is not a usable image ({said}): {advice}")

@@ -48,4 +48,5 @@ def problem(place: Path) -> str | None:
 
 
 # means and standard deviations of the training pixels
+# mean, std: see fastrobust.config.datasets
 SVHN = Dataset(3, 32, tuple("0123456789"), (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), read)

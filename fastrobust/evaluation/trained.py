@@ -17,13 +17,15 @@ from fastrobust.runtime.errors import DataError
 @dataclass(frozen=True)
 class Trained:
     """A model in eval mode, the resolved config that it was trained with, its class names in the order of its logits, and
-    the run directory or weights file that it came from. digest: of the weights, whichever file they are in."""
+    the run directory or weights file that it came from. digest: of the weights, whichever file they are in. own: the config
+    as it is stored, where `config` has the data set from another place."""
 
     model: nn.Module
     config: Config
     classes: tuple[str, ...]
     path: Path
     digest: str
+    own: Config | None = None
 
     def images(self, limit: int | None = None) -> ImageSet:
         """The test images, or `limit` of them (`data.held_out.spread`); labels count as the model's classes do. Raises
@@ -38,13 +40,22 @@ class Trained:
         return found
 
     def training_images(self, limit: int) -> ImageSet:
-        """`limit` of the images that it was trained on (of those that `data.limit` leaves), evenly spaced."""
-        return loaders.still(self.config, "train", limit).labelled_as(self.classes, str(self.path))
+        """`limit` of the images that it was trained on (of those that `data.limit` leaves), evenly spaced. Where these are
+        gone, of the training images beside the test images. Raises DataError."""
+        try:
+            found = loaders.still(self.own or self.config, "train", limit)
+        except DataError:
+            if self.own is None:
+                raise
+            found = loaders.still(self.config, "train", limit)
+        return found.labelled_as(self.classes, str(self.path))
 
 
 def open_trained(path: str | Path, data: str | None = None, device: torch.device | str = "cpu") -> Trained:
     """Open a run directory or a weights file. With `data` the data set is read from that folder or file instead of where the
     run's config says, from the source and not from prepared files. Raises RunError or ConfigError."""
     model, config, classes = read_weights(path)
+    own = config if data else None
     config = loaders.from_source(config, data) if data else loaders.resolve(config, torch.device("cpu"))
-    return Trained(model.to(device, memory_format=torch.channels_last), config, classes, Path(path), weights_digest(model))
+    model = model.to(device, memory_format=torch.channels_last)
+    return Trained(model, config, classes, Path(path), weights_digest(model), own)

@@ -108,14 +108,18 @@ def fit(model: Normalized, tensors: dict[str, Tensor], where: str, replace_head:
     last = list(network)[-1].rpartition(".")[0]
     head = [name for name in odd if name.rpartition(".")[0] == last and fitting[name].shape[1:] == network[name].shape[1:]]
     head = head if replace_head else []
-    lines = [
-        f"{name}: the file has {_form(fitting[name])}, the model {_form(network[name])}" for name in odd if name not in head
+    other = [name for name in odd if name not in head]
+    kinds = [
+        [f"{name}: the file has {_form(fitting[name])}, the model {_form(network[name])}" for name in other],
+        [f"{name} {_form(network[name])}: not in the file" for name in absent],
+        [f"{name} {_form(t)}: not in the model" for name, t in left.items()],
     ]
-    lines += [f"{name} {_form(network[name])}: not in the file" for name in absent]
-    lines += [f"{name} {_form(t)}: not in the model" for name, t in left.items()]
-    if lines:
-        more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-        raise ConfigError("\n  ".join([f"{where} do not fit the model:", *lines[:LISTED], *more]))
+    if any(kinds):
+        each = LISTED // sum(map(bool, kinds))
+        lines = [f"{where} do not fit the model:"]
+        for kind in kinds:
+            lines += kind[:each] + ([f"and {len(kind) - each} more"] if len(kind) > each else [])
+        raise ConfigError("\n  ".join(lines))
     for name, tensor in fitting.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ConfigError(f"{where}: {name} holds infinite numbers or NaN")

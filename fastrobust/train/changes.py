@@ -7,7 +7,8 @@ from pathlib import Path
 
 from fastrobust.config import reading
 from fastrobust.config.numbers import describe
-from fastrobust.config.schema import Config, Evaluation
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Evaluation
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.run_directory import SUMMARY

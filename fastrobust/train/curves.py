@@ -13,6 +13,12 @@ from fastrobust.runtime.progress import Progress
 from fastrobust.train.loggers import Logger, figures
 
 
+def check(config: Config) -> None:
+    """Raise ConfigError for a logger of the config that is not installed."""
+    for name in config.logging:
+        parts.find_class("logging", parts.LOGGERS, name).check()
+
+
 class Curves:
     """The loggers of a config, in process 0 alone. One that fails is left out from then on, which is said in one line of
     `say`. Raises ConfigError for one that is not installed."""

@@ -17,7 +17,7 @@ from torch import nn
 from fastrobust.config import parts, reading
 from fastrobust.config.datasets import DATASETS, FROM_FILES
 from fastrobust.config.numbers import ball_in_words
-from fastrobust.data import arrays, given
+from fastrobust.data import arrays, given, loaders
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, interrupt, run_directory
@@ -106,16 +106,19 @@ def fit(
         settings["phases"][0]["resolution"] = resolution
     with _placed(data, test, classes, directory) as (dataset, path):
         settings["data"] = {"dataset": dataset} | ({"path": path} if path else {})
-        if network is not None:
-            channels = 3 if (found := DATASETS.get(dataset)) is None else found.channels
-            channels = arrays.dataset(path).channels if dataset == "arrays" else channels
-            mean, std = (0.0,) * channels if mean is None else mean, (1.0,) * channels if std is None else std
         settings["model"] |= {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
         for key, value in (config or {}).items():
             reading.put(settings, key, value, f"config[{key!r}]")
         parsed = reading.parse(settings, "fit")
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with interrupt.left_alone(), torch.random.fork_rng(devices), distributed.joined(parsed.device) as (world, device):
+            if network is not None:  # without a normalisation, unless one is given
+                facts = parsed.facts
+                if facts.channels is None:
+                    facts = world.first(lambda: loaders.resolve(parsed, device)).facts
+                none = {"mean": [0.0] * facts.channels, "std": [1.0] * facts.channels}
+                settings["model"] = none | settings["model"]
+                parsed = reading.parse(settings, "fit")
             summary = start.run(parsed, directory, device, world, again=resume, network=network)
     trained, _, names = read_weights(directory, network)
     trained = trained.to(memory_format=torch.contiguous_format)

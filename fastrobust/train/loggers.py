@@ -25,6 +25,10 @@ class Logger:
     def __init__(self, directory: Path, config: Config, history: list[dict[str, Any]]):
         pass
 
+    @classmethod
+    def check(cls) -> Any:
+        """Raise ConfigError where it cannot be used on this machine. Called before there is a run directory."""
+
     def log(self, record: dict[str, float], updates: int) -> None:
         """The figures after so many weight updates."""
         raise NotImplementedError
@@ -58,8 +62,12 @@ class TensorBoard(Logger):
 class Wandb(Logger):
     """A run of Weights & Biases, in its project `fastrobust` or $WANDB_PROJECT; WANDB_MODE=offline writes files alone."""
 
+    @classmethod
+    def check(cls) -> Any:
+        return needed("wandb")
+
     def __init__(self, directory: Path, config: Config, history: list[dict[str, Any]]):
-        wandb = needed("wandb")
+        wandb = self.check()
         settings = wandb.Settings(console="off")  # the progress bar owns the terminal
         about = {"name": config.name, "config": config.to_dict(), "dir": str(directory), "settings": settings}
         before = {"id": ids(directory).get("wandb"), "resume": "allow"} if history else {}
@@ -76,8 +84,12 @@ class Wandb(Logger):
 class Mlflow(Logger):
     """A run of MLflow, where MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME say."""
 
+    @classmethod
+    def check(cls) -> Any:
+        return needed("mlflow", "mlflow or mlflow-skinny")
+
     def __init__(self, directory: Path, config: Config, history: list[dict[str, Any]]):
-        self.mlflow = needed("mlflow", "mlflow or mlflow-skinny")
+        self.mlflow = self.check()
         known = ids(directory).get("mlflow") if history else None
         run = self.mlflow.start_run(run_id=known, run_name=config.name, nested=self.mlflow.active_run() is not None)
         self.id = run.info.run_id

@@ -1,13 +1,11 @@
 """Optimisers: each is a section of a config that builds a torch optimiser whose step is one fused call."""
 
 from abc import ABC, abstractmethod
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from fastrobust.config.fields import NonNegative, Number, Section
+from fastrobust.config.fields import NonNegative, Number, Section, key
 from fastrobust.runtime.errors import ConfigError
 
 
@@ -16,9 +14,15 @@ class Optimizer(Section, ABC):
     `make` and `kept`."""
 
     name: str
-    weight_decay: NonNegative = 0.0
-    decay_batchnorm: bool = True
-    rates: dict[str, NonNegative] | None = None  # start of parameters' names -> factor of their learning rate
+    weight_decay: NonNegative = key("L2 penalty", 0.0)
+    decay_batchnorm: bool = key("`false`: no weight decay on BatchNorm's parameters", True)
+    rates: dict[str, NonNegative] | None = key(
+        'for fine-tuning: `{"": 0.1, linear: 1}` trains all with a tenth of the rate and the last layer with the whole; a '
+        "factor of 0 freezes. Of several prefixes the longest counts",
+        None,
+        "none",
+        values="a section: start of parameters' names → factor",
+    )
 
     @abstractmethod
     def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
@@ -74,8 +78,8 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: Tensor) -> None:
 
 
 class Sgd(Optimizer):
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegative = 5e-4
+    momentum: Number = key("momentum; no schedule changes it", 0.9, ge=0, lt=1)
+    weight_decay: NonNegative = key("L2 penalty", 5e-4)
 
     def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, fused=True)
@@ -97,7 +101,7 @@ class Adam(Optimizer):
 class AdamW(Adam):
     """Weight decay is decoupled from the gradient (Loshchilov & Hutter, 2019)."""
 
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegative = key("decoupled from the gradient", 0.01)
 
     def make(self, groups: list[dict], lr: Tensor) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=lr.device.type == "cuda")

@@ -11,9 +11,11 @@ import torch
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from fastrobust.config.fields import NonNegative, Number, Positive, Section, some
+from fastrobust.config.fields import NonNegative, Number, Positive, Section, key, some
 from fastrobust.config.schema import Config
 from fastrobust.data.order import end_of_pass
+
+SHARE = "a share of training"
 
 
 def interpolate(points: Sequence[tuple[float, float]], epoch: float) -> float:
@@ -59,8 +61,8 @@ class Schedule(Section, ABC):
 class Cyclic(Schedule):
     """0 -> max_lr at `peak` (a fraction of training) -> 0, linear in between (paper, section 5.2: 2/5)."""
 
-    max_lr: Positive
-    peak: Annotated[Number, Field(gt=0, lt=1)] = 0.4
+    max_lr: Positive = key("the peak: linear from 0 to the peak and back to 0")
+    peak: Number = key("when the peak is reached", 0.4, values=f"between 0 and 1, {SHARE}", gt=0, lt=1)
 
     def rate(self, epoch: float, epochs: float) -> float:
         return cyclic(epoch, epochs, self.max_lr, self.peak)
@@ -72,9 +74,11 @@ class Cyclic(Schedule):
 class Multistep(Schedule):
     """`lr`, multiplied by `factor` at each milestone (fractions of training)."""
 
-    lr: Positive
-    milestones: tuple[Annotated[Number, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
-    factor: Positive = 0.1
+    lr: Positive = key("the first rate")
+    milestones: tuple[Annotated[Number, Field(gt=0, lt=1)], ...] = key(
+        "when the rate is multiplied by `factor`", (0.5, 0.75), values="shares of training, between 0 and 1"
+    )
+    factor: Positive = key("the multiplier", 0.1)
 
     def rate(self, epoch: float, epochs: float) -> float:
         return multistep(epoch, epochs, self.lr, self.milestones, self.factor)
@@ -87,8 +91,10 @@ class Cosine(Schedule):
     """Linear from 0 to max_lr during `warmup` (a fraction of training), then down to 0 along half a cosine (Loshchilov &
     Hutter, 2017)."""
 
-    max_lr: Positive
-    warmup: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    max_lr: Positive = key("the highest rate")
+    warmup: Number = key(
+        "linear from 0 for so long; then half a cosine down to 0", 0.0, values=f"0 to below 1, {SHARE}", ge=0, lt=1
+    )
 
     def rate(self, epoch: float, epochs: float) -> float:
         begin = self.warmup * epochs
@@ -104,10 +110,12 @@ class OneCycle(Schedule):
     """max_lr / div -> max_lr at `peak` (a fraction of training) -> max_lr / div / final_div, along half cosines (Smith &
     Topin, 2018). The momentum stays as it is."""
 
-    max_lr: Positive
-    peak: Annotated[Number, Field(gt=0, lt=1)] = 0.3
-    div: Annotated[Number, Field(ge=1)] = 25.0
-    final_div: Annotated[Number, Field(ge=1)] = 1e4
+    max_lr: Positive = key("the highest rate")
+    peak: Number = key(
+        "when the rate is highest; half cosines before and after", 0.3, values=f"between 0 and 1, {SHARE}", gt=0, lt=1
+    )
+    div: Number = key("the first rate is `max_lr / div`", 25.0, ge=1)
+    final_div: Number = key("the last rate is the first divided by this", 1e4, ge=1)
 
     def rate(self, epoch: float, epochs: float) -> float:
         first, middle = self.max_lr / self.div, self.peak * epochs
@@ -126,7 +134,9 @@ def half_cosine(begin: float, end: float, share: float) -> float:
 class Points(Schedule):
     """Linear interpolation between (epoch, learning rate) pairs."""
 
-    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(some)]
+    points: Annotated[tuple[tuple[NonNegative, NonNegative], ...], AfterValidator(some)] = key(
+        "linear between the points. They must reach the last epoch", values="list of [epoch, rate]"
+    )
 
     @model_validator(mode="after")
     def _sorted(self):

@@ -28,7 +28,7 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, engine, precision, selection, work
+from fastrobust.train import changes, curves, engine, precision, selection, work
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -131,7 +131,8 @@ def stored_config(directory: Path, config: Config, again: bool) -> Config | None
 
 
 def create(training: Training) -> None:
-    """The run's directory, with the lists of its images."""
+    """The run's directory, with the lists of its images. Raises ConfigError where a run could not begin."""
+    curves.check(training.config)
     directory = run_directory.create(training.config)
     run_directory.write_images(directory, getattr(training.loader, "names", ()), training.skipped)
 

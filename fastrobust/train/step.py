@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fastrobust.attack.threat import Threat, ball
 from fastrobust.attack.verdicts import evaluating
-from fastrobust.config.schema import Augment, Config
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Augment
 from fastrobust.data.augment import Alternation, augment, mixed, to_unit
 from fastrobust.data.batch import Batch
 from fastrobust.models import fused

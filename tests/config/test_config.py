@@ -10,7 +10,8 @@ from config_files import FOLDER, MINIMAL, ROOT, refusal
 from fastrobust.config import reading
 from fastrobust.config.numbers import describe, parse_number
 from fastrobust.config.reading import load
-from fastrobust.config.schema import Config, Evaluation, Guard
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Evaluation, Guard
 
 
 @pytest.fixture

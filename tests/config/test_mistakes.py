@@ -61,6 +61,24 @@ def test_a_wrong_choice_names_the_nearest(file, wrong, key, near):
     assert re.search(rf"^  {re.escape(key)}: '.*' is not one of .*; did you mean '{near}'\?$", text, re.MULTILINE), text
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meaning"),
+    [
+        ("method={name: pgd}", "method.alpha: this key is needed (step size)"),
+        ("method={name: awp, of: {name: pgd}}", "method.of.alpha: this key is needed (step size)"),
+        ("schedule={name: multistep}", "schedule.lr: this key is needed (the first rate)"),
+        ("schedule={name: cosine}", "schedule.max_lr: this key is needed (the highest rate)"),
+        ("phases=[{epochs: 3}]", "phases.0.batch_size: this key is needed (images in a batch, of all processes together)"),
+        ("padding=3", "did you mean 'data.augment.padding'? (width of the border of `pad`)"),
+        ("data.balanced=true", "'data.balance'? (every class comes equally often, whatever the number of its images)"),
+        ("held_out=3", "'data.held_out'? (so many training images, the same number of each class, are never trained on)"),
+    ],
+)
+def test_the_meaning_of_a_key_is_told(file, wrong, meaning):
+    lines = refusal(file, wrong).splitlines()
+    assert any(line.endswith(meaning) for line in lines), lines
+
+
 @pytest.mark.parametrize("key", ["epsilon", "method.alpha", "guard.alpha", "evaluation.alpha", "evaluation.epsilon"])
 @pytest.mark.parametrize("value", [8, 2])
 def test_pixels_on_the_scale_of_255(file, key, value):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from fastrobust.config import schema
+from fastrobust.config import sections
 from fastrobust.data import augment as augmentation
 from fastrobust.data import order
 from fastrobust.data.augment import augment, boxes, center_crop, pad_crop_flip, random_resized_crop, to_unit
@@ -27,8 +27,8 @@ def channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
 
 
-def settings(**keys) -> schema.Augment:
-    return schema.Augment(**keys)
+def settings(**keys) -> sections.Augment:
+    return sections.Augment(**keys)
 
 
 def test_to_unit_is_the_nearest_fp32_of_k_over_255():

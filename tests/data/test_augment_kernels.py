@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_kernels import DEVICE, needs_kernels
 
-from fastrobust.config.schema import Augment
+from fastrobust.config.sections import Augment
 from fastrobust.data.augment import augment
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from training_runs import STEP_METHODS, augmented, on_noise, run_steps
 
-from fastrobust.config import reading, schema
+from fastrobust.config import reading, schema, sections
 from fastrobust.data import augment as augmentation
 from fastrobust.data.augment import Alternation, augment, cutout, mixed, pad_crop_flip
 from fastrobust.data.order import Order, share
@@ -64,14 +64,14 @@ def test_cutout_blackens_a_square_around_a_pixel_of_the_image(side, monkeypatch)
                 if 0 <= i < 6 and 0 <= j < 5:
                     expected[k, :, i, j] = 0
     assert torch.equal(found, expected) and channels_last(found)
-    settings = schema.Augment(cutout=side)
+    settings = sections.Augment(cutout=side)
     torch.manual_seed(0)
     assert torch.equal(augment(images(40), settings, 6), expected)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_images_are_mixed_with_the_one_before_as_their_labels_are(kind):
-    x, y, config = images(7).float() / 255, torch.tensor([0, 1, 2, 3, 1, 2, 0]), schema.Augment(**{kind: 0.7})
+    x, y, config = images(7).float() / 255, torch.tensor([0, 1, 2, 3, 1, 2, 0]), sections.Augment(**{kind: 0.7})
     shares = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -106,7 +106,7 @@ def test_the_share_is_of_the_beta_distribution():
     """Beta(a, a) has the mean 1/2 and the variance 1 / (4 (2a + 1))."""
     torch.manual_seed(0)
     x, y = torch.zeros(2, 1, 1, 1), torch.tensor([0, 1])
-    shares = np.array([mixed(x, y, 2, schema.Augment(mixup=0.4))[1][0, 0].item() for _ in range(2000)])
+    shares = np.array([mixed(x, y, 2, sections.Augment(mixup=0.4))[1][0, 0].item() for _ in range(2000)])
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(1 / (4 * 1.8), rel=0.05)
 
@@ -205,7 +205,7 @@ def test_attack_and_update_climb_the_loss_of_both_labels():
     learner.label_smoothing = 0.1
     logits, y = torch.randn(6, 10), torch.tensor([1, 1, 2, 3, 4, 5])
     torch.manual_seed(5)
-    _, labels = mixed(torch.rand(6, 1, 2, 2), y, 10, schema.Augment(mixup=1.0))
+    _, labels = mixed(torch.rand(6, 1, 2, 2), y, 10, sections.Augment(mixup=1.0))
     share = labels[2, 2]
     expected = share * learner.loss(logits, y) + (1 - share) * learner.loss(logits, y.roll(1))
     torch.testing.assert_close(learner.loss(logits, labels), expected)
@@ -229,7 +229,7 @@ def test_awp_takes_what_its_method_takes():
         ({"mixup": 1.0, "cutmix": 1.0}, "mixup and cutmix exclude each other"),
         ({"flip": "alternate", "crop": "random_resized"}, "flip: alternate is for crop: none or pad"),
         ({"border": "reflect", "padding": 8}, "padding: 8 pixels cannot be reflected in images of 8"),
-        ({"flip": "alternating"}, "flip: 'alternating' is not one of False, True or 'alternate'; did you mean 'alternate'"),
+        ({"flip": "alternating"}, "flip: 'alternating' is not one of True, False or 'alternate'; did you mean 'alternate'"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(keys, said):

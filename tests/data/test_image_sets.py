@@ -144,7 +144,7 @@ def test_modes_rotation_and_resizing_match_pillow(tmp_path):
     ("bad", "message"),
     [
         (noise_png()[:-60], "[Tt]runcated"),
-        (b"no image", "cannot identify"),
+        (b"no image", r"is not a usable image \(cannot identify image file\): put"),
         (b"", "is empty"),
         (png(np.zeros((32, 32), np.uint16)), "more than 8 bits"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "cannot identify"),

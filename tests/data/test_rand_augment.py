@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastrobust.config import schema
+from fastrobust.config import sections
 from fastrobust.data.augment import augment
 from fastrobust.data.rand_augment import BINS, OPERATIONS, applied, rand_augment
 from fastrobust.runtime.torchvision_compat import import_torchvision
@@ -69,8 +69,8 @@ def test_images_draw_operations_of_their_own():
 def test_the_config_asks_for_it():
     pixels = (255 * images(9)).round().byte()
     torch.manual_seed(0)
-    found = augment(pixels, schema.Augment(randaugment=2, magnitude=20), 24)
+    found = augment(pixels, sections.Augment(randaugment=2, magnitude=20), 24)
     torch.manual_seed(0)
     torch.testing.assert_close(found, rand_augment(images(9), 2, 20))
     with pytest.raises(ValueError, match="less than or equal to 30"):
-        schema.Augment(magnitude=31)
+        sections.Augment(magnitude=31)

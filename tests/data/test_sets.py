@@ -242,6 +242,8 @@ PLANES = np.zeros((2, 3072), np.uint8)
         ({"data": PLANES, "labels": [1]}, "for 2 images"),
         ({"data": PLANES, "labels": ["1", "2"]}, "<U1"),
         ({"data": PLANES, "labels": [1, 10]}, r"label 10 of image 1 is outside 0\.\.9"),
+        ({"data": PLANES, "labels": [1, 10]}, r"they count from 1, so subtract 1"),
+        ({"data": PLANES, "labels": [2, 10]}, r"if the file is a published one, fetch it again"),
         ({"data": PLANES, "labels": [-1, 1]}, r"label -1 of image 0 is outside 0\.\.9"),
     ],
 )

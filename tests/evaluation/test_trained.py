@@ -3,6 +3,7 @@ whatever is installed; --limit and --data mean the same in all three. The oracle
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -372,3 +373,16 @@ def test_labels_are_mapped_by_name_and_the_pixels_stay(three):
     assert data.labelled_as(data.classes, "the model") is data
     with pytest.raises(DataError, match=r"has images of class c, but the model was trained on 2 classes \(a, b\)"):
         data.labelled_as(("a", "b"), "the model")
+
+
+def test_training_images_are_the_runs_own_wherever_the_test_images_lie(copied, three, tmp_path):
+    """The masking checks train a model on them; a folder of test images alone has none."""
+    shutil.copytree(three / "test", tmp_path / "alone" / "test")
+    there = open_trained(copied, str(tmp_path / "alone"))
+    own = open_trained(copied)
+    assert torch.equal(there.training_images(12).images, own.training_images(12).images)
+    gone = there.own.model_copy(update={"data": there.own.data.model_copy(update={"path": str(tmp_path / "gone")})})
+    with pytest.raises(DataError):
+        dataclasses.replace(there, own=gone).training_images(12)
+    both = dataclasses.replace(open_trained(copied, str(three)), own=gone)
+    assert torch.equal(both.training_images(12).images, own.training_images(12).images)

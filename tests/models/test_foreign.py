@@ -106,6 +106,19 @@ def test_what_does_not_fit_is_listed(tmp_path, content, says):
         foreign.load_into(network(), tmp_path / "a.pt", TEN)
 
 
+def test_of_much_that_does_not_fit_each_kind_is_listed(tmp_path):
+    """A file of another network: the names on both sides, or the reader cannot tell what is to be renamed."""
+    torch.save({f"their_{k}": v for k, v in THEIRS.items()}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError) as error:
+        foreign.load_into(network(), tmp_path / "a.pt", TEN)
+    _, *lines = str(error.value).split("\n  ")
+    count = len(THEIRS) - 3
+    assert [line.rpartition(": ")[2] for line in lines] == [
+        *["not in the file"] * 3, f"and {count} more", *["not in the model"] * 3, f"and {count} more",
+    ]  # fmt: skip
+    assert lines[0].startswith("0.weight 16 x 1 x 4 x 4: ") and lines[4].startswith("their_0.weight 16 x 1 x 4 x 4: ")
+
+
 class Whole(torch.nn.Linear):
     pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def stop_after(monkeypatch):
 
 
 # ---- starting
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_logger_that_is_not_installed_leaves_no_run(config, monkeypatch, name):
+    """So that the same command works once it is installed, or left out."""
+    monkeypatch.setitem(sys.modules, name, None)
+    wanted = config(logging=["tensorboard", name])
+    with pytest.raises(ConfigError, match=rf"^logging: {name} is not installed .*: pip install {name}.*, or leave it out$"):
+        run(wanted)
+    assert not directory_of(wanted).exists()
 
 
 def test_a_run_is_started_to_its_end(config):

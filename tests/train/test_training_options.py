@@ -16,7 +16,7 @@ from training_runs import assert_same_end, on_noise, run_steps, stop_at
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
-from fastrobust.config.schema import Averaging
+from fastrobust.config.sections import Averaging
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.interrupt import Interrupted

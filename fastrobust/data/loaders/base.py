@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastrobust.config.schema import Augment, Config, Phase
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Augment, Phase
 from fastrobust.data import loaders, order, sets
 from fastrobust.data.batch import Batch
 from fastrobust.data.prepared.records import Records, Size

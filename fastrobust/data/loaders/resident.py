@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fastrobust.config.schema import Config, Phase
+from fastrobust.config.schema import Config
+from fastrobust.config.sections import Phase
 from fastrobust.data import loaders
 from fastrobust.data.batch import Batch
 from fastrobust.data.order import Order, share

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastrobust.attack.threat import Threat
-from fastrobust.config import parts
-from fastrobust.config.fields import NonNegative, Number
-from fastrobust.config.schema import named
+from fastrobust.config.fields import NonNegative, Number, key
+from fastrobust.config.sections import named
 from fastrobust.train.learner import Learner, Loss
 from fastrobust.train.methods.base import Inputs, Method, Scale, Shapes
 
@@ -48,9 +46,11 @@ class Awp(Method):
 
     soft_labels = property(lambda self: self.of.soft_labels)
     name: Literal["awp"]
-    of: named("method", parts.METHODS)
-    gamma: NonNegative | None = None  # default 0.01; around trades 0.005
-    begin: Annotated[Number, Field(ge=0, le=1)] = 0.05  # share of training before the weights are moved
+    of: named("method") = key("the method whose updates see moved weights", values="a `method` section")
+    gamma: NonNegative | None = key(
+        "how far each layer's weights are moved, by their norm", None, "0.01; 0.005 around `trades`"
+    )
+    begin: Number = key("when that begins", 0.05, values="0 to 1, a share of training", ge=0, le=1)
 
     attacks = property(lambda self: self.of.attacks)
     one_step = property(lambda self: self.of.one_step)

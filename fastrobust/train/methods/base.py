@@ -1,10 +1,11 @@
 """What every training method offers: a section of a config, its state, and one training step."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Annotated, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from fastrobust.attack.threat import Threat
@@ -132,12 +133,18 @@ class Method(Section, ABC):
         return f"{self.name}, {keys}" if keys else self.name
 
 
-class Attacked(Method):
-    """`attack_batchnorm`: `train` (the authors' code) lets the attack pass use batch statistics and move the running
-    averages; `eval` makes it use the running averages and leave them alone."""
+BatchNorm = Annotated[
+    Literal["train", "eval"],
+    Field(
+        description="BatchNorm in the attack pass. `train` (the authors' code): batch statistics, and the running averages "
+        "move. `eval`: running averages, which stay as they are"
+    ),
+]
 
+
+class Attacked(Method):
     one_step: ClassVar[bool] = True
-    attack_batchnorm: Literal["train", "eval"] = "train"
+    attack_batchnorm: BatchNorm = "train"
 
     @property
     def batchnorm_in_attack(self) -> Literal["train", "eval"]:

@@ -1,14 +1,13 @@
 """FGSM adversarial training: the paper's method."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import Number, Pixels
+from fastrobust.config.fields import Number, Pixels, key
 from fastrobust.config.numbers import describe
 from fastrobust.train import interval_bounds
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes, start
@@ -54,10 +53,20 @@ class Fgsm(Attacked):
     by_slot: ClassVar[tuple[str, ...]] = ("delta",)
     soft_labels = property(lambda self: not self.ibp_weight)
     name: Literal["fgsm"]
-    init: Literal["zero", "random", "previous"] = "random"
-    alpha: Pixels | None = None  # default 1.25 epsilon
-    clip_start: bool = True  # cut random starts with the pixel box: the authors' CIFAR-10 code does, their MNIST code not
-    ibp_weight: Annotated[Number, Field(ge=0, le=1)] = 0.0  # share of the loss that is its interval bound within epsilon
+    init: Literal["random", "zero", "previous"] = key(
+        "start of the perturbation: uniform in the ball, zero, or the perturbation of the minibatch before", "random"
+    )
+    alpha: Pixels | None = key("step size", None, "1.25 epsilon")
+    clip_start: bool = key(
+        "cut a random start with the pixel box. The authors' CIFAR-10 code does, their MNIST code does not", True
+    )
+    ibp_weight: Number = key(
+        "share of the loss that is a bound over the whole ball "
+        "([verification.md](verification.md#networks-that-can-be-proved))",
+        0.0,
+        ge=0,
+        le=1,
+    )
 
     @property
     def one_step(self) -> bool:

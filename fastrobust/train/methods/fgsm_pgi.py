@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
-from fastrobust.config.fields import Count, NonNegative, Number
+from fastrobust.config.fields import Count, key
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.limits import available_memory
 from fastrobust.train.learner import Loss
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes, per_pixel, smoothed
+from fastrobust.train.methods.fgsm_uap import Consistency, Momentum, Smoothing, StopGradient
 
 LARGEST = 60000.0  # that fp16 holds
 
@@ -49,11 +49,11 @@ class FgsmPgi(Attacked):
     agreed: ClassVar[tuple[str, ...]] = ("delta", "m", "round")
     linf_alone = property(lambda self: f"method {self.name}")
     name: Literal["fgsm_pgi"]
-    reset: Count = 40  # epochs
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.3
-    consistency: NonNegative = 10.0  # weight of the squared difference of the logits
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.4
-    stop_gradient: bool = False
+    reset: Count = key("epochs after which the kept perturbations start anew", 40)
+    momentum: Momentum = 0.3
+    consistency: Consistency = 10.0
+    label_smoothing: Smoothing = 0.4
+    stop_gradient: StopGradient = False
 
     def state(self, shapes: Shapes) -> dict[str, Tensor]:
         on_gpu, size = shapes.device.type == "cuda", (shapes.examples, *shapes.batch[1:])

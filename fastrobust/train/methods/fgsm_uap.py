@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
-from fastrobust.config.fields import NonNegative, Number, Pixels
+from fastrobust.config.fields import NonNegative, Number, Pixels, key
 from fastrobust.config.numbers import describe
 from fastrobust.train.learner import Loss
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes, per_pixel, signs, smoothed
@@ -29,6 +29,18 @@ def fgsm_uap(
     return gradient
 
 
+Momentum = Annotated[Number, Field(ge=0, lt=1, description="of the gradients that the kept perturbation follows")]
+Consistency = Annotated[
+    NonNegative,
+    Field(description="weight of the mean squared difference between the logits at the start and at the end"),
+]
+Smoothing = Annotated[Number, Field(ge=0, lt=1, description="of the loss, in attack and update")]
+StopGradient = Annotated[
+    bool,
+    Field(description="`true`: the gradient of the consistency goes through the end alone. Cheaper, and not published"),
+]
+
+
 class FgsmUap(Attacked):
     """State, in units of alpha: u, the universal perturbation, and m, the mean of the gradients that it follows."""
 
@@ -36,11 +48,11 @@ class FgsmUap(Attacked):
     linf_alone = property(lambda self: f"method {self.name}")
     soft_labels = property(lambda self: True)
     name: Literal["fgsm_uap"]
-    alpha: Pixels | None = None  # largest entry of u, and its step; default 1.25 epsilon: 10/255 at 8/255
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.3
-    consistency: NonNegative = 10.0  # weight of the squared difference of the logits
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.4
-    stop_gradient: bool = False
+    alpha: Pixels | None = key("largest entry of the universal perturbation, and its step", None, "1.25 epsilon")
+    momentum: Momentum = 0.3
+    consistency: Consistency = 10.0
+    label_smoothing: Smoothing = 0.4
+    stop_gradient: StopGradient = False
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = 1.25 * epsilon if self.alpha is None else self.alpha

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
-from fastrobust.config.fields import Count
+from fastrobust.config.fields import Count, key
 from fastrobust.train.methods.base import Inputs, Learner, Method, Scale, Shapes
 from fastrobust.train.methods.fgsm import zero_delta
 
@@ -24,7 +24,7 @@ class Free(Method):
     by_slot: ClassVar[tuple[str, ...]] = ("delta",)
     soft_labels = property(lambda self: True)
     name: Literal["free"]
-    replays: Count = 8
+    replays: Count = key("updates for each minibatch (m in the paper)", 8)
 
     @property
     def updates_per_batch(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
-from fastrobust.config.fields import NonNegative
+from fastrobust.config.fields import NonNegative, key
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale
 
 
@@ -34,7 +34,7 @@ class GradAlign(Attacked):
     linf_alone = property(lambda self: f"method {self.name}")
     soft_labels = property(lambda self: True)
     name: Literal["gradalign"]
-    weight: NonNegative | None = None  # default 0.02 * 10^(epsilon / (8/255)): 0.2 at 8/255, 2 at 16/255 and above
+    weight: NonNegative | None = key("of the regularisation", None, "0.02 × 10^(epsilon / (8/255)), at most 2")
 
     def resolve(self, epsilon: float) -> None:
         published = min(epsilon, 16 / 255)

@@ -11,11 +11,13 @@ from pydantic import Field
 from torch import Tensor
 
 from fastrobust.attack.threat import Threat
-from fastrobust.config.fields import Count, NonNegative, Number, Positive
+from fastrobust.config.fields import Count, NonNegative, Number, Positive, key
 from fastrobust.train.learner import Loss
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes
+from fastrobust.train.methods.fgsm_uap import StopGradient
 
 Share = Annotated[Number, Field(ge=0, le=1)]
+LARGE = "where epsilon is above 8/255"
 
 
 def liet(
@@ -69,20 +71,38 @@ class Liet(Attacked):
     agreed: ClassVar[tuple[str, ...]] = ("information", "count")
     linf_alone = property(lambda self: f"method {self.name}")
     name: Literal["liet"]
-    noise: Positive | None = None  # times epsilon; default 1, above 8/255 2
-    project: bool | None = None  # onto the ball, after the step; default true, above 8/255 false
-    noisy: tuple[Share, Share] | None = None  # share of the start that is noise; default 0.1 to 0.5, above 8/255 0 to 1
-    every: Count | None = None  # steps after which a class is looked at again; default 20, above 8/255 10
-    consistency: NonNegative | None = None  # weight of the divergence in the last epoch; default 100, above 8/255 20
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] | None = None  # default 0.6, above 8/255 0.4
-    stop_gradient: bool = False
+    noise: Positive | None = key(
+        "the noise in the start is uniform in a ball of `noise` × epsilon",
+        None,
+        f"1; 2 {LARGE}",
+        values="a factor above 0",
+    )
+    project: bool | None = key("projection onto the ball after the step", None, f"true; false {LARGE}")
+    noisy: tuple[Share, Share] | None = key(
+        "least and largest share of the start that is noise, drawn for each batch",
+        None,
+        f"0.1 and 0.5; 0 and 1 {LARGE}",
+        values="two shares, from 0 to 1",
+    )
+    every: Count | None = key(
+        "steps after which the label information of a class is computed again", None, f"20; 10 {LARGE}"
+    )
+    consistency: NonNegative | None = key(
+        "weight, in the last epoch, of the divergence between the probabilities there. It grows from epoch to epoch",
+        None,
+        f"100; 20 {LARGE}",
+    )
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] | None = key(
+        "of the loss, in attack and update; the other classes share it at random", None, f"0.6; 0.4 {LARGE}"
+    )
+    stop_gradient: StopGradient = False
 
     def resolve(self, epsilon: float) -> None:
         keys = ("noise", "project", "noisy", "every", "consistency", "label_smoothing")
         small, large = (1.0, True, (0.1, 0.5), 20, 100.0, 0.6), (2.0, False, (0.0, 1.0), 10, 20.0, 0.4)
-        for key, default in zip(keys, large if epsilon > 8 / 255 + 1e-6 else small, strict=True):
-            if getattr(self, key) is None:
-                setattr(self, key, default)
+        for name, default in zip(keys, large if epsilon > 8 / 255 + 1e-6 else small, strict=True):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
 
     def state(self, shapes: Shapes) -> dict[str, Tensor]:
         information = torch.zeros(shapes.classes, *shapes.batch[1:], device=shapes.device)

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import NonNegative, Pixels, Positive
+from fastrobust.config.fields import NonNegative, Pixels, key
 from fastrobust.config.numbers import describe
 from fastrobust.train.learner import Loss
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale
+from fastrobust.train.methods.n_fgsm import Noise
 
 
 def n_aaer(
@@ -48,11 +49,11 @@ def against_abnormal(at_start: Tensor, learner: Learner, all_of_it: float, loss_
 class NAaer(Attacked):
     soft_labels = property(lambda self: True)
     name: Literal["n_aaer"]
-    noise: Positive = 2.0  # the start is U(-noise * epsilon, noise * epsilon)
-    alpha: Pixels | None = None  # default epsilon
-    weight: NonNegative = 1.0  # of the whole term
-    loss_weight: NonNegative = 1.5  # of how much the loss of abnormal examples fell
-    change_weight: NonNegative = 0.15  # of how much more their logits moved than those of the others
+    noise: Noise = 2.0
+    alpha: Pixels | None = key("step size", None, "epsilon")
+    weight: NonNegative = key("of the whole regularisation (λ1)", 1.0)
+    loss_weight: NonNegative = key("of how much the loss of abnormal examples fell (λ2)", 1.5)
+    change_weight: NonNegative = key("of how much more their logits moved than those of the others (λ3)", 0.15)
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = epsilon if self.alpha is None else self.alpha

@@ -1,11 +1,12 @@
 """N-FGSM (de Jorge et al., 2022, "Make Some Noise"): FGSM with stronger noise and without clipping to the ball."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import Pixels, Positive
+from fastrobust.config.fields import Pixels, Positive, key
 from fastrobust.config.numbers import describe
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale
 
@@ -19,12 +20,17 @@ def n_fgsm(learner: Learner, x: Tensor, y: Tensor, *, noise: Threat, alpha: Radi
     learner.update(noise.point(x, delta), y)
 
 
+Noise = Annotated[
+    Positive, Field(title="a factor above 0", description="the start is uniform in a ball of `noise` × epsilon")
+]
+
+
 class NFgsm(Attacked):
     splits: ClassVar[bool] = True
     soft_labels = property(lambda self: True)
     name: Literal["n_fgsm"]
-    noise: Positive = 2.0  # the start is U(-noise * epsilon, noise * epsilon)
-    alpha: Pixels | None = None  # default epsilon
+    noise: Noise = 2.0
+    alpha: Pixels | None = key("step size", None, "epsilon")
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = epsilon if self.alpha is None else self.alpha

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import Count, Pixels
+from fastrobust.config.fields import Count, Pixels, key
 from fastrobust.config.numbers import describe
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, start
 
@@ -37,10 +37,12 @@ class Pgd(Attacked):
     splits: ClassVar[bool] = True
     soft_labels = property(lambda self: not self.skip_misclassified)
     name: Literal["pgd"]
-    steps: Count = 7
-    alpha: Pixels
-    init: Literal["zero", "random"] = "random"
-    skip_misclassified: bool = False  # true in the authors' MNIST code: such examples stay where they are
+    steps: Count = key("number of steps", 7)
+    alpha: Pixels = key("step size")
+    init: Literal["random", "zero"] = key("start of the perturbation: uniform in the ball, or zero", "random")
+    skip_misclassified: bool = key(
+        "an example that is misclassified already does not move. `true` is the authors' MNIST code", False
+    )
 
     def step(self, learner: Learner, batch: Inputs, threat: Threat, scale: Scale, state: dict[str, Tensor]) -> None:
         options = {"steps": self.steps, "init": self.init, "skip_misclassified": self.skip_misclassified}

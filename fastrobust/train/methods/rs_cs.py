@@ -3,18 +3,18 @@ is held near its mean in the epoch before."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import NonNegative, Number, Pixels
+from fastrobust.config.fields import NonNegative, Number, Pixels, key
 from fastrobust.config.numbers import describe
 from fastrobust.train.learner import Loss
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes, smoothed
+from fastrobust.train.methods.fgsm_uap import Smoothing
 
 
 def rs_cs(
@@ -51,11 +51,11 @@ class RsCs(Attacked):
 
     agreed: ClassVar[tuple[str, ...]] = ("epoch", "sums", "last")
     name: Literal["rs_cs"]
-    alpha: Pixels | None = None  # default epsilon
-    threshold: NonNegative = 0.03  # how far the loss at the start may be from the last epoch's
-    weight: NonNegative = 1.0
-    label_share: Annotated[Number, Field(gt=0, le=1)] = 0.6  # the label's, in the targets
-    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = 0.4
+    alpha: Pixels | None = key("step size", None, "epsilon")
+    threshold: NonNegative = key("how far the loss at the start may be from its mean in the epoch before", 0.03)
+    weight: NonNegative = key("of the loss at the start, where that is steadied", 1.0)
+    label_share: Number = key("the label's share in the targets, before label smoothing", 0.6, gt=0, le=1)
+    label_smoothing: Smoothing = 0.4
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = epsilon if self.alpha is None else self.alpha

@@ -3,14 +3,13 @@ at the start and at the end of the last batch agreed."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import Number, Pixels, Positive
+from fastrobust.config.fields import Number, Pixels, Positive, key
 from fastrobust.config.numbers import describe
 from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale, Shapes
 
@@ -33,9 +32,11 @@ class Sora(Attacked):
     linf_alone = property(lambda self: f"method {self.name}")
     soft_labels = property(lambda self: True)
     name: Literal["sora"]
-    alpha: Pixels | None = None  # the largest step; default 2 epsilon
-    margin: Positive = 0.02  # the step is alpha as long as the agreement is at least 1 - margin
-    decay: Annotated[Number, Field(ge=0, lt=1)] = 0.95  # of the moving mean
+    alpha: Pixels | None = key("the largest step", None, "2 epsilon")
+    margin: Positive = key(
+        "the step is the largest one as long as the agreement of the gradients is above 1 - `margin`", 0.02
+    )
+    decay: Number = key("of the moving mean of that agreement", 0.95, ge=0, lt=1)
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = min(1.0, 2 * epsilon) if self.alpha is None else self.alpha

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.config.fields import Count, NonNegative, Pixels
+from fastrobust.config.fields import Count, NonNegative, Pixels, key
 from fastrobust.config.numbers import describe
-from fastrobust.train.methods.base import Attacked, Inputs, Learner, Scale
+from fastrobust.train.methods.base import Attacked, BatchNorm, Inputs, Learner, Scale
 
 NOISE = 0.001  # standard deviation of the start
 
@@ -41,10 +41,10 @@ class Trades(Attacked):
     splits: ClassVar[bool] = True
     soft_labels = property(lambda self: True)
     name: Literal["trades"]
-    steps: Count = 10
-    alpha: Pixels | None = None  # default epsilon / 4: 2/255 at 8/255
-    beta: NonNegative = 6.0
-    attack_batchnorm: Literal["train", "eval"] = "eval"
+    steps: Count = key("number of steps", 10)
+    alpha: Pixels | None = key("step size", None, "epsilon / 4")
+    beta: NonNegative = key("weight of the divergence", 6.0)
+    attack_batchnorm: BatchNorm = "eval"
 
     def resolve(self, epsilon: float) -> None:
         self.alpha = epsilon / 4 if self.alpha is None else self.alpha
