@@ -100,7 +100,9 @@ def test_shrinking_gives_opencvs_bits(mirror):
         for _ in range(12):
             height, width = (int(random.integers(side, size + 1)) for size in image.shape[:2])
             height += not (height % side or width % side)  # whole ratios are OpenCV's own
-            top, left = (int(random.integers(0, size - n + 1)) for size, n in zip(image.shape, (height, width), strict=False))
+            top, left = (
+                int(random.integers(0, size - n + 1)) for size, n in zip(image.shape, (height, width), strict=False)
+            )
             shrink(image, top, left, height, width, out, mirror)
             box = image[top : top + height, left : left + width]
             expected = cv2.resize(box, (side, side), interpolation=cv2.INTER_AREA)

@@ -181,6 +181,8 @@ def test_real_photos(kind, tmp_path):
             image = upright(file)
             shape = records.stored_size(*image.size, size, None)
             buffer = io.BytesIO()
-            (image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)).save(buffer, "JPEG", quality=90)
+            (image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)).save(
+                buffer, "JPEG", quality=90
+            )
             difference = np.abs(pixels(found, i).astype(int) - np.asarray(Image.open(buffer)))
             assert difference.mean() <= (0 if shape == image.size else 0.5), difference.mean()
