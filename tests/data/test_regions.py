@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from data_files import need
+from loader_batches import config_for
 from PIL import Image
 from prepared_files import upright, write
 
 from fastrobust.config.sections import Augment
+from fastrobust.data import loaders
 from fastrobust.data.loaders.dali import Dali
 from fastrobust.data.loaders.torch_workers import Torch
-from fastrobust.data.prepared import beton, records, regions, shards, writing
+from fastrobust.data.prepared import beton, regions, shards, writing
+from fastrobust.runtime.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -162,9 +165,11 @@ def test_the_files_hold_what_can_be_cut(both, photos, kind):
         os.close(descriptor)
 
 
-def test_an_older_file_is_not_taken_for_a_new_one(both, photos):
-    """It is read, and not mixed with new ones."""
-    old = both("ffcv")[0]
-    assert records.read_manifest(old, "train", 64)["format"] == 2
-    with pytest.raises(Exception, match=r"was written with format 2 instead of 3.*--overwrite"):
-        write("ffcv", photos, old, "--sizes", "64", "original")
+def test_an_older_file_is_not_taken_for_a_new_one(both, photos, monkeypatch, capsys):
+    """It is read, which is said, and not mixed with new ones."""
+    monkeypatch.setattr(loaders, "installed", lambda package: True)
+    for place in both("ffcv"):
+        config = loaders.resolve(config_for(photos, data={"prepared": str(place)}), CPU)
+        assert config.loader == "ffcv" and ("older version" in capsys.readouterr().out) == ("old" in place.name)
+    with pytest.raises(ConfigError, match=r"was written with format 2 instead of 3.*--overwrite"):
+        write("ffcv", photos, both("ffcv")[0], "--sizes", "64", "original")

@@ -8,6 +8,7 @@ what happens to be installed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -48,6 +49,8 @@ def resolve(config: Config, device: torch.device) -> Config:
     place = None if kind is None else folder(config, kind)
     if kind is not None and place is None:
         raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
+    if kind is not None:
+        tell_older(place, [stored(config, phase) for phase in config.phases])
     if data.prepared and place is None and ":" not in name:
         readers = "ffcv or dali" if config.facts.size is None else "ffcv, dali or torch"
         print(f"note: data.prepared is not used: the loader is {name}, which reads the source; set loader: {readers}")
@@ -110,6 +113,15 @@ def installed(package: str) -> bool:
 def stored(config: Config, phase) -> records.Size:
     """The size of the files that a phase reads."""
     return phase.resize if config.facts.size is None else "original"
+
+
+def tell_older(place: Path, sizes: list[records.Size]) -> None:
+    """Say so where JPEGs are of a version that did not make them for partial decoding."""
+    with contextlib.suppress(DataError):  # told where they are opened
+        found = [records.read_manifest(place, "train", size) for size in sizes]
+        if any(one["format"] < records.MANIFEST_FORMAT and one.get("storage") != "raw" for one in found):
+            told = f"note: {place} was written by an older version, so that images are decoded whole"
+            print(f"{told}: written again with --overwrite they load up to twice as fast", flush=True)
 
 
 def folder(config: Config, kind: str) -> Path | None:
