@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Callable
 from textwrap import fill
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastrobust.config import packaged
 from fastrobust.config.hints import did_you_mean, nearest
 from fastrobust.config.numbers import parse_number
+from fastrobust.config.places import expand
+from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.limits import cores
 
 WORK = {  # command: (where its work is, what it does)
@@ -44,7 +46,9 @@ EXAMPLES = {
     "evaluate": """\
   fastrobust evaluate runs/mine
   fastrobust evaluate runs/mine --epsilon 8/255 --attack pgd-50-10,autoattack""",
-    "verify": "  fastrobust verify runs/mine --epsilon 0.1 --limit 500",
+    "verify": """\
+  fastrobust verify runs/mine --epsilon 0.1 --limit 500
+  fastrobust verify network.onnx --vnnlib property.vnnlib --timeout 300""",
     "export": "  fastrobust export runs/mine -o mine",
     "report": "  fastrobust report runs/mine runs/other -o report.html",
     "sweep": "  fastrobust sweep configs/sweeps/figure2.yaml --dry-run",
@@ -123,11 +127,16 @@ class Once(argparse.Action):
 # ---- the values of options
 
 
-def pixels(text: str) -> float:
+def told_by(read: Callable[[str], Any], text: str) -> Any:
+    """What `read` gives; an error in the words in which it refuses the text, which argparse would not repeat."""
     try:
-        value = float(parse_number(text))
-    except ValueError as error:
+        return read(text)
+    except (ValueError, ConfigError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def pixels(text: str) -> float:
+    value = float(told_by(parse_number, text))
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is outside the pixel range [0, 1]; did you mean {text}/255?")
     return value
@@ -135,10 +144,7 @@ def pixels(text: str) -> float:
 
 def distance(text: str) -> float:
     """A radius or step size, whose largest value depends on the norm: what `evaluate` refuses later."""
-    try:
-        value = float(parse_number(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    value = float(told_by(parse_number, text))
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
     return value
@@ -149,10 +155,7 @@ def radii(text: str) -> list[float]:
 
 
 def positive(text: str) -> float:
-    try:
-        value = float(parse_number(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    value = float(told_by(parse_number, text))
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
@@ -168,9 +171,14 @@ def count_or_zero(text: str) -> int:
     return 0 if text == "0" else count(text)
 
 
+def path(text: str) -> str:
+    """With ~ and $VARIABLES written out: not every shell does so in `--output=~/x`, and none between quotes."""
+    return told_by(expand, text)
+
+
 def place(text: str) -> str:
     """A path, absolute: results that name it stay true in another folder."""
-    return os.path.abspath(os.path.expanduser(text))
+    return os.path.abspath(path(text))
 
 
 def seed(text: str) -> int:
@@ -183,7 +191,7 @@ def seed(text: str) -> int:
 
 
 def add_run(p: argparse.ArgumentParser) -> None:
-    p.add_argument("run", metavar="RUN", help="a run directory, or a model.safetensors that fastrobust wrote")
+    p.add_argument("run", metavar="RUN", type=path, help="a run directory, or a model.safetensors that fastrobust wrote")
 
 
 def add_config(p: argparse.ArgumentParser, **options) -> None:
@@ -221,7 +229,7 @@ def add_json(p: argparse.ArgumentParser) -> None:
 def train(p: argparse.ArgumentParser) -> None:
     add_config(p, nargs="?")
     p.add_argument("--dry-run", action="store_true", help="show the resolved config, the plan and the time; write nothing")
-    p.add_argument("--resume", metavar="RUN", help="go on with the run in this directory")
+    p.add_argument("--resume", metavar="RUN", type=path, help="go on with the run in this directory")
 
 
 def evaluate(p: argparse.ArgumentParser) -> None:
@@ -233,7 +241,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--alpha", type=positive, help="step size of pgd (default: the run's at that radius, else epsilon / 4)")
     p.add_argument("--steps", type=count, metavar="N", help="of pgd (default: the run's; the paper: 50)")
     p.add_argument("--restarts", type=count, metavar="N", help="of pgd (default: the run's; the paper: 10)")
-    add_limit(p, "the run's")
+    add_limit(p, "so many test images, each class in proportion (default: the run's)")
     p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
     add_device(p)
@@ -249,32 +257,39 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     told = "instead of an attack: accuracy under common corruptions, of files as CIFAR-10-C's or folders as ImageNet-C's"
     p.add_argument("--corruptions", type=place, metavar="FOLDER", help=told)
     p.add_argument("--sanity", action="store_true", help="then check on 300 images for signs of masked gradients")
-    p.add_argument("--transfer", metavar="RUN2", help="whose adversarial examples --sanity tries (default: train a model)")
+    p.add_argument(
+        "--transfer", metavar="RUN2", type=path, help="whose adversarial examples --sanity tries (default: train a model)"
+    )
     p.add_argument("--fresh", action="store_true", help="attack again what is in RUN/evaluations already")
     add_json(p)
 
 
 def verify(p: argparse.ArgumentParser) -> None:
-    add_run(p)
-    p.add_argument("--epsilon", type=pixels, required=True, action=Once, help="radius, such as 0.1 or 8/255")
+    told = "a run directory, a model.safetensors that fastrobust wrote, or NETWORK.onnx"
+    p.add_argument("run", metavar="RUN", type=path, help=told)
+    p.add_argument("--epsilon", type=pixels, action=Once, help="radius, such as 0.1 or 8/255; needed for a run")
+    told = "the property to verify of NETWORK.onnx: sat with a counterexample, unsat, or timeout"
+    p.add_argument("--vnnlib", metavar="FILE", type=path, action=Once, help=told)
     p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball: linf (default: the run's)")
     add_limit(p)
-    p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for one image (default: 60)")
+    told = "for one image, or for the property (default: 60)"
+    p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help=told)
     add_workers(p, "processes")
     add_data(p)
-    p.add_argument("-o", "--output", metavar="DIR", help="where verdicts go (default: RUN/verification/epsilon-EPSILON)")
+    told = "where verdicts go (default: RUN/verification/epsilon-EPSILON); with --vnnlib, the file for the answer"
+    p.add_argument("-o", "--output", metavar="DIR", type=path, help=told)
     add_json(p)
 
 
 def export(p: argparse.ArgumentParser) -> None:
     add_run(p)
-    p.add_argument("-o", "--output", metavar="DIR", help="default: RUN/export")
+    p.add_argument("-o", "--output", metavar="DIR", type=path, help="default: RUN/export")
     add_json(p)
 
 
 def report(p: argparse.ArgumentParser) -> None:
-    p.add_argument("runs", nargs="+", metavar="RUN", help="run directories, finished or not")
-    p.add_argument("-o", "--output", metavar="FILE", default="report.html", help="default: report.html")
+    p.add_argument("runs", nargs="+", metavar="RUN", type=path, help="run directories, finished or not")
+    p.add_argument("-o", "--output", metavar="FILE", type=path, default="report.html", help="default: report.html")
     told = "test images on which the page's own attacks are run (default 200; 0: only show what the runs hold)"
     p.add_argument("--limit", type=count_or_zero, metavar="N", default=200, help=told)
     add_device(p)
@@ -282,7 +297,7 @@ def report(p: argparse.ArgumentParser) -> None:
 
 
 def sweep(p: argparse.ArgumentParser) -> None:
-    p.add_argument("sweep", metavar="SWEEP", help="a YAML file as below")
+    p.add_argument("sweep", metavar="SWEEP", type=path, help="a YAML file as below")
     p.add_argument("--dry-run", action="store_true", help="list the runs and check their configs")
     p.add_argument("--cluster", choices=["slurm", "local"], help="hand the runs to a scheduler through submitit")
     told = "submitit's parameters, such as timeout_min=120 gpus_per_node=1 slurm_partition=gpu"
@@ -295,15 +310,21 @@ def lr_range(p: argparse.ArgumentParser) -> None:
     p.add_argument("--low", type=positive, help="the first rate (default: a hundredth of the config's highest)")
     p.add_argument("--high", type=positive, help="the last rate (default: a hundred times the config's highest)")
     p.add_argument("--steps", type=count, metavar="N", default=200, help="batches from first to last rate (default 200)")
-    p.add_argument("-o", "--output", metavar="FILE", default="lr_range.html", help="the plot (default: lr_range.html)")
+    p.add_argument(
+        "-o", "--output", metavar="FILE", type=path, default="lr_range.html", help="the plot (default: lr_range.html)"
+    )
     add_json(p)
 
 
 def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("kind", choices=["ffcv", "dali"], help="FFCV's format, or WebDataset shards (for DALI)")
     p.add_argument("dataset", metavar="DATASET", help="as data.dataset in a config, such as imagenet")
-    p.add_argument("--data", "--source", metavar="PATH", help="folder or archive to read (default: the usual places)")
-    p.add_argument("-o", "--output", metavar="DIR", help="default: DATASET-ffcv or DATASET-dali beside the data sets")
+    p.add_argument(
+        "--data", "--source", metavar="PATH", type=path, help="folder or archive to read (default: the usual places)"
+    )
+    p.add_argument(
+        "-o", "--output", metavar="DIR", type=path, help="default: DATASET-ffcv or DATASET-dali beside the data sets"
+    )
     p.add_argument("--sizes", nargs="+", help="short sides in pixels, or `original`; default: those of the configs' phases")
     p.add_argument("--cap", type=count, metavar="N", help="shrink `original` images whose short side is longer")
     told = "default: jpeg, for small images raw; mixed: half of each"
@@ -313,7 +334,10 @@ def prepare(p: argparse.ArgumentParser) -> None:
     add_workers(p, "threads")
     p.add_argument("--limit", type=count, metavar="N", help="so many images of each split (default: all)")
     p.add_argument(
-        "--labels", metavar="FILE", help="a CSV file with the columns file,label, where folders do not say classes"
+        "--labels",
+        metavar="FILE",
+        type=path,
+        help="a CSV file with the columns file,label, where folders do not say classes",
     )
     told = "replace what is there; until the new files are whole the old ones stay"
     p.add_argument("--overwrite", action="store_true", help=told)

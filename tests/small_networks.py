@@ -36,7 +36,7 @@ def images(count: int, seed: int = 0, shape=SHAPE) -> torch.Tensor:
 
 
 def scaled(around, points: torch.Tensor) -> torch.Tensor:
-    """Images (flat, normalised) as inputs of a reduced network."""
+    """Images (flat) as inputs of a reduced network."""
     inputs = ((points - around.centre) / around.radius)[:, around.kept]
     kept = torch.zeros(len(around.centre), dtype=torch.bool).index_fill_(0, around.kept, True)
     back = around.images(inputs)

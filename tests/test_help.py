@@ -11,7 +11,7 @@ import sys
 import pytest
 from run_files import assert_explained
 
-from fastrobust.__main__ import KEYS, MEANT, WORK, parse
+from fastrobust.__main__ import KEYS, MEANT, WORK, Parser, add_command, parse
 from fastrobust.__main__ import main as cli
 from fastrobust.config import packaged, reading
 
@@ -76,6 +76,25 @@ def test_keys_and_options_are_told_apart(capsys, words, message):
         cli(words.split())
     err = capsys.readouterr().err
     assert caught.value.code == 2 and message in err
+
+
+def test_every_path_on_the_command_line_is_written_out(monkeypatch, capsys):
+    """Not every shell writes out `--output=~/x`, and none does between quotes: a folder called `~` is made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DISK", "/disk")
+    tried = []
+    for name in WORK:
+        commands = Parser()
+        add_command(commands, name)
+        for action in commands._actions:
+            if action.metavar in ("RUN", "RUN2", "PATH", "DIR", "FILE", "FOLDER", "SWEEP"):
+                assert action.type and action.type("~/x") == "/home/me/x" and action.type("$DISK/x") == "/disk/x"
+                tried.append(f"{name} {action.dest}")
+    assert len(tried) >= 19, tried
+    for argument, told in (("--output=~nobody-here/x", "no home folder"), ("--output=$ABSENT/x", "ABSENT is not set")):
+        with pytest.raises(SystemExit):
+            parse(["export", "runs/a", argument])
+        assert told in capsys.readouterr().err
 
 
 REQUIRED = {"sweep": ["x.yaml"], "train": ["x.yaml"], "lr-range": ["x.yaml"], "prepare": ["ffcv", "mnist"], "configs": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -238,6 +239,12 @@ def test_a_named_model_on_given_images_can_be_used_by_every_command(tmp_path, ca
         ({"test": (TEST[0], TEST[1] + 1)}, DataError, "label 10 is none of the 10 classes"),
         ({"data": "cifra10", "test": None}, DataError, "did you mean 'cifar10'"),
         ({"data": 7}, DataError, "not a int"),
+        ({"name": "a/b"}, ConfigError, "name: 'a/b' is no name for a folder"),
+        ({"name": ".."}, ConfigError, "name: '..' is no name for a folder"),
+        ({"name": "caf\udce9"}, ConfigError, "is no name for a folder"),
+        ({"model": type("Größe", (Net,), {})()}, ConfigError, "'größe_fgsm' is no name for a folder.*give name="),
+        ({"config": {"name": "other"}}, ConfigError, "config: name is an argument of fit: give name="),
+        ({"config": {"output": "other"}}, ConfigError, "config: output is an argument of fit: give output="),
         ({"method": "fgms"}, ConfigError, "did you mean 'fgsm'"),
         ({"config": {"precison": "bf16"}}, ConfigError, "did you mean 'precision'"),
         ({"model": nn.Sequential(nn.Flatten(), nn.Linear(9, 10))}, ConfigError, "cannot take 28 x 28 pixels"),
@@ -249,6 +256,14 @@ def test_mistakes_are_named_and_leave_nothing(tmp_path, change, error, says):
     with pytest.raises(error, match=says):
         fit(network, tmp_path / "out", **change)
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_run_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    found = fit("mnist_net", "~/out", epochs=1, name="a", data=(TRAIN[0][:60], TRAIN[1][:60]))
+    assert found.directory == tmp_path / "home/out/a" and (found.directory / "images.npz").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
 class Pair(Net):
@@ -340,14 +355,24 @@ def test_arrays_are_a_data_set_for_configs(tmp_path):
         sets.load("arrays", "test", file)
 
 
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, train_images=np.zeros((2, 5, 5), np.uint8), train_labels=np.arange(2), classes=["a", "b"])
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("write", "says"),
     [
-        (lambda f: f.write_bytes(b"PK"), "is not a .npz file"),
+        (lambda f: f.write_bytes(b"PK\3\4"), "is a zip archive, not a whole .npz file"),
+        (lambda f: f.write_bytes(bytes(600)), "is not a whole .npz file"),
+        (lambda f: f.write_text("images"), 'is a text file that begins "images", not a whole .npz file'),
         (lambda f: f.write_text("<html>"), "is a web page"),
         (lambda f: np.savez(f, x=np.zeros(3)), "holds neither train_images nor test_images: x"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.float32)), "must be uint8"),
         (lambda f: np.savez(f, train_images=np.zeros((2, 5, 6), np.uint8)), "square"),
+        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.uint8)), "cannot be read: .*train_labels is not a file"),
+        (lambda f: f.write_bytes(npz().replace(bytes(50), b"\1" * 50, 1)), "cannot be read: Bad CRC-32"),
     ],
 )
 def test_files_that_are_no_arrays_are_named(tmp_path, write, says):

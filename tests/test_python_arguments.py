@@ -122,3 +122,11 @@ def test_others_of_verify_load_and_fit(run, tmp_path):
         with pytest.raises(FastrobustError, match="classes must be names, each once"):
             fit(tmp_path, Named(200, 2, NAMES), classes=classes)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_home_is_written_out_in_paths(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.directory.parent))
+    x = torch.rand(2, 3, 28, 28)
+    torch.testing.assert_close(fastrobust.load(f"~/{run.directory.name}", Net())(x), run.model(x))
+    with pytest.raises(FastrobustError, match=f"no folder or file {run.directory.parent}/absent"):
+        fastrobust.fit("mnist_net", "~/absent", epsilon=0.1)

@@ -28,9 +28,11 @@ def _pixels(value: float, info: ValidationInfo) -> float:
     return value
 
 
-def _folder_name(value: str) -> str:
+def folder_name(value: str) -> str:
+    """The value, where it is a name for a folder; else ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", value):
-        raise ValueError(f"'{value[:80]}' is no name for a folder: up to 200 of A-Z a-z 0-9 . _ -, a letter or digit first")
+        shown = value[:80].encode(errors="backslashreplace").decode()
+        raise ValueError(f"'{shown}' is no name for a folder: up to 200 of A-Z a-z 0-9 . _ -, a letter or digit first")
     return value
 
 
@@ -44,7 +46,7 @@ Number = Annotated[float, BeforeValidator(parse_number), Field(allow_inf_nan=Fal
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Pixels = Annotated[Number, Field(ge=0, title="pixels"), AfterValidator(_pixels)]  # a fraction of the pixel range: 8/255
-FolderName = Annotated[str, AfterValidator(_folder_name), Field(title="letters, digits, `.`, `_`, `-`; at most 200")]
+FolderName = Annotated[str, AfterValidator(folder_name), Field(title="letters, digits, `.`, `_`, `-`; at most 200")]
 Count = Annotated[int, Field(ge=1, le=10**9, strict=True, title="a count")]
 Seed = Annotated[int, Field(ge=0, lt=2**31, strict=True, title="whole number from 0")]
 

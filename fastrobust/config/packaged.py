@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from textwrap import fill
 
+from fastrobust.config.places import expand
+
 INDENT = 4 * " "
 _PACKAGE = Path(__file__).resolve().parent.parent
 _PLACES = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
@@ -25,8 +27,8 @@ def names() -> list[str]:
 
 def find(path: str | Path) -> Path:
     """The file itself if it is there; else `mnist_fgsm`, `mnist_fgsm.yaml` and `configs/mnist_fgsm.yaml` are the file that
-    comes with fastrobust, wherever the command is run. A path that is none of these is given back."""
-    path = Path(path)
+    comes with fastrobust, wherever the command is run. A path that is none of these is given back. Raises ConfigError."""
+    path = Path(expand(path))
     file = folder() / f"{path.name.removesuffix('.yaml')}.yaml" if folder() else path
     return file if not path.is_file() and str(path.parent) in (".", "configs") and file.is_file() else path
 

@@ -44,6 +44,7 @@ SCHEDULES = {
 }
 MODELS = {
     "mnist_net": "fastrobust.models.mnist_net:mnist_net",
+    "cifar_net": "fastrobust.models.mnist_net:cifar_net",
     "preact_resnet18": "fastrobust.models.preact_resnet:preact_resnet18",
     "preact_resnet18_w16": "fastrobust.models.preact_resnet:preact_resnet18_w16",
     "preact_resnet18_paper": "fastrobust.models.paper_preact_resnet:preact_resnet18_paper",

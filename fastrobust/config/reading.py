@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from fastrobust.config import keys, packaged
 from fastrobust.config.hints import did_you_mean, nearest
+from fastrobust.config.places import utf8
 from fastrobust.config.schema import Config
 from fastrobust.runtime.errors import ConfigError
 
@@ -101,6 +102,9 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 
 
 def parse(data: dict[str, Any], where: str) -> Config:
+    for key, value in flatten(data).items():
+        if isinstance(value, str):
+            utf8(value, f"{where}: {key}: ")
     try:
         return Config.model_validate(data, context={"norm": data.get("norm") if isinstance(data, dict) else None})
     except ValidationError as error:
@@ -134,7 +138,12 @@ def changed_since(stored: Any, config: Config) -> list[str]:
         return ["the checkpoint holds no config"]
     before = parse(stored, "the checkpoint's config")
     lines = differences(before, config, ("then", "now"))
-    return [line for line in lines if not may_change(line) and not _MOVED.match(line)]
+    return [line for line in lines if is_binding(line)]
+
+
+def is_binding(line: str) -> bool:
+    """Whether a line of `differences` says that two configs train something else, wherever a run lies now."""
+    return not may_change(line) and not _MOVED.match(line)
 
 
 def may_change(line: str) -> bool:
@@ -178,7 +187,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+    key, equals, text = utf8(override).partition("=")
     if not equals or not key:
         raise ConfigError(f"'{override}' is not of the form key=value")
     put(data, key, _parse_yaml(text, f"'{override[:80]}'"), override)

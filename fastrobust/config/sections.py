@@ -1,7 +1,6 @@
 """The sections of a config, key by key. What a key means is written here, and docs/configuration.md repeats it."""
 
 import os
-import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -9,17 +8,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Ser
 
 from fastrobust.config import datasets, parts
 from fastrobust.config.fields import Count, NonNegative, Number, Pixels, Positive, Section, Seed, key, quoted, some
+from fastrobust.config.places import expand, utf8
 from fastrobust.runtime.errors import ConfigError
 
 
-def _place(value: str) -> str:
-    """A path with ~ and $VARIABLES written out."""
-    path = os.path.expanduser(os.path.expandvars(value))
-    if unset := re.search(r"\$\{?(\w+)", path):
-        raise ValueError(f"the environment variable {unset[1]} is not set")
-    if path.startswith("~"):
-        raise ValueError(f"there is no home folder for '{path.split('/')[0]}'")
-    return path
+def _place(value: str, info: ValidationInfo) -> str:
+    try:
+        path = utf8(expand(value))
+        if info.field_name != "output":  # the others are stored with the folder that they are given in
+            utf8(os.path.abspath(path))
+        return path
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
 
 
 Place = Annotated[str, AfterValidator(_place), Field(title="a folder")]

@@ -6,8 +6,10 @@ are uint8, N x H x W x C or N x H x W for grey ones, square; labels are whole nu
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from fastrobust.config.datasets import Dataset
 from fastrobust.data.given import FROM_ONE, whole_numbers
 from fastrobust.runtime.errors import DataError, first_line
-from fastrobust.runtime.files import explained, mistaken, write_atomically
+from fastrobust.runtime.files import explained, kind_of, mistaken, write_atomically
 
 SPLITS = ("train", "test")
 
@@ -65,17 +67,20 @@ def read(split: str, path: str | None) -> tuple[np.ndarray, np.ndarray]:
     return images[..., None] if images.ndim == 3 else images, labels
 
 
-def opened(path: str | Path) -> np.lib.npyio.NpzFile:
-    """The file, with nothing of it read yet. Raises DataError."""
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """The file, with nothing of it read yet. Raises DataError, also for what goes wrong while it is read."""
     try:
         with open(path, "rb") as file:
-            start = file.read(64)
+            start = file.read(512)
         if problem := mistaken(start):
             raise DataError(f"{path} {problem}")
         if not zipfile.is_zipfile(path):
-            raise DataError(f"{path} is not a .npz file, or it was cut short: write it with numpy.savez")
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            told = f"is {kind}, not" if (kind := kind_of(start)) else "is not"
+            raise DataError(f"{path} {told} a whole .npz file: write it with numpy.savez")
+        with np.load(path, allow_pickle=False) as found:
+            yield found
+    except (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}") from None
 
 

@@ -58,7 +58,7 @@ def quick(member: Member) -> None:
     try:
         start, end = member.ends()
         with Image.open(io.BytesIO(start)) as image:
-            if END[image.format] in end:
+            if END[image.format] in end and not image.mode.startswith(formats.DEEP):
                 return
     except Exception:  # a long header, a format without an end, a damaged file: to be decoded
         pass

@@ -6,6 +6,7 @@ Every problem with a file is a `DataError` that names it.
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import gzip
 import io
@@ -24,11 +25,11 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
-from fastrobust.runtime.files import mistaken
+from fastrobust.runtime.files import kind_of, mistaken
 from fastrobust.runtime.machine import check_memory
 
 CIFAR_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -42,6 +43,7 @@ _PICKLE_GLOBALS = {
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip")
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _IMAGE_FORMATS = ["JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF"]
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 HEAD, TAIL = 4096, 64  # bytes at the ends of a file that are looked at
 _DAMAGE = (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, tarfile.TarError, ValueError, OverflowError)
 
@@ -66,9 +68,11 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark. Raises DataError."""
+    """A text file in UTF-8, with or without a byte order mark, or in UTF-16 with one. Raises DataError."""
     with opened(path) as file:
-        return file.read().decode("utf-8-sig", "backslashreplace")
+        content = file.read()
+    utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if utf16 else "utf-8-sig", "replace" if utf16 else "backslashreplace")
 
 
 def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
@@ -122,18 +126,29 @@ class Member(NamedTuple):
 
 
 def folder_members(folder: Path) -> list[Member]:
+    """The files in a folder, and the folders in it that hold nothing, whose names end with a slash. Raises DataError."""
+
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be read ({error.strerror}): check the folder") from error
 
-    files = []
+    files, empty = [], []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         above = Path(parent).relative_to(folder).parents  # as they are named: `..` of a link is elsewhere
         if os.path.realpath(parent) in {os.path.realpath(folder / part) for part in above}:
             folders.clear()  # a link that leads back to a folder around it
             continue
         files += [Path(parent, name) for name in names]
+        empty += [] if names or folders else [Path(parent)]
     names = [(printable(file.relative_to(folder).as_posix()), printable(str(file))) for file in files]
-    return [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
+    members = [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
+    return members + [Member(f"{printable(path.relative_to(folder).as_posix())}/", str(path), bytes) for path in empty]
+
+
+def folder_of(member: Member) -> str | None:
+    """The real folder of a file that lies in one; None for those in archives."""
+    if isinstance(member.read, partial) and member.read.func is read_at and member.read.args[2] is None:
+        return os.path.realpath(member.read.args[0].parent)
+    return None
 
 
 def printable(name: str) -> str:
@@ -144,15 +159,39 @@ def printable(name: str) -> str:
 def archive_members(path: Path) -> list[Member]:
     """The files in a tar or zip archive. Raises DataError."""
     if not zipfile.is_zipfile(path):
+        with opened(path) as file:
+            kind = kind_of(file.read(HEAD))
+        if kind not in (None, "a tar archive", "a zip archive"):
+            raise DataError(f"{path} is {kind}, neither tar nor zip: unpack it, and set the path to the folder of images")
         return tar_members(path)
     with opened(path), zipfile.ZipFile(path) as archive:
-        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        files = [info for info in archive.infolist() if not info.is_dir()]
+    for info in files:
+        if info.flag_bits & 1:
+            raise DataError(f"{path}: {info.filename} is encrypted: unpack it with its password, and give the folder")
+        if info.compress_type not in _ZIP_METHODS:
+            method = zipfile.compressor_names.get(info.compress_type, f"method {info.compress_type}")
+            raise DataError(
+                f"{path}: {info.filename} is packed with {method}, which cannot be read: unpack it, and give the folder"
+            )
+    names = [info.filename for info in files]
+    if not any("/" in name for name in names):  # some programs of Windows write backslashes
+        return [
+            Member(name.replace("\\", "/"), f"{name} in {path}", partial(_read_zipped, path, name))
+            for name in names
+            if not name.endswith("\\")
+        ]
     return [Member(name.removeprefix("./"), f"{name} in {path}", partial(_read_zipped, path, name)) for name in names]
 
 
 def _read_zipped(path: Path, name: str) -> bytes:
-    with zipfile.ZipFile(path) as archive:
-        return archive.read(name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(name)
+    except (*_DAMAGE, EOFError, RuntimeError) as error:
+        raise DataError(
+            f"{name} in {path} is damaged ({error}): fetch the archive again, or leave it out: data.skip_corrupt=true"
+        ) from error
 
 
 def tar_members(path: Path, nested: bool = False) -> list[Member]:
@@ -328,23 +367,29 @@ def open_upright(member: Member) -> Image.Image:
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()
         with contextlib.suppress(Exception):  # a good picture may have an odd EXIF block: then it is taken as it lies
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # converting these would clip, not scale
-            raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits")
+        if image.mode.startswith(DEEP):  # converting these would clip, not scale
+            raise unusable(member.where, f"its pixels, of mode {image.mode}, have more than 8 bits", CONVERT)
         if image.mode == "P":  # RGBA first, the way for palettes with transparency
             image = image.convert("RGBA")
         if image.mode != "RGB":
             image = image.convert("RGB")
         image.load()
         return image
-    except MemoryError:
+    except (MemoryError, DataError):
         raise
+    except UnidentifiedImageError as error:  # Pillow tells the address of an object
+        kind = kind_of(content[:512])
+        known = kind is None or any(f"a {name} picture" == kind for name in _IMAGE_FORMATS)
+        told = "cannot identify image file" + ("" if known else f": it is {kind}")
+        raise unusable(member.where, told, *([CONVERT] if not known and "picture" in kind else [])) from error
     except Exception as error:  # a damaged image can raise anything
         raise unusable(member.where, error) from error
 
 
-def unusable(where: str, error: Exception) -> DataError:
-    advice = (
-        "put a good copy in its place (a run that was begun goes on with --resume), or leave it out: data.skip_corrupt=true"
-    )
-    said = str(error).partition(" <_io.")[0]  # Pillow: cannot identify image file <_io.BytesIO object at 0x7f23167>
-    return DataError(f"{where} is not a usable image ({said}): {advice}")
+REPLACE = "put a good copy in its place (a run that was begun goes on with --resume)"
+CONVERT = "convert it to PNG or JPEG with 8 bits"
+DEEP = ("I", "F")  # the beginnings of Pillow's modes of more than 8 bits
+
+
+def unusable(where: str, problem: Exception | str, advice: str = REPLACE) -> DataError:
+    return DataError(f"{where} is not a usable image ({problem}): {advice}, or leave it out: data.skip_corrupt=true")

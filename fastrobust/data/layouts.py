@@ -2,6 +2,9 @@
 
 train/<class>/<image>, and test/... or val/... (valid/, validation/)   torchvision's ImageFolder
 <any folder>/train/...                                                 one folder around it
+Train/, training/, testing/, …                                         capitals, and these names
+<class>/<image>                                                        training images; or those of the split after which
+                                                                       the folder or archive is called: val.zip
 val/images/<image>, val/val_annotations.txt                            Tiny-ImageNet as it is downloaded
 val/<image>, LOC_val_solution.csv beside ILSVRC/                       ImageNet as Kaggle gives it out
 any folders, and a CSV file with the columns file, label (and split)   `data.labels`
@@ -12,6 +15,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +27,7 @@ from fastrobust.runtime.errors import DataError
 
 SPLITS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}  # folders, in the order of preference
 LAYOUT = "a folder or archive (tar, zip) of train/<class>/<image> and one of test/, val/, valid/, validation/ likewise"
+ALIASES = {"training": "train", "testing": "test"}
 KAGGLE = "LOC_val_solution.csv"
 Image = tuple[str, str, Member]  # class, file name below it, where it is
 
@@ -40,8 +45,8 @@ def choose(
 ) -> Split:
     """One split of what `place` holds. classes: those that the data set has, if that is fixed. labels: the CSV file that
     says them, if the folders do not. Raises DataError."""
-    members, groups = grouped(members, place, labels)
-    side = side_of(groups, split, source, labels)
+    files, groups = grouped(members, place, labels)
+    side = side_of(members, groups, split, source, labels)
     images = named(groups[side], classes)
     found = {name for name, _, _ in images}
     train = {name for name, _, _ in named(groups.get("train", []), classes)}
@@ -51,7 +56,7 @@ def choose(
         whose = "the data set" if classes else "train"
         raise DataError(f"{source}: {split} must have the classes of {whose}, but differs in {differ}")
     if absent := sorted(expected - found):
-        print(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out", flush=True)
+        tell(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out")
     if len(expected) < 2 and labels:
         raise DataError(f"{labels}: all images are of one class, '{min(found)}': at least two are needed")
     if len(expected) < 2:
@@ -59,9 +64,11 @@ def choose(
             f"{source}: all images of {side}/ are of one class, '{min(found)}'. Is the path one level too high? "
             f"It must be {LAYOUT}"
         )
-    refuse_copies(members, source)
+    refuse_copies(files, source)
     if not labels:
-        tell_what_is_left_out(members, side, source)
+        refuse_shared_folders(images, source)
+        tell_what_is_left_out(files, side, source)
+        doubt_nested(images, source)
     index = {name: label for label, name in enumerate(classes or sorted(expected))}
     chosen = sorted(images)
     return Split([member for _, _, member in chosen], np.array([index[name] for name, _, _ in chosen]), tuple(index))
@@ -69,8 +76,46 @@ def choose(
 
 def grouped(members: list[Member], place: Path, labels: str | None) -> tuple[list[Member], dict[str, list[Image]]]:
     """The files that are not hidden, by their names below the folder around all; and the images of each split."""
-    members = [member for member in without_top_folder(members) if not is_hidden(member.name)]
-    return members, by_file(members, place, labels) if labels else by_folder(members, place)
+    members = split_named([member for member in without_top_folder(members) if not is_hidden(member.name)], place)
+    if labels:
+        return members, by_file(members, place, labels)
+    images = [member.name for member in members if formats.is_image(member.name)]
+    if len({top(name) for name in images}) > 1 and all(name.count("/") == 1 for name in images):
+        members = below(members, place, "train")
+    return members, by_folder(members, place)
+
+
+def top(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def split_folder(name: str) -> str | None:
+    """The name of a split that a folder's name is, in capitals too; None if it is none."""
+    name = ALIASES.get(name.lower(), name.lower())
+    return name if any(name in names for names in SPLITS.values()) else None
+
+
+def below(members: list[Member], place: Path, side: str | None = None) -> list[Member]:
+    """Files that are in no split's folder, as if in one: that after which `place` is called (val.zip), or else in `side`."""
+    side = split_folder(place.name.partition(".")[0]) or side
+    inner = without_top_folder(members)
+    if side is None or any(split_folder(top(member.name)) for member in inner):
+        return members
+    return [m._replace(name=f"{side}/{m.name}") if "/" in m.name else m for m in inner]
+
+
+def split_named(members: list[Member], place: Path) -> list[Member]:
+    """The members with their splits' folders called as in `SPLITS`. Raises DataError if that is not clear."""
+    tops = sorted({top(member.name) for member in members if "/" in member.name})
+    names = {folder: name for folder in tops if (name := split_folder(folder)) not in (None, folder)}
+    for folder, name in list(names.items()):
+        if name in tops:
+            tell(f"note: {place}: {name}/ is used, {folder}/ is not")
+            del names[folder]
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        both = " and ".join(f"{folder}/" for folder in names if names[folder] == twice[0])
+        raise DataError(f"{place} holds {both}, both for {twice[0]}: remove or rename one")
+    return [m._replace(name=names[top(m.name)] + m.name[len(top(m.name)) :]) if top(m.name) in names else m for m in members]
 
 
 def side_name(folder: str) -> str:
@@ -91,22 +136,22 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
     """The images of each split as a CSV file gives them. Files are named from the data set's folder, or from the folder of
     their split. Without a column `split` a file in train/, test/, … is of that split, and any other of train."""
     csv_file, images = find_labels(labels, place), {m.name: m for m in members if formats.is_image(m.name)}
-    text = formats.read_text(csv_file)
-    rows = csv.DictReader(io.StringIO(text))
-    columns, sides = rows.fieldnames or [], {name: side for side, names in SPLITS.items() for name in names}
-    if not {"file", "label"} <= set(columns) <= {"file", "label", "split"}:
-        needed = "it needs the columns file, label and may have a column split"
-        raise DataError(f"{csv_file} has the columns {', '.join(map(str, columns)) or '(none)'}: {needed}")
+    rows = table(csv_file)
+    sides = {name: side for side, names in SPLITS.items() for name in names}
     groups: dict[str, list[Image]] = {}
     missing, used = [], {}
     for number, row in enumerate(rows, 2):
         name, label, side = ((row.get(key) or "").strip() for key in ("file", "label", "split"))
+        side = split_folder(side) or side
+        if any(row.get(None) or ()):  # more than there are columns
+            raise DataError(f"{csv_file}, line {number}, has more fields than the first line: put names with ',' in quotes")
         if not name or not label or (side and side not in sides):
             odd = f"the split '{side}', which is none of {', '.join(sides)}" if name and label else "no file or no label"
             raise DataError(f"{csv_file}, line {number}, has {odd}")
-        name = Path(name).as_posix()
+        name = Path(name if name in images else name.replace("\\", "/")).as_posix()
+        usual = name if name in images else (split_folder(top(name)) or top(name)) + name[len(top(name)) :]
         found = [
-            known for known in (name, *(f"{folder}/{name}" for folder in ([side] if side else sides))) if known in images
+            known for known in (usual, *(f"{folder}/{name}" for folder in ([side] if side else sides))) if known in images
         ]
         if not found:
             missing.append(name)
@@ -119,23 +164,61 @@ def by_file(members: list[Member], place: Path, labels: str) -> dict[str, list[I
     if missing:
         raise DataError(f"{csv_file} names {len(missing)} files that are not in {place}:\n{formats.first_ten(missing)}")
     if len(used) < len(images):
-        print(f"note: {place}: {len(images) - len(used)} images are not in {csv_file}, and not used", flush=True)
+        tell(f"note: {place}: {len(images) - len(used)} images are not in {csv_file}, and not used")
     return groups
 
 
+def table(file: Path) -> list[dict]:
+    """The lines of a CSV file as spreadsheets write them: with , ; or tabs, any capitals in the names of the columns, and
+    perhaps a first line that says the separator. Raises DataError."""
+    first, _, rest = (text := formats.read_text(file)).partition("\n")
+    if first.strip().lower() in ("sep=,", "sep=;"):
+        first, text = rest.partition("\n")[0], rest
+    if "\0" in text:
+        raise DataError(f"{file} is no text in UTF-8, nor in UTF-16 with a byte order mark: save it as CSV UTF-8")
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first.count))
+        columns = rows.fieldnames = [column.strip().lower() for column in rows.fieldnames or []]
+        if not {"file", "label"} <= set(columns) <= {"file", "label", "split", ""}:
+            needed = "it needs the columns file, label and may have a column split, separated by , ; or tab"
+            raise DataError(f"{file} has the columns {', '.join(columns) or '(none)'}: {needed}")
+        return list(rows)
+    except csv.Error as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+
+
 def without_top_folder(members: list[Member]) -> list[Member]:
-    """The members by their names below the one folder that all are in, if that folder is not a split."""
-    tops = {member.name.partition("/")[0] for member in members if not is_hidden(member.name)}
-    known = {name for names in SPLITS.values() for name in names}
-    if len(tops) != 1 or tops & known or not all("/" in m.name for m in members if not is_hidden(m.name)):
+    """The members by their names below the one folder that all files are in, if that folder is not a split."""
+    files = [member.name for member in members if not is_hidden(member.name) and not member.name.endswith("/")]
+    tops = {top(name) for name in files}
+    if len(tops) != 1 or any(map(split_folder, tops)) or not all("/" in name for name in files):
         return members
-    inner = [member._replace(name=member.name.partition("/")[2]) for member in members]
-    return without_top_folder(inner)
+    inner = [(member, member.name.partition("/")[2]) for member in members]
+    kept = [member._replace(name=name) for member, name in inner if name and not is_hidden(member.name)]
+    return without_top_folder(kept)
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder around it, is one that programs leave behind: .DS_Store, .ipynb_checkpoints, __MACOSX."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def shown(place: Path) -> list[Path]:
+    """What a folder holds and is not hidden."""
+    return [child for child in place.iterdir() if not is_hidden(child.name)]
+
+
+def has_splits(place: Path) -> bool:
+    """Whether a folder holds the folder of a split, itself or in the one folder that is in it."""
+    inside = [child for child in shown(place) if child.is_dir()]
+    return any(split_folder(child.name) for child in inside) or (len(inside) == 1 and has_splits(inside[0]))
+
+
+def has_classes(place: Path) -> bool:
+    """Whether a folder holds folders of images, itself or in the one folder that is in it."""
+    inside = [child for child in shown(place) if child.is_dir()]
+    filled = [child for child in inside if any(formats.is_image(file.name) for file in child.iterdir())]
+    return len(filled) > 1 or (len(inside) == 1 and has_classes(inside[0]))
 
 
 def by_folder(members: list[Member], place: Path) -> dict[str, list[Image]]:
@@ -187,18 +270,30 @@ def kaggle(members: list[Member], place: Path) -> dict[str, str] | None:
     )
 
 
-def side_of(groups: dict[str, list[Image]], split: str, source: str, labels: str | None = None) -> str:
+def side_of(
+    members: list[Member], groups: dict[str, list[Image]], split: str, source: str, labels: str | None = None
+) -> str:
     """The folder that a split is read from. Raises DataError."""
     there = [name for name in SPLITS[split] if name in groups]
     if not there:
-        found = ", ".join(sorted(groups)) or "no such folder"
         hold = "; data.held_out=N tests on N training images that are never trained on" if "train" in groups else ""
         if labels:
-            raise DataError(f"{labels} has images of {found}, so there are no {split} images{hold}")
-        raise DataError(f"{source} must be {LAYOUT}; it has images in {found}, so there are no {split} images{hold}")
+            raise DataError(f"{labels} has images of {', '.join(sorted(groups))}, so there are no {split} images{hold}")
+        tops = {top(member.name) for member in without_top_folder(members) if not is_hidden(member.name)}
+        sides = sorted(filter(split_folder, groups))
+        found = f"it has images in {', '.join(sides)}" if sides else f"it holds {first_five(tops)}, images in no such folder"
+        if sides and not any(map(split_folder, tops)):
+            classes = first_five({name for images in groups.values() for name, _, _ in images})
+            found = f"its folders {classes} are taken for classes of {sides[0]}/"
+        raise DataError(f"{source} must be {LAYOUT}; {found}, so there are no {split} images{hold}")
     if len(there) > 1:
-        print(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used", flush=True)
+        tell(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used")
     return there[0]
+
+
+def first_five(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
 
 
 def named(images: list[Image], classes: tuple[str, ...] | None) -> list[Image]:
@@ -215,13 +310,53 @@ def refuse_copies(members: list[Member], source: str) -> None:
         raise DataError(f"{source}: {name} occurs {copies} times: remove the archives that overlap")
 
 
+def refuse_shared_folders(images: list[Image], source: str) -> None:
+    """Two classes must not be links to one folder: its images would have two labels. Raises DataError."""
+    seen: dict[str, tuple[str, str]] = {}
+    folders = {member.name.rpartition("/")[0]: (name, member) for name, _, member in images}
+    for folder, (name, member) in sorted(folders.items()):
+        real = formats.folder_of(member)
+        first, label = seen.setdefault(real or folder, (folder, name))
+        if label != name:
+            raise DataError(f"{source}: {first} and {folder} are one folder, {real}: it is of two classes, remove one")
+
+
+_told: set[str] = set()
+
+
+def tell(note: str) -> None:
+    """Print a note about a folder, once: a run looks into its folders several times."""
+    if note not in _told:
+        _told.add(note)
+        print(note, flush=True)
+
+
+def tell_again() -> None:
+    """From here on notes that were printed before are printed again: another run begins."""
+    _told.clear()
+
+
 def tell_what_is_left_out(members: list[Member], side: str, source: str) -> None:
-    """Say how many files of a split are not read, by their endings."""
-    odd = Counter(
-        Path(member.name).suffix.lower() or "no ending"
-        for member in members
-        if member.name.startswith(f"{side}/") and not formats.is_image(member.name)
-    )
+    """Say how many files of a split are not read, by their endings, and which folders of it are no classes."""
+    inside = [member.name for member in members if member.name.startswith(f"{side}/")]
+    files = [name for name in inside if not name.endswith("/")]
+    odd = Counter(Path(name).suffix.lower() or "no ending" for name in files if not formats.is_image(name))
     if odd:
         kinds = ", ".join(f"{ending} {count}" for ending, count in sorted(odd.items())[:5])
-        print(f"note: {source}: {sum(odd.values())} files in {side}/ are no images that can be read ({kinds})", flush=True)
+        tell(f"note: {source}: {sum(odd.values())} files in {side}/ are no images that can be read ({kinds})")
+    folders, filled = (
+        {name.split("/")[1] for name in names if name.count("/") > 1} for names in (inside, filter(formats.is_image, inside))
+    )
+    if empty := folders - filled:
+        told = f"folders of {side}/ without an image that can be read are no classes: {first_five(empty)}"
+        tell(f"note: {source}: {told}")
+
+
+def doubt_nested(images: list[Image], source: str) -> None:
+    """Say it where no class has an image of its own, and some have several folders of them: the classes may lie deeper."""
+    if all("/" in file for _, file, _ in images):
+        inner = {(name, file.partition("/")[0]) for name, file, _ in images}
+        classes, folders = (sorted(set(part)) for part in zip(*inner, strict=True))
+        if len(inner) > len(classes):
+            told = f"the classes {', '.join(classes[:5])} hold their images in folders ({', '.join(folders[:5])})"
+            tell(f"note: {source}: {told}: if these are the classes, they must be one level higher")

@@ -63,7 +63,7 @@ def files(place: Path) -> list[Path]:
     if place.is_file():
         found = [place]
     elif place.is_dir():
-        inside = [folder for folder in map(place.joinpath, SIDES) if folder.is_dir()]
+        inside = [folder for folder in place.iterdir() if folder.name.lower() in SIDES and folder.is_dir()]
         named = [file for folder in (place, *inside) for file in folder.iterdir() if file.name.endswith(ENDINGS)]
         found = sorted(file for file in named if file.is_file())
     else:

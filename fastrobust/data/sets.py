@@ -19,6 +19,7 @@ from PIL import Image
 
 from fastrobust.config import datasets
 from fastrobust.config.datasets import Dataset
+from fastrobust.config.places import expand
 from fastrobust.data import downloads, formats, ilsvrc, layouts, packed
 from fastrobust.data.held_out import ALL, SPLITS, Choice, evenly_spaced
 from fastrobust.data.image_set import ImageSet
@@ -267,8 +268,12 @@ def _members(place: Path) -> tuple[list[formats.Member], str, tuple[str, ...] | 
     if found := packed.read(place):
         return found.members, found.source, found.classes
     archives = _archives(place)
-    listings = [formats.archive_members(archive) for archive in archives] or [formats.folder_members(place)]
-    return [member for listing in listings for member in listing], ", ".join(map(str, archives)) or str(place), None
+    if not archives:
+        return formats.folder_members(place), str(place), None
+    listings = [formats.archive_members(archive) for archive in archives]
+    if archives != [place]:
+        listings = list(map(layouts.below, listings, archives))
+    return [member for listing in listings for member in listing], ", ".join(map(str, archives)), None
 
 
 def locate(dataset: str, path: str | Path | None = None, labels: str | None = None) -> Path:
@@ -330,7 +335,7 @@ def known(dataset: str, path: str | Path | None = None) -> Dataset:
 
 def data_root(path: str | Path | None) -> Path:
     """The user's path, or else the folder in which data sets are looked for and downloaded."""
-    return Path(path if path is not None else os.environ.get("FASTROBUST_DATA") or "data").expanduser()
+    return Path(expand(path if path is not None else os.environ.get("FASTROBUST_DATA") or "data"))
 
 
 def _problem(dataset: str, place: Path) -> str | None:
@@ -340,7 +345,7 @@ def _problem(dataset: str, place: Path) -> str | None:
     if dataset in ("mnist", "fashion_mnist"):
         absent = [name for names in _IDX_NAMES.values() for name in names if _idx_file(place, name) is None]
         return f"lacks {', '.join(absent)} (plain or .gz)" if absent else None
-    if place.is_file() or _is_split(place) or packed.files(place):
+    if place.is_file() or layouts.has_splits(place) or packed.files(place):
         return None
     batches = [name for names in formats.CIFAR_BATCHES.values() for name in names]
     absent = [name for name in batches if not (place / name).is_file()]
@@ -349,14 +354,11 @@ def _problem(dataset: str, place: Path) -> str | None:
     archives = _archives(place)
     if dataset == "cifar10" and len(archives) > 1:
         return f"holds {len(archives)} archives: give the `path` of one"
-    return None if archives else f"holds neither train/ nor test/ nor a file *{', *'.join(formats.ARCHIVE_SUFFIXES)}"
-
-
-def _is_split(place: Path) -> bool:
-    """Whether a folder holds the folder of a split, itself or in the one folder that is in it."""
-    inside = [child for child in place.iterdir() if child.is_dir() and not layouts.is_hidden(child.name)]
-    known = {name for names in layouts.SPLITS.values() for name in names}
-    return any(child.name in known for child in inside) or (len(inside) == 1 and _is_split(inside[0]))
+    if archives or layouts.has_classes(place):
+        return None
+    there = [f"{child.name}/" if child.is_dir() else child.name for child in layouts.shown(place)]
+    found = f"it holds {layouts.first_five(there)}" if there else "it is empty"
+    return f"holds neither train/ nor test/ nor a file *{', *'.join(formats.ARCHIVE_SUFFIXES)}; {found}"
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
@@ -367,7 +369,7 @@ def _archives(place: Path) -> list[Path]:
     """The tar files that make up the data set, in order; none if it is a folder of files."""
     if place.is_file():
         return [place]
-    if _is_split(place):
+    if layouts.has_splits(place):
         return []
     return sorted(file for file in place.iterdir() if file.name.endswith(formats.ARCHIVE_SUFFIXES))
 

@@ -12,7 +12,6 @@ An image that was misclassified from the start, and one that no attack broke, is
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,18 @@ from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import ConfigError
-from fastrobust.runtime.files import write_atomically
+from fastrobust.runtime.files import check_writable, write_atomically
 
 KINDS = (".npz", ".safetensors")
 
 
 def check(file: Path, images: Tensor) -> None:
-    """Raise ConfigError where the file could not be written in the end."""
+    """Raise ConfigError or RunError where the file could not be written in the end."""
     if file.suffix not in KINDS:
         raise ConfigError(f"--save-images {file}: its name must end in {' or '.join(KINDS)}")
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise ConfigError(f"--save-images {file}: there is no folder {file.parent} that can be written to")
+    if not file.parent.is_dir():
+        raise ConfigError(f"--save-images {file}: there is no folder {file.parent}")
+    check_writable(file)
     needed, free = 16 * images.numel(), limits.available_memory()  # both sets, and the file's content while it is made
     if needed > free:
         fit = int(len(images) * free / needed / 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastrobust.models import Normalized
 from fastrobust.runtime.errors import ConfigError, RunError, first_line
-from fastrobust.runtime.files import explained, mistaken
+from fastrobust.runtime.files import CUT, PICKLE, SAFETENSORS, TORCH, kind_of_file
 from fastrobust.runtime.run_directory import WEIGHTS
 
 SECTIONS = (  # of a file of torch.save, averaged weights before live ones
@@ -27,6 +27,7 @@ SECTIONS = (  # of a file of torch.save, averaged weights before live ones
 )  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.", "encoder.", "0.", "1.")
 CONSTANTS = {"mean": "mean", "mu": "mean", "std": "std", "sigma": "std"}  # last words of a normalisation's names
+OBJECTS = ("nsupported global", "unsupported GLOBAL", "allowlisted", "unrecognized function")  # why torch.load refused
 LISTED = 6  # names in a message
 
 
@@ -47,24 +48,28 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], str]:
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise RunError(f"there is no weights file {path}")
-    with explained(f"{path} cannot be read"), path.open("rb") as file:
-        start = file.read(64)
-    if problem := mistaken(start):
-        raise RunError(f"{path} {problem}")
+    kind = kind_of_file(path)
+    if kind not in (None, SAFETENSORS, TORCH, PICKLE, CUT):
+        wanted = "a file of torch.save(model.state_dict(), FILE), one of safetensors or a run's directory"
+        raise RunError(f"{path} is {kind}, not weights: {wanted} is needed")
+    objects = (
+        f"{path} holds Python objects, which could run code when read: in the program that made it, write "
+        "the tensors alone: torch.save(model.state_dict(), FILE)"
+    )
+    if kind == PICKLE:
+        raise RunError(objects)
     try:
-        if start[8:9] == b"{":
+        if kind == SAFETENSORS:
             return load_file(path), ""
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise RunError(f"{path} is damaged: {first_line(error)}") from None
     except Exception as error:  # a damaged file, or one that was made to harm, can raise anything
-        if "weights_only" in str(error) or "unsupported global" in str(error).lower():
-            raise RunError(
-                f"{path} holds Python objects, which could run code when read: in the program that made it, write "
-                "the tensors alone: torch.save(model.state_dict(), FILE)"
-            ) from None
-        raise RunError(f"{path} is not a file of weights, or damaged: {first_line(error)[:200]}") from None
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
+        if any(word in reason for word in OBJECTS):
+            raise RunError(objects) from None
+        raise RunError(f"{path} is not a file of weights, or damaged: {reason.splitlines()[0][:200]}") from None
     return _section(found, path)
 
 

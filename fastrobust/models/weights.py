@@ -12,11 +12,11 @@ from safetensors.torch import save
 from torch import nn
 
 from fastrobust import __version__
-from fastrobust.config import reading
+from fastrobust.config import places, reading
 from fastrobust.config.schema import Config
 from fastrobust.models import Normalized, create
 from fastrobust.runtime.errors import FastrobustError, RunError
-from fastrobust.runtime.files import explained, mistaken, write_atomically
+from fastrobust.runtime.files import SAFETENSORS, kind_of_file, write_atomically
 from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
 
 
@@ -78,16 +78,11 @@ def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn
 
 def refuse_others(path: Path) -> None:
     """Raise RunError, which says what the file is, if it is not one of weights, whole or damaged."""
-    with explained(f"{path} cannot be read"), path.open("rb") as file:
-        start = file.read(64)
-    if problem := mistaken(start):
-        raise RunError(f"{path} {problem}")
-    if start[:2] in (b"PK", b"\x80\x02"):
+    if (kind := kind_of_file(path)) not in (None, SAFETENSORS):
         run = path.parent if (path.parent / CONFIG).is_file() else "RUN"
-        what = "a zip archive" if path.suffix == ".zip" else "a file of torch.save"
         others = "weights of another program by --model NAME --dataset NAME"
         raise RunError(
-            f"{path} is {what}, not weights that fastrobust wrote; a run's are opened by its directory, {run}; {others}"
+            f"{path} is {kind}, not weights that fastrobust wrote; a run's are opened by its directory, {run}; {others}"
         )
 
 
@@ -98,7 +93,7 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(run, str | os.PathLike):
         raise RunError(f"load takes a run directory or a .safetensors file; it was given a {type(run).__name__}")
     try:
-        return read_weights(run, model)[0]
+        return read_weights(places.expand(run), model)[0]
     except FastrobustError as error:
         raise RunError(str(error)) from None
 

@@ -58,12 +58,12 @@ def command(arguments) -> int:
     write_text(folder / "README.md", card(config, classes, facts, onnx=difference is not None))
     write_json(folder / "robustbench.json", entry(config, facts))
 
-    print(f"{folder}/: model.py with weights.pt (the same logits as the run's), README.md, robustbench.json", end="")
-    print(", robustbench.pt" if tensors is not None else "", end="")
+    print(f"{folder}/: model.py with weights.pt (the same logits as the run's),")
+    print(f"  README.md, robustbench.json{'' if tensors is None else ', robustbench.pt'}")
     if difference is None:
-        print("\nmodel.onnx is left out: it needs onnx, onnxscript and onnxruntime: pip install 'fastrobust[export]'")
+        print("model.onnx is left out: it needs onnx, onnxscript and onnxruntime:\n  pip install 'fastrobust[export]'")
     else:
-        print(f", model.onnx (logits differ by at most {difference:.1e} in onnxruntime)")
+        print(f"  model.onnx (logits differ by at most {difference:.1e} in onnxruntime)")
     if arguments.json:
         rows = [row.to_dict() for row in facts.accuracies]
         print(json.dumps({"folder": str(folder), "onnx_difference": difference, "accuracies": rows}))

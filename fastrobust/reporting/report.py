@@ -17,7 +17,7 @@ from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.errors import FastrobustError
-from fastrobust.runtime.files import write_text
+from fastrobust.runtime.files import check_writable, write_text
 from fastrobust.runtime.progress import Progress, duration
 
 CURVES = [  # (key of metrics.jsonl, title, is an accuracy)
@@ -35,6 +35,7 @@ LISTED = 10
 
 def command(arguments) -> int:
     """The report command."""
+    check_writable(Path(arguments.output))
     device = distributed.pick_device(arguments.device)
     directories = [run for given in arguments.runs for run in runs_in(Path(given))]
     runs = [read_run(directory) for directory in directories]

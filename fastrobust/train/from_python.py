@@ -16,7 +16,9 @@ from torch import nn
 
 from fastrobust.config import parts, reading
 from fastrobust.config.datasets import DATASETS, FROM_FILES
+from fastrobust.config.fields import folder_name
 from fastrobust.config.numbers import ball_in_words
+from fastrobust.config.places import expand
 from fastrobust.data import arrays, given, loaders
 from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
@@ -86,12 +88,18 @@ def fit(
         raise ConfigError("the model was made under torch.inference_mode, where nothing can be trained: make it outside")
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
     kind = method if isinstance(method, str) else str(method.get("name"))
-    directory = Path(output) / (name or f"{title}_{kind.rpartition(':')[2]}".lower())
+    try:
+        name = folder_name(str(name or f"{title}_{kind.rpartition(':')[2]}".lower()))
+    except ValueError as error:
+        raise ConfigError(f"name: {error}; give name=") from None
+    for key in {"name", "output"} & set(config or {}):
+        raise ConfigError(f"config: {key} is an argument of fit: give {key}=")
+    directory = Path(expand(output)) / name
     if (directory / run_directory.CONFIG).exists() and not resume:
         raise RunError(f"{directory} holds a run already: give another name=, or resume=True to go on with it")
     settings: dict[str, Any] = {
-        "name": directory.name,
-        "output": str(output),
+        "name": name,
+        "output": str(directory.parent),
         "epsilon": float(epsilon),
         "model": {
             "name": model if isinstance(model, str) else GIVEN + f"{type(model).__module__}.{type(model).__qualname__}"
@@ -133,7 +141,7 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     if isinstance(data, str | os.PathLike):
         if test is not None:
             raise DataError("test= belongs to images given from Python: a folder or data set has its own test images")
-        name, path = str(data), Path(data)
+        name, path = str(data), Path(expand(data))
         if name in {*DATASETS, *FROM_FILES} or (":" in name and not path.exists()):
             yield name, None
         elif not path.exists():

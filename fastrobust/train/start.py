@@ -17,7 +17,7 @@ from rich.table import Table
 from fastrobust.config import reading
 from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.schema import Config
-from fastrobust.data import loaders
+from fastrobust.data import layouts, loaders
 from fastrobust.data.formats import Unusable
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
@@ -86,6 +86,7 @@ def run(
     `again` a run that is there already goes on from its last checkpoint, or is left as it is where it is finished; without,
     it is refused. `network`: see `Training`. The processes of a world call this together; the first writes. Raises
     FastrobustError."""
+    layouts.tell_again()
     begun = world.first(lambda: stored_config(directory, config, again))
     if begun and world.first((directory / run_directory.SUMMARY).exists):
         return world.first(lambda: read_summary(directory))

@@ -19,7 +19,7 @@ from fastrobust.data import loaders
 from fastrobust.reporting.charts import Line, chart, escape, page
 from fastrobust.runtime import distributed
 from fastrobust.runtime.errors import ConfigError
-from fastrobust.runtime.files import write_text
+from fastrobust.runtime.files import check_writable, write_text
 from fastrobust.runtime.progress import Progress
 from fastrobust.train.start import load_weights, resolve
 from fastrobust.train.step import Step, build
@@ -101,6 +101,7 @@ def command(arguments) -> int:
         raise ConfigError(
             f"rates from {low:g} to {high:g} in {arguments.steps} steps: --low must be less, --steps 20 or more"
         )
+    check_writable(Path(arguments.output))
     device = distributed.pick_device(config.device)
     config = resolve(config, device, distributed.ALONE)
     loader = loaders.Phases(config, device).enter(0)

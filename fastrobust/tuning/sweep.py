@@ -9,7 +9,6 @@ import re
 import statistics
 import sys
 import time
-from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +21,7 @@ from fastrobust.config import reading
 from fastrobust.config.fields import FolderName, Section
 from fastrobust.config.numbers import parse_number
 from fastrobust.config.schema import Config
+from fastrobust.config.sections import Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
@@ -35,6 +35,10 @@ MOST_POINTS = 10_000
 Values = Annotated[list[Any], Field(min_length=1)]  # of the key that the axis is called after
 Bundles = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]  # label -> {key: value, ...}
 Grid = dict[str, Values | Bundles]  # by axis
+COLUMNS = (  # of results.csv, after the axes
+    "seed", "clean_accuracy", "robust_accuracy", "examples", "attack", "attack_norm", "attack_epsilon", "epochs",
+    "train_seconds", "stopped", "run",
+)  # fmt: skip
 
 
 class Sweep(Section):
@@ -42,7 +46,7 @@ class Sweep(Section):
 
     name: FolderName
     config: str
-    output: str = "runs"
+    output: Place = "runs"
     set: dict[str, Any] = Field(default_factory=dict)
     grid: Grid = Field(default_factory=dict)
     grids: list[Grid] = Field(default_factory=list)
@@ -81,7 +85,10 @@ def read_sweep(path: str | Path) -> Sweep:
     try:
         return Sweep.model_validate(data)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}".replace(": value error, ", ": ")
+            for e in error.errors()
+        ]
         raise ConfigError("\n  ".join([f"{path}:", *dict.fromkeys(lines)])) from None
 
 
@@ -93,6 +100,9 @@ def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, An
         if any(key in keys for keys in (sweep.set, sweep.grid, *sweep.grids)):
             written = "seeds" if key == "seed" else key
             raise ConfigError(f"{key}: a sweep sets it for every run: write `{written}:` at the top")
+    for axis in itertools.chain(sweep.grid, *sweep.grids):
+        if axis in COLUMNS:
+            raise ConfigError(f"grid.{axis}: results.csv has a column {axis} of its own: give the axis another name")
     if any(grid.keys() != sweep.grids[0].keys() for grid in sweep.grids):
         raise ConfigError("grids: all must have the same axes")
     grids = [[choices(*axis) for axis in grid.items()] for grid in sweep.grids or [sweep.grid]]
@@ -102,10 +112,20 @@ def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, An
     return [
         (
             tuple((axis, label) for axis, label, _ in place),
-            dict(ChainMap(*(keys for *_, keys in reversed(place)), sweep.set)),
+            together({"`set`": sweep.set} | {f"the axis {axis}": keys for axis, _, keys in place}),
         )
         for place in every
     ]
+
+
+def together(sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of all, in their order. ConfigError where a later source would replace what an earlier one sets."""
+    for (a, earlier), (b, later) in itertools.combinations(sources.items(), 2):
+        for key, other in itertools.product(earlier, later):
+            if f"{key}.".startswith(f"{other}."):
+                part = "" if key == other else f" (as a part of {other})"
+                raise ConfigError(f"{key}: both {a} and {b} set it{part}: leave it out of one")
+    return {key: value for keys in sources.values() for key, value in keys.items()}
 
 
 def choices(axis: str, values: Values | Bundles) -> list[tuple[str, str, dict[str, Any]]]:
@@ -137,6 +157,20 @@ def as_text(value: Any) -> str:
     if isinstance(value, dict):
         return "-".join(as_text(v) for v in value.values())
     return "-".join(map(as_text, value)) if isinstance(value, list) else str(value)
+
+
+def compare(finished: list[Point]) -> None:
+    """Refuse finished runs of other settings than the sweep's, and say where they were evaluated otherwise. RunError."""
+    kept: dict[str, None] = {}
+    for point in finished:
+        stored = run_directory.open_run(point.directory)[1]
+        lines = reading.differences(stored, point.config, ("in the run", "in the sweep"))
+        if odd := [line for line in lines if reading.is_binding(line)]:
+            told = f"{point.directory} was trained with another config:\n  " + "\n  ".join(odd[:8])
+            raise RunError(f"{told}\nUndo the change, give the sweep another `name:`, or move the run away")
+        kept |= dict.fromkeys(line for line in lines if line.startswith(("evaluation.", "data.path:")))
+    if kept:
+        print("\n  ".join(["note: finished runs keep their evaluation:", *list(kept)[:8]]), flush=True)
 
 
 def train_point(config: Config) -> None:
@@ -278,9 +312,7 @@ def write_results(sweep: Sweep, everything: list[Point]) -> tuple[list[str], lis
     """`results.csv`, a row per finished run, and `results.html`. Gives what `rows_of` does."""
     results, text = gather(everything), io.StringIO()
     writer = csv.writer(text)
-    evaluated = ["clean_accuracy", "robust_accuracy", "examples", "attack", "norm", "epsilon"]
-    axes = [axis for axis, _ in everything[0].labels]
-    writer.writerow([*axes, "seed", *evaluated, "epochs", "train_seconds", "stopped", "run"])
+    writer.writerow([*(axis for axis, _ in everything[0].labels), *COLUMNS])
     for labels, runs in results.items():
         for one in runs:
             s, e = one.summary, one.summary.evaluations[0]
@@ -313,10 +345,12 @@ def command(arguments) -> int:
     """The sweep command."""
     sweep = read_sweep(arguments.sweep)
     everything = points(sweep)
-    todo = [point for point in everything if not (point.directory / run_directory.SUMMARY).exists()]
+    done = {point.config.name for point in everything if (point.directory / run_directory.SUMMARY).exists()}
+    todo = [point for point in everything if point.config.name not in done]
+    compare([point for point in everything if point.config.name in done])
     if arguments.dry_run:
         for point in everything:
-            print(f"{point.directory}  {'open' if point in todo else 'finished'}")
+            print(f"{point.directory}  {'finished' if point.config.name in done else 'open'}")
         print(f"{len(everything)} runs, {len(todo)} of them open; nothing was written")
         return 0
     if arguments.cluster and todo:

@@ -12,15 +12,18 @@ import math
 import time
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastrobust.verification.reduced import ROUNDING, Matrices, Reduced
+from fastrobust.verification.network import Network, slack
+from fastrobust.verification.reduced import Reduced
 
 HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a bound far below ROUNDING
 FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
 COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
 ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
+MANY = 2048  # ReLUs whose inputs are bounded at once, before any search
 
 
 def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,7 +215,8 @@ class Bounder:
             given[:, self.reduced.inputs] -= tolerance
             asked = replace(domains.take(owner.repeat(2)), rows=torch.cat([z, -z]))
             found, *_, weight = self.optimise(asked, given, steps, rate)
-            low, high = (found - ROUNDING * (1 + weight[:, 0].double())).reshape(2, -1)
+            widened = torch.from_numpy(slack(found.numpy())) * (1 + weight[:, 0].double())
+            low, high = (found - widened).reshape(2, -1)
             span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
             span[owner, 1, place] = torch.minimum(span[owner, 1, place], -high)
         free = signs[:, self.last] == 0
@@ -222,24 +226,25 @@ class Bounder:
         return replace(domains, span=span, signs=signs, bound=torch.where(empty, torch.inf, domains.bound))
 
 
-def surround(matrices: Matrices, box: tuple[Tensor, Tensor], steps: int = 0, deadline: float = math.inf) -> Reduced:
-    """The network around a box of inputs (flat, normalised pixels), its last layer left out. The inputs of the ReLUs are
-    bounded layer by layer: by intervals, where those leave the sign open by linear relaxation, and where that does by
-    one whose slopes are optimised for `steps` steps."""
-    around = Reduced.start(box)
-    lower, upper = (side.numpy() for side in box)
-    for k in range(len(matrices) - 1):
-        z = around.after(matrices.weights[k], matrices.shifts[k])
-        lower, upper = matrices.interval(k, lower, upper)
+def surround(network: Network, box: tuple[Tensor, Tensor], steps: int = 0, deadline: float = math.inf) -> Reduced:
+    """The network around a box of inputs (flat), its outputs left out. The inputs of the ReLUs are bounded layer by layer:
+    by intervals, where those leave the sign open by linear relaxation, and where that does by one whose slopes are
+    optimised for `steps` steps. Raises TooLarge."""
+    around, ends = Reduced.start(box), [tuple(side.numpy() for side in box)]
+    for k, relu in enumerate(network.relus):
+        z = around.after(relu)
+        lower, upper = relu.interval(ends)
         bounder = Bounder(around, deadline)
         for effort in [0, steps] if steps else [0]:
-            open_ = ((lower < 0) & (upper > 0)).nonzero()[0]
-            if k == 0 or not len(open_):  # the first layer's intervals are exact
-                break
-            rows = torch.from_numpy(z[open_].toarray())
-            found = bounder.tighten(bounder.root(torch.cat([rows, -rows])), effort).bound.numpy() - ROUNDING
-            lower[open_] = lower[open_].clip(min=found[: len(open_)])
-            upper[open_] = upper[open_].clip(max=-found[len(open_) :])
-        around = around.extend(z, lower, upper)
-        lower, upper = lower.clip(min=0), upper.clip(min=0)
+            open_ = ((lower < 0) & (upper > 0) & (not relu.of_inputs)).nonzero()[0]  # of the inputs intervals are exact
+            for some in np.split(open_, range(MANY, len(open_), MANY)) if len(open_) else ():
+                if time.monotonic() > deadline:
+                    break
+                rows = torch.from_numpy(z[some].toarray())
+                found = bounder.tighten(bounder.root(torch.cat([rows, -rows])), effort).bound.numpy()
+                found -= slack(found)
+                lower[some] = lower[some].clip(min=found[: len(some)])
+                upper[some] = upper[some].clip(max=-found[len(some) :])
+        around = around.extend(z, lower, upper, network.needed(k))
+        ends.append((lower.clip(min=0), upper.clip(min=0)))
     return around

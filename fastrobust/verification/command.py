@@ -16,27 +16,30 @@ from fastrobust.data.held_out import spread
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
-from fastrobust.runtime.files import write_json
-from fastrobust.verification.network import extract
+from fastrobust.runtime.files import write_json, write_text
 from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
 
 
 def command(arguments) -> int:
     """The verify command."""
     try:
-        from fastrobust.verification import workers  # which needs scipy and HiGHS
+        from fastrobust.verification import lowering, workers  # which need scipy and HiGHS
     except ImportError as error:
         raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
 
     if arguments.epsilon == 0 or not 0 < arguments.timeout < 1e7:
         raise FastrobustError("--epsilon and --timeout must be larger than 0")
+    if arguments.vnnlib or arguments.run.endswith((".onnx", ".onnx.gz")):
+        return a_property(arguments)
+    if arguments.epsilon is None:
+        raise FastrobustError("the verification of a run needs a radius, such as --epsilon 0.1 or --epsilon 8/255")
     trained = open_trained(arguments.run, arguments.data)
     if (norm := arguments.norm or trained.config.norm) != "linf":
         why = "it was trained in it: --norm linf verifies it in L-infinity" if arguments.norm is None else "use --norm linf"
         raise FastrobustError(f"verification is exact in the L-infinity norm alone, not in {norm}; {why}")
     weights = trained.path / run_directory.WEIGHTS if trained.path.is_dir() else trained.path
     data = trained.images()
-    extract(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified
+    network = lowering.lower_model(trained.model, tuple(data.images.shape[1:]))  # says at once what cannot be verified
     chosen = spread(data.labels.numpy(), data.classes, arguments.limit).tolist()
     part = data.take(chosen) if len(chosen) < len(data.labels) else data
     place = f"epsilon-{arguments.epsilon:g}"
@@ -50,18 +53,51 @@ def command(arguments) -> int:
         print(f"{len(chosen) - len(todo)} of {len(chosen)} images have been decided before")
     try:
         about_time = (arguments.epsilon, arguments.timeout, arguments.workers)
-        workers.decide_all(trained.model, data, verdicts, todo, chosen, *about_time)
+        workers.decide_all(trained.model, network, data, verdicts, todo, chosen, *about_time)
     except KeyboardInterrupt:
         print(f"stopped; the verdicts so far are in {folder}: run the same command to go on", file=sys.stderr)
         return 130
     records = [verdicts.found[i] for i in chosen]
     summary = settings | summarize(records, arguments, time.monotonic() - began, len(todo))
     summary |= {"images": part.checksum(), "chosen": part.chosen, "data": arguments.data}
-    write_json(folder / "summary.json", summary | machine.environment("cpu"))
+    if (more := examples_in(folder / "summary.json")) > len(chosen):  # of the same weights and test set
+        print(f"summary.json keeps the result on {more} images of an earlier call")
+    else:
+        write_json(folder / "summary.json", summary | machine.environment("cpu"))
     show(summary, folder)
     if arguments.json:
         print(json.dumps(summary))
     return 0
+
+
+def a_property(arguments) -> int:
+    """The answer for a property of an ONNX file, as in a result file of the competition; what it is about goes to stderr."""
+    from fastrobust.verification import properties
+
+    if not arguments.vnnlib or not arguments.run.endswith((".onnx", ".onnx.gz")):
+        raise FastrobustError("an ONNX file and a property go together: fastrobust verify NETWORK.onnx --vnnlib FILE")
+    for name in ("epsilon", "norm", "limit", "data"):
+        if getattr(arguments, name) is not None:
+            raise FastrobustError(f"--{name} says nothing about a property; its file holds the inputs that are meant")
+    began = time.monotonic()
+    answer = properties.verify(Path(arguments.run), Path(arguments.vnnlib), arguments.timeout)
+    seconds = round(time.monotonic() - began, 3)
+    if arguments.output:
+        write_text(Path(arguments.output), answer.text())
+    print(f"{answer.answer} by {answer.by}, {answer.domains} domains, {seconds:.1f} seconds", file=sys.stderr)
+    print(f"{answer.answer}\n" if arguments.output else answer.text(), end="")
+    if arguments.json:
+        about = {"network": arguments.run, "property": arguments.vnnlib, "timeout_seconds": arguments.timeout}
+        found = {"answer": answer.answer, "by": answer.by, "domains": answer.domains, "seconds": seconds}
+        print(json.dumps(about | found))
+    return 0
+
+
+def examples_in(summary: Path) -> int:
+    try:
+        return int(json.loads(summary.read_text())["examples"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def digests_of_version_0_1(weights: Path, data: sets.ImageSet) -> dict[str, str]:

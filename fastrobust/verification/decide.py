@@ -1,5 +1,5 @@
-"""Is the class of an image the same everywhere within epsilon? Bounds first, an attack second, then optimised bounds, branch
-and bound, and at the last a mixed-integer program. Each answer is a `Verdict`; nothing is left out.
+"""Is the class of an image the same everywhere within epsilon? Bounds first, an attack second, then the search. Each answer
+is a `Verdict`; nothing is left out.
 
 `verified`: every margin is proved to exceed 1e-4 everywhere in the box, for the network in exact arithmetic with the
 weights as stored. Bounds are computed in double precision and widened by 1e-9 wherever they enter the next layer; 1e-4 is
@@ -8,19 +8,22 @@ far above what is lost in double precision and what a forward pass in single pre
 single precision and one in double precision both misclassify. `timeout`: neither, within the time given.
 """
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor, nn
 
 from fastrobust.attack import gradient
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import classified, correct, evaluating
-from fastrobust.verification import bounds, branch, milp, reduced
-from fastrobust.verification.network import DTYPE, Network, extract
+from fastrobust.verification import bounds, branch, search
+from fastrobust.verification.lowering import lower_model
+from fastrobust.verification.network import DTYPE, Network
+from fastrobust.verification.reduced import TooLarge
 
 INSIDE = 1 - 1e-6  # searches use this part of epsilon, so that rounding to single precision stays within epsilon
 
@@ -40,13 +43,14 @@ class Verdict:
 
 
 class Decider:
-    """Decides images of one shape (C x H x W) for one model in eval mode on the CPU."""
+    """Decides images of one shape (C x H x W) for one model in eval mode on the CPU. network: the model's, if known."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], epsilon: float):
+    def __init__(self, model: nn.Module, shape: tuple[int, ...], epsilon: float, network: Network | None = None):
         self.model, self.epsilon, self.shape = model, epsilon, shape
         self.inside = Threat(epsilon * INSIDE)
-        self.network: Network = extract(model, shape)
-        self.matrices = reduced.Matrices(self.network)
+        self.network = lower_model(model, shape) if network is None else network
+        classes = np.eye(len(self.network.outputs.shift))
+        self.asked = [self.network.outputs.rows(own - np.delete(classes, k, 0)) for k, own in enumerate(classes)]
 
     def decide(self, indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict]:
         """images: uint8 N x C x H x W. timeout: seconds for each image that plain bounds and attacks leave open."""
@@ -62,7 +66,9 @@ class Decider:
         settle(~clean, "misclassified", "forward pass")
         proved = torch.zeros_like(clean)
         for i in clean.nonzero()[:, 0].tolist():
-            proved[i] = (self.margins(x[i], labels[i], steps=0)[0] > branch.TOLERANCE).all()
+            with contextlib.suppress(TooLarge):
+                least, *_ = self.margins(x[i], labels[i], 0, time.monotonic() + timeout)
+                proved[i] = (least > branch.TOLERANCE).all()
         settle(proved, "verified", "bounds")
         open_ = (clean & ~proved).nonzero()[:, 0]
         if len(open_):
@@ -82,15 +88,8 @@ class Decider:
     ) -> tuple[Tensor, bounds.Bounder, Tensor]:
         """(lower bounds on logit[label] - logit[other] for every other class in order; the bounder around the image x,
         C x H x W in [0, 1]; the questions of the margins)."""
-        corners = ((x.to(DTYPE) + side).clamp(0, 1) for side in (-self.epsilon, self.epsilon))
-        low, high = (self.network.normalize(corner).flatten() for corner in corners)
-        around = bounds.surround(self.matrices, (low, high), steps, deadline)
-        last, others = self.network.layers[-1], [c for c in range(len(self.matrices.shifts[-1])) if c != label]
-        rows, shifts = last.weight[label] - last.weight[others], last.bias[label] - last.bias[others]
-        questions = torch.from_numpy(around.after(csr_array(rows.numpy()), shifts.numpy()).toarray())
-        bounder = bounds.Bounder(around, deadline)
-        found = bounder.tighten(bounder.root(questions), steps, enough=2 * branch.TOLERANCE)
-        return found.bound, bounder, questions
+        low, high = ((x.to(DTYPE) + side).clamp(0, 1).flatten() for side in (-self.epsilon, self.epsilon))
+        return search.margins(self.network, (low, high), self.asked[int(label)], steps, deadline)
 
     def confirmed(self, x: Tensor, label: Tensor, points: Tensor) -> Tensor:
         """Which points (float32 N x C x H x W) are adversarial for the image x beyond doubt: the second check of everything
@@ -100,7 +99,7 @@ class Decider:
             if broken.any():
                 broken &= ((points.to(DTYPE) - x.to(DTYPE)).abs() <= self.epsilon).flatten(1).all(1)
                 broken &= ((points >= 0) & (points <= 1)).flatten(1).all(1)
-                broken &= ~correct(self.network(self.network.normalize(points)), label)
+                broken &= ~correct(self.network(points), label)
         return broken
 
     def attack(
@@ -145,44 +144,28 @@ class Decider:
         """One image that plain bounds and a first attack leave open."""
         began = time.monotonic()
         deadline = began + timeout
+        classes = torch.arange(len(self.network.outputs.shift))
+        others = classes[classes != label]
 
-        def verdict(kind: str, by: str, domains: int = 0, witness: Tensor | None = None) -> Verdict:
-            seconds = round(time.monotonic() - began, 4)
-            return Verdict(index, int(label), kind, by, seconds, domains, witness)
+        def attack(todo: Tensor) -> Tensor:
+            targets = others[todo].repeat_interleave(5)
+            many = x.expand(len(targets), *x.shape)
+            options = {"steps": 50, "restarts": 2, "deadline": deadline}
+            broken, points = self.attack(many, label.expand(len(targets)), targets, **options)
+            return points[broken]
 
-        first, bounder, questions = self.margins(x, label, 20, deadline)
-        todo = (first <= branch.TOLERANCE).nonzero()[:, 0]
-        if not len(todo):
-            return verdict("verified", "optimised bounds")
+        def rounded(pixels: Tensor) -> Tensor:
+            inner = (pixels.reshape(-1, *self.shape) - x.to(DTYPE)).clamp(-self.epsilon * INSIDE, self.epsilon * INSIDE)
+            return (x.to(DTYPE) + inner).clamp(0, 1).float()
 
-        if time.monotonic() > deadline:
-            return verdict("timeout", "optimised bounds")
-        classes = torch.arange(len(self.network.layers[-1].bias))
-        targets = classes[classes != label][todo].repeat_interleave(5)
-        many = x.expand(len(targets), *x.shape)
-        options = {"steps": 50, "restarts": 2, "deadline": deadline}
-        broken, points = self.attack(many, label.expand(len(targets)), targets, **options)
-        if broken.any():
-            return verdict("falsified", "attack", witness=points[broken][0])
-
-        def points_of(corners: Tensor) -> Tensor:
-            pixels = bounder.reduced.images(corners).reshape(-1, *self.shape) * self.network.std + self.network.mean
-            inner = x.to(DTYPE) + (pixels - x.to(DTYPE)).clamp(-self.epsilon * INSIDE, self.epsilon * INSIDE)
-            return inner.clamp(0, 1).float()
-
-        def adversarial(corners: Tensor) -> Tensor:
-            points = points_of(corners)
+        def confirmed(points: Tensor) -> Tensor:
             return self.confirmed(x, label.expand(len(points)), points)
 
-        left, corner, domains = branch.decide(bounder, questions[todo], deadline, adversarial)
-        if corner is not None:
-            return verdict("falsified", "branch and bound", domains, points_of(corner[None])[0])
-        for target in todo[left].tolist():
-            if time.monotonic() > deadline:
-                return verdict("timeout", "branch and bound", domains)
-            kind, corner = milp.decide(bounder.reduced, questions[target], branch.TOLERANCE, deadline - time.monotonic())
-            if kind == "point" and adversarial(corner[None]).item():  # counts only if a forward pass agrees
-                return verdict("falsified", "mixed-integer program", domains, points_of(corner[None])[0])
-            if kind != "verified":
-                return verdict("timeout", "mixed-integer program", domains)
-        return verdict("verified", "mixed-integer program" if left else "branch and bound", domains)
+        try:
+            bounded = self.margins(x, label, 20, deadline)
+            found = search.decide(*bounded, deadline, attack, rounded, confirmed)
+        except TooLarge:
+            found = search.Found(search.OPEN, "too many open ReLUs")
+        seconds = round(time.monotonic() - began, 4)
+        kind = {search.HOLDS: "verified", search.FAILS: "falsified", search.OPEN: "timeout"}[found.answer]
+        return Verdict(index, int(label), kind, found.by, seconds, found.domains, found.witness)

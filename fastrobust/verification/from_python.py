@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastrobust.config.places import expand
 from fastrobust.evaluation.from_python import check_model, image_set
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError, FastrobustError
-from fastrobust.verification.network import extract
 from fastrobust.verification.store import Verdicts
 
 
@@ -41,12 +41,14 @@ def verify(
 ) -> Verification:
     """Decide for each image whether any image within epsilon (L-infinity, in pixels of [0, 1]) is misclassified.
 
-    model: a sequence of Conv2d, Linear, ReLU and Flatten, behind a `fastrobust.models.Normalized` or not. images: uint8 N x
-    C x H x W; labels: N whole numbers; or a Dataset in place of both. timeout: seconds for one image. workers: processes, by
-    default one for each core. output: a folder for verdicts and adversarial images, in which the same call goes on later.
-    Raises FastrobustError, which names what cannot be verified."""
+    model: takes N x C x H x W, pixels in [0, 1], and gives logits; of convolutions, linear layers, BatchNorm, average
+    pooling, padding, sums and ReLUs in any order. images: uint8 N x C x H x W; labels: N whole numbers; or a Dataset in
+    place of both. timeout: seconds for one image. workers: processes, by default one for each core. output: a folder for
+    verdicts and adversarial images, in which the same call goes on later. Raises FastrobustError, which names the layer that
+    cannot be verified."""
     try:
-        from fastrobust.verification import workers as pool  # which needs scipy and HiGHS
+        from fastrobust.verification import lowering  # which need scipy and HiGHS
+        from fastrobust.verification import workers as pool
     except ImportError as error:
         raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
     if not 0 < epsilon <= 1 or not 0 < timeout < 1e7:
@@ -57,13 +59,13 @@ def verify(
     if data.images.dtype != torch.uint8:
         raise DataError("verification takes images as uint8: (images * 255).round().to(torch.uint8)")
     check_model(model, data.images[:1])
-    extract(model, tuple(data.images.shape[1:]))
+    network = lowering.lower_model(model, tuple(data.images.shape[1:]))
     numbers = list(range(len(data.labels)))
     settings = {"epsilon": float(epsilon), "weights": weights_digest(model), "images": data.checksum()}
     with tempfile.TemporaryDirectory() as temporary:
-        kept = Verdicts(Path(temporary if output is None else output), settings, settings)
+        kept = Verdicts(Path(temporary if output is None else expand(output)), settings, settings)
         todo = [i for i in numbers if not pool.settled(kept.found.get(i), timeout)]
-        pool.decide_all(model, data, kept, todo, numbers, float(epsilon), timeout, workers or limits.cores())
+        pool.decide_all(model, network, data, kept, todo, numbers, float(epsilon), timeout, workers or limits.cores())
         verdicts = [kept.found[i]["verdict"] for i in numbers]
     verified, undecided = verdicts.count("verified"), verdicts.count("timeout")
     return Verification(verified / len(numbers), (verified + undecided) / len(numbers), float(epsilon), verdicts)

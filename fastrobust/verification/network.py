@@ -1,122 +1,76 @@
-"""A ReLU network of convolutions and linear layers as a list of affine layers, with a ReLU between each and the next."""
+"""A network as all bounds see it: values, each a ReLU of matrices times earlier values, and outputs that are a sum of the
+same kind. Convolutions, BatchNorm, pooling, padding, residual sums and normalisation are all such matrices (`lowering`)."""
 
-import math
+from __future__ import annotations
+
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from fastrobust.models import Normalized, in_sequence
-from fastrobust.runtime.errors import FastrobustError
+from scipy import sparse
+from torch import Tensor
 
 DTYPE = torch.float64
+ROUNDING = 1e-9  # every bound is widened by it: far above what the additions behind a bound lose in double precision
+LARGE = 1e3  # bounds beyond it are widened in proportion
+
+
+def slack(bounds: np.ndarray) -> np.ndarray:
+    """How much each of these bounds is widened."""
+    return ROUNDING * np.maximum(1, abs(bounds) / LARGE)
 
 
 @dataclass(frozen=True)
-class Affine:
-    """z = W x + b from `inputs` (a shape without the batch) to `outputs`. weight: out x in for a linear layer, out x in x
-    h x w for a convolution (one stride and one padding for both directions)."""
+class Sum:
+    """z = the sum of parts[s] @ (value s) + shift. parts: float64, outputs x size of value s. shift: float64, outputs."""
 
-    weight: Tensor
-    bias: Tensor
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    stride: int = 1
-    padding: int = 0
+    parts: dict[int, sparse.csr_array]
+    shift: np.ndarray
+
+    @cached_property
+    def sizes(self) -> dict[int, sparse.csr_array]:
+        return {s: abs(weight) for s, weight in self.parts.items()}
 
     @property
-    def is_conv(self) -> bool:
-        return self.weight.dim() == 4
+    def of_inputs(self) -> bool:
+        """Whether it is affine in the inputs: then intervals are exact."""
+        return set(self.parts) <= {0}
 
-    def linear(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """W x without the bias. x: N x inputs in any shape."""
-        weight = self.weight if weight is None else weight
-        x = x.reshape(len(x), *self.inputs)
-        return F.conv2d(x, weight, None, self.stride, self.padding) if self.is_conv else F.linear(x, weight)
+    def __call__(self, values: list[np.ndarray]) -> np.ndarray:
+        """values: each N x size. Returns N x outputs."""
+        return sum(((weight @ values[s].T).T for s, weight in self.parts.items()), np.zeros((1, 1))) + self.shift
 
-    def transposed(self, rows: Tensor) -> Tensor:
-        """rows @ W: N x outputs -> N x inputs."""
-        rows = rows.reshape(len(rows), *self.outputs)
-        if not self.is_conv:
-            return rows @ self.weight
-        kernel = self.weight.shape[2:]
-        left_over = [
-            size - ((out - 1) * self.stride - 2 * self.padding + k)
-            for size, out, k in zip(self.inputs[1:], self.outputs[1:], kernel, strict=True)
-        ]
-        return F.conv_transpose2d(rows, self.weight, None, self.stride, self.padding, left_over)
+    def interval(self, ends: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """(lower, upper) over a box of each value, widened."""
+        centre, radius = self.shift, np.zeros(len(self.shift))
+        for s, weight in self.parts.items():
+            lower, upper = ends[s]
+            centre = weight @ ((upper + lower) / 2) + centre
+            radius = radius + self.sizes[s] @ ((upper - lower) / 2)
+        lower, upper = centre - radius, centre + radius
+        return lower - slack(lower), upper + slack(upper)
 
-    def shift(self) -> Tensor:
-        """The bias in the shape of the outputs."""
-        return self.bias[:, None, None].expand(self.outputs) if self.is_conv else self.bias
+    def rows(self, mix: np.ndarray) -> Sum:
+        """mix @ z. mix: rows x outputs."""
+        mix = sparse.csr_array(mix)
+        return Sum({s: (mix @ weight).tocsr() for s, weight in self.parts.items()}, mix @ self.shift)
 
 
 @dataclass(frozen=True)
 class Network:
-    """Takes normalised pixels: (x - mean) / std."""
+    """Value 0 is the input, flat; value k is the ReLU of relus[k - 1]."""
 
-    layers: tuple[Affine, ...]
-    mean: Tensor
-    std: Tensor
-
-    def normalize(self, x: Tensor) -> Tensor:
-        return (x.to(DTYPE) - self.mean) / self.std
+    relus: tuple[Sum, ...]
+    outputs: Sum
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits of normalised pixels, in double precision."""
-        for i, layer in enumerate(self.layers):
-            x = (x if i == 0 else x.clamp(min=0)).reshape(len(x), *layer.inputs)
-            x = layer.linear(x) + layer.shift()
-        return x
+        """Outputs for inputs N x anything, in double precision."""
+        values = [x.flatten(1).to(DTYPE).numpy()]
+        for relu in self.relus:
+            values.append(relu(values).clip(min=0))
+        return torch.from_numpy(np.broadcast_to(self.outputs(values), (len(x), len(self.outputs.shift))).copy())
 
-
-def extract(model: nn.Module, shape: tuple[int, ...]) -> Network:
-    """The layers of a model in double precision. shape: of one image, C x H x W. Raises FastrobustError for anything but
-    Conv2d, Linear, ReLU, Flatten and what does nothing in evaluation."""
-    mean, std = torch.zeros(1, 1, 1, dtype=DTYPE), torch.ones(1, 1, 1, dtype=DTYPE)
-    if isinstance(model, Normalized):
-        mean, std, model = model.mean.to(DTYPE), model.std.to(DTYPE), model.network
-    layers: list[Affine] = []
-    activated = True  # the last thing seen was a ReLU, or the image itself
-    for module in in_sequence(model):
-        if isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d)):
-            if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
-                raise FastrobustError("verification: Flatten must flatten everything but the batch")
-        elif isinstance(module, nn.ReLU):
-            if not layers or activated:
-                raise FastrobustError("verification: a ReLU must follow a convolution or a linear layer")
-            activated = True
-        elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            if not activated:
-                raise FastrobustError("verification: two layers follow each other without a ReLU between them")
-            layers.append(_affine(module, layers[-1].outputs if layers else shape))
-            activated = False
-        else:
-            raise FastrobustError(
-                f"verification: {type(module).__name__} is not supported; networks of Conv2d, Linear, ReLU and Flatten are"
-            )
-    if not layers or activated:
-        raise FastrobustError("verification: the network must end with a linear layer")
-    if len(layers[-1].outputs) != 1:
-        raise FastrobustError("verification: the network must end with a linear layer, not a convolution")
-    return Network(tuple(layers), mean, std)
-
-
-def _affine(module: nn.Module, inputs: tuple[int, ...]) -> Affine:
-    weight = module.weight.detach().to(DTYPE).contiguous()
-    outs = weight.shape[0]
-    bias = torch.zeros(outs, dtype=DTYPE) if module.bias is None else module.bias.detach().to(DTYPE)
-    if isinstance(module, nn.Linear):
-        size = math.prod(inputs)
-        if size != weight.shape[1]:
-            raise FastrobustError(f"verification: a linear layer takes {weight.shape[1]} values, but gets {size}")
-        return Affine(weight, bias, (size,), (outs,))
-    (stride, other), padding = module.stride, module.padding
-    plain = stride == other and module.dilation == (1, 1) and module.groups == 1 and module.padding_mode == "zeros"
-    if not plain or isinstance(padding, str) or padding[0] != padding[1] or len(inputs) != 3:
-        raise FastrobustError(
-            f"verification: {module} is not supported: one stride, one padding with zeros, no groups, no dilation"
-        )
-    sizes = [(size + 2 * padding[0] - k) // stride + 1 for size, k in zip(inputs[1:], weight.shape[2:], strict=True)]
-    return Affine(weight, bias, tuple(inputs), (outs, *sizes), stride, padding[0])
+    def needed(self, k: int) -> set[int]:
+        """The values that anything after ReLUs k still takes."""
+        return {s for later in (*self.relus[k + 1 :], self.outputs) for s in later.parts}

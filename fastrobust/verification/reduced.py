@@ -15,37 +15,20 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from fastrobust.verification.network import DTYPE, Network
+from fastrobust.verification.network import DTYPE, Sum
 
-ROUNDING = 1e-9  # every bound is widened by it: far above what the additions behind a bound lose in double precision
+LARGEST = 5 * 10**7  # numbers in a matrix: half a gigabyte in double precision
 
 
-class Matrices:
-    """The layers of a network as sparse matrices, outputs x inputs, made once."""
-
-    def __init__(self, network: Network):
-        self.weights, self.shifts = [], []
-        for layer in network.layers:
-            size = int(np.prod(layer.outputs))
-            self.weights.append(sparse.csr_array(layer.transposed(torch.eye(size, dtype=DTYPE)).reshape(size, -1).numpy()))
-            self.shifts.append(layer.shift().flatten().numpy())
-        self.sizes = [abs(weight) for weight in self.weights]
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def interval(self, k: int, lower: np.ndarray, upper: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The outputs of layer k over a box of its inputs."""
-        centre = self.weights[k] @ ((upper + lower) / 2) + self.shifts[k]
-        radius = self.sizes[k] @ ((upper - lower) / 2) + ROUNDING
-        return centre - radius, centre + radius
+class TooLarge(Exception):
+    """So many ReLUs are open that the reduced network would not fit into memory."""
 
 
 @dataclass(frozen=True)
 class Reduced:
     """weights: float64 U x (D + 1 + U). lower, upper: bounds on z, U. layers: slices of 0..U, one per ReLU layer so far.
     centre, radius: of the box, one for each value of the image; kept: which of these anything still depends on, D.
-    outputs: of the last layer so far, all n, as n x (D + 1 + U)."""
+    values: those of the network that are still needed, by number, each as size x (D + 1 + U)."""
 
     weights: Tensor
     lower: Tensor
@@ -54,17 +37,15 @@ class Reduced:
     centre: Tensor
     radius: Tensor
     kept: Tensor
-    outputs: sparse.csr_array
+    values: dict[int, sparse.csr_array]
 
     @staticmethod
     def start(box: tuple[Tensor, Tensor]) -> Reduced:
         """The box itself, from its lower and its upper ends."""
         centre, radius = (box[1] + box[0]) / 2, (box[1] - box[0]) / 2
         empty, count = torch.zeros(0, dtype=DTYPE), len(centre)
-        outputs = sparse.hstack(
-            [sparse.diags_array(radius.numpy()), sparse.csr_array(centre.numpy()[:, None])], format="csr"
-        )
-        return Reduced(empty.reshape(0, count + 1), empty, empty, (), centre, radius, torch.arange(count), outputs)
+        pixels = sparse.hstack([sparse.diags_array(radius.numpy()), sparse.csr_array(centre.numpy()[:, None])], format="csr")
+        return Reduced(empty.reshape(0, count + 1), empty, empty, (), centre, radius, torch.arange(count), {0: pixels})
 
     @property
     def inputs(self) -> int:
@@ -76,23 +57,33 @@ class Reduced:
         full[:, self.kept] += self.radius[self.kept] * x
         return full
 
-    def after(self, weight, shift: np.ndarray) -> sparse.csr_array:
-        """weight @ outputs + shift as rows over [x, 1, r]."""
-        place = (np.arange(len(shift)), np.full(len(shift), self.inputs))
-        return (weight @ self.outputs + sparse.csr_array((shift, place), shape=(len(shift), self.outputs.shape[1]))).tocsr()
+    def after(self, z: Sum) -> sparse.csr_array:
+        """A sum of values as rows over [x, 1, r]."""
+        shape = (len(z.shift), self.inputs + 1 + len(self.lower))
+        rows = sparse.csr_array((z.shift, (np.arange(shape[0]), np.full(shape[0], self.inputs))), shape=shape)
+        for s, weight in z.parts.items():
+            rows = weight @ self.values[s] + rows
+        return rows.tocsr()
 
-    def extend(self, z: sparse.csr_array, lower: np.ndarray, upper: np.ndarray) -> Reduced:
-        """With a ReLU on z, the rows that `after` gave, which lie between lower and upper (n each)."""
+    def extend(self, z: sparse.csr_array, lower: np.ndarray, upper: np.ndarray, needed: set[int]) -> Reduced:
+        """With a ReLU on z, rows that `after` gave, which lie between lower and upper (n each). needed: the values, this one
+        among them, that something takes later. Raises TooLarge."""
         unstable = np.flatnonzero((lower < 0) & (upper > 0))
         fresh, width = len(unstable), z.shape[1] + len(unstable)
+        if max((len(self.lower) + fresh) * width, z.nnz) > LARGEST:
+            raise TooLarge
         begun = len(self.lower)
         active = sparse.dia_array(((lower >= 0).astype(float)[None], [0]), shape=(len(lower), len(lower))) @ z
-        active.resize((len(lower), width))
         place = (unstable, z.shape[1] + np.arange(fresh))
-        outputs = (active + sparse.csr_array((np.ones(fresh), place), shape=(len(lower), width))).tocsr()
+        opened = sparse.csr_array((np.ones(fresh), place), shape=(len(lower), width))
+        value = (_wider(active.tocsr(), width) + opened).tocsr()
+        values = {**self.values, len(self.layers) + 1: value}
+        values = {s: _wider(rows, width) for s, rows in values.items() if s in needed}
         join = lambda old, new: torch.cat([old, torch.from_numpy(new)])
         weights = torch.nn.functional.pad(join(self.weights, z[unstable].toarray()), (0, fresh))
-        used = (weights != 0).any(0).numpy() | (abs(outputs).sum(0) > 0)
+        used = (weights != 0).any(0).numpy()
+        for rows in values.values():
+            used |= abs(rows).sum(0) > 0
         used[self.inputs :] = True
         return Reduced(
             weights[:, torch.from_numpy(used)].contiguous(),
@@ -102,5 +93,9 @@ class Reduced:
             self.centre,
             self.radius,
             self.kept[torch.from_numpy(used[: self.inputs])],
-            outputs[:, np.flatnonzero(used)],
+            {s: rows[:, np.flatnonzero(used)] for s, rows in values.items()},
         )
+
+
+def _wider(rows: sparse.csr_array, width: int) -> sparse.csr_array:
+    return sparse.csr_array((rows.data, rows.indices, rows.indptr), shape=(rows.shape[0], width))

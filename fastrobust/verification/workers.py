@@ -15,14 +15,15 @@ from multiprocessing import get_context
 
 import highspy  # noqa: F401 (so that its absence is noticed before the work begins)
 import torch
+import torch.fx
 from torch import nn
 
 from fastrobust.data.loaders.torch_workers import DieWith
 from fastrobust.data.sets import ImageSet
-from fastrobust.models import Normalized, in_sequence
-from fastrobust.runtime.errors import RunError
+from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.progress import Progress
 from fastrobust.verification.decide import Decider
+from fastrobust.verification.network import Network
 from fastrobust.verification.store import VERDICTS, Verdicts
 
 CHUNK = 10  # images that a worker takes at a time, fewer where that would leave another worker idle
@@ -31,26 +32,37 @@ CHUNK = 10  # images that a worker takes at a time, fewer where that would leave
 _decider = None  # of a worker
 
 
-def start_worker(network: bytes, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable[[int], None]) -> None:
+def start_worker(model: bytes, network: bytes, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable) -> None:
     global _decider
     die_with_parent(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and far below what bounds are widened by
-    _decider = Decider(pickle.loads(network), shape, epsilon)
+    _decider = Decider(pickle.loads(model), shape, epsilon, pickle.loads(network))
 
 
 def work(indices: list[int], images, labels, timeout: float) -> list:
     return _decider.decide(indices, images, labels, timeout)
 
 
-def plain(model: nn.Module) -> Normalized:
-    """The model made of torch's own modules alone, in eval mode on the CPU, so that any process can read it."""
-    mean, std, network = (0.0,), (1.0,), model
-    if isinstance(model, Normalized):
-        mean, std, network = model.mean.flatten().tolist(), model.std.flatten().tolist(), model.network
-    network = copy.deepcopy(network).to("cpu", memory_format=torch.contiguous_format)
-    return Normalized(nn.Sequential(*in_sequence(network)), mean, std).eval()
+def portable(model: nn.Module) -> bytes:
+    """The model in eval mode on the CPU, pickled so that any process can read it. One whose class stands in the program's
+    main file, or in a function, is written as torch's own modules. Raises FastrobustError."""
+    model = copy.deepcopy(model).to("cpu", memory_format=torch.contiguous_format).eval()
+    try:
+        made = pickle.dumps(model)
+        with main_left_alone():
+            pickle.loads(made)
+        return made
+    except (AttributeError, ImportError, TypeError, pickle.PicklingError):
+        pass
+    try:
+        return pickle.dumps(torch.fx.symbolic_trace(model))
+    except Exception as error:  # tracing runs the user's code
+        raise FastrobustError(
+            f"verification: the verifying processes cannot read {type(model).__name__} ({first_line(error)}): put its class "
+            "into a module that can be imported"
+        ) from None
 
 
 def settled(record: dict | None, timeout: float) -> bool:
@@ -71,6 +83,7 @@ def main_left_alone() -> Iterator[None]:
 
 def decide_all(
     model: nn.Module,
+    network: Network,
     data: ImageSet,
     kept: Verdicts,
     todo: list[int],
@@ -79,15 +92,15 @@ def decide_all(
     timeout: float,
     workers: int,
 ) -> None:
-    """Decide the images with the numbers `todo`, of all that are `chosen`, and keep each verdict as it is found. timeout:
-    seconds for one image. Raises FastrobustError."""
+    """Decide the images with the numbers `todo`, of all that are `chosen`, and keep each verdict as it is found. network:
+    the model's. timeout: seconds for one image. Raises FastrobustError."""
     size = max(1, min(CHUNK, len(todo) // (4 * workers)))
     chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
     total = len(chosen)
     tally = Counter(kept.found[i]["verdict"] for i in chosen if i in kept.found)
     if not chunks:
         return
-    about = (pickle.dumps(plain(model)), tuple(data.images.shape[1:]), epsilon, DieWith(os.getpid()))
+    about = (portable(model), pickle.dumps(network), tuple(data.images.shape[1:]), epsilon, DieWith(os.getpid()))
     pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("spawn"), start_worker, about)
     try:
         with Progress("verify", total, total - len(todo)) as bar:

@@ -240,3 +240,25 @@ def test_places_are_written_out_and_none_is_a_folder_of_that_name(file, monkeypa
     assert (found.output, found.data.path, found.data.prepared) == ("/home/me/runs", "/disk/photos", "/disk/made")
     assert "data.path: the environment variable ABSENT is not set" in refusal(file, "data.path=$ABSENT/x")
     assert "output: there is no home folder for '~nobody-here'" in refusal(file, "output=~nobody-here/runs")
+
+
+def test_a_config_is_found_at_home_and_a_name_with_a_dollar_is_one_where_it_is_there(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(file.parent))
+    assert load(f"~/{file.name}").name == load(file).name
+    (odd := tmp_path / "a$b").mkdir()
+    assert load(file, [f"data.path={odd}"]).data.path == str(odd)
+
+
+def test_names_that_are_not_utf8_are_told_in_words(file, tmp_path, monkeypatch):
+    """A config is text: what it names has to be text."""
+    told = r"'.*nu\\udce9.*' is not UTF-8, and a config cannot hold it: rename it, or give a link to it with a plain name"
+    for override in ("data.path=/tmp/nu\udce9dir", "output=nu\udce9", r'name="nu\udce9"', r'model.name="nu\udce9:make"'):
+        assert re.search(told, text := refusal(file, override)) and text.encode(), override
+    (folder := tmp_path / "nu\udce9").mkdir()
+    (named := folder / "nu\udce9.yaml").write_bytes(file.read_bytes())
+    assert re.search(told, refusal(named))
+    monkeypatch.setenv("HOME", str(folder))
+    assert re.search(f"data.path: {told}", refusal(file, "data.path=~/x"))
+    monkeypatch.chdir(folder)
+    assert re.search(f"model.weights: {told}", refusal(file, "model.weights=x"))  # a run stores it with the folder
+    assert load(file, ["output=x", "data.path=/tmp/é"]).output == "x"

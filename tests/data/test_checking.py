@@ -39,6 +39,11 @@ def test_the_ends_of_a_file_are_read_wherever_it_lies(tmp_path):
             assert found.read() == whole and found.ends() == (whole[:4096], whole[-64:])
 
 
+def test_pixels_of_more_than_8_bits_are_found_by_a_quick_look():
+    with pytest.raises(DataError, match="more than 8 bits"):
+        checking.quick(member(png(np.zeros((70, 70), np.uint16))))
+
+
 def test_quick_and_thorough_looks(monkeypatch):
     exif = Image.Exif()
     exif[0x010E] = "x" * 9000  # the header is longer than what is read of it

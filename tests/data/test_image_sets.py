@@ -4,7 +4,9 @@ import gzip
 import io
 import itertools
 import lzma
+import re
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from data_files import CIFAR, RNG, check_form, image_set, noise_png, pixels_of, 
 from PIL import Image, ImageOps
 
 from fastrobust.data import formats
+from fastrobust.data.held_out import Choice
 from fastrobust.data.sets import load
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
@@ -144,10 +147,13 @@ def test_modes_rotation_and_resizing_match_pillow(tmp_path):
     ("bad", "message"),
     [
         (noise_png()[:-60], "[Tt]runcated"),
-        (b"no image", r"is not a usable image \(cannot identify image file\): put"),
+        (b"no image", r"\(cannot identify image file: it is a text file that begins \"no image\"\): put a good copy"),
         (b"", "is empty"),
-        (png(np.zeros((32, 32), np.uint16)), "more than 8 bits"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "cannot identify"),
+        (b"\0" * 600, r"\(cannot identify image file\): put a good copy"),
+        (noise_png()[:12], r"\(cannot identify image file\): put a good copy"),
+        (png(np.zeros((32, 32), np.uint16)), "mode I;16, have more than 8 bits.: convert it to PNG or JPEG with 8 bits, or"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "file: it is an EPS picture.: convert it to PNG or"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "file: it is a HEIC picture.: convert it to PNG or JPEG with 8 bits, or"),
     ],
 )
 def test_unusable_image_is_named(tmp_path, bad, message):
@@ -246,7 +252,6 @@ def test_damaged_archives(tmp_path):
         "cut off the end mark.tar.xz": lzma.compress(plain[:header]),
         "damaged.tar.xz": lzma.compress(plain)[:1000] + bytes(100) + lzma.compress(plain)[1100:],
         "damaged.tar.gz": gzip.compress(plain)[:-8] + bytes(8),
-        "not a tar.tar": b"hello" * 1000,
         "empty.tar": b"",
     }
     for name, data in cases.items():
@@ -254,6 +259,22 @@ def test_damaged_archives(tmp_path):
         with pytest.raises(DataError, match=f"{name} is {'truncated' if data else 'empty'}") as caught:
             load("image_folder", "train", tmp_path / name, resolution=16)
         assert "fetch it again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"7z\xbc\xaf\x27\x1c\0\4" + bytes(500), "a 7z archive"),
+        (b"Rar!\x1a\7\1\0" + bytes(500), "a RAR archive"),
+        (b"\x28\xb5\x2f\xfd" + bytes(500), "a file compressed by zstd"),
+        (noise_png(), "a PNG picture"),
+        (gzip.compress(b"hello" * 1000, mtime=0), "a text file that begins "),
+    ],
+)
+def test_a_file_that_is_no_archive_is_called_what_it_is(tmp_path, content, kind):
+    (tmp_path / "set.tar").write_bytes(content)
+    with pytest.raises(DataError, match=f"set.tar is {kind}.*, neither tar nor zip: unpack it, and set the path to"):
+        load("image_folder", "train", tmp_path / "set.tar", resolution=16)
 
 
 @pytest.mark.parametrize("kind, target", [(tarfile.LNKTYPE, "train/cat/0.png"), (tarfile.SYMTYPE, "/etc/passwd")])
@@ -326,3 +347,47 @@ def test_real_imagenette():
     np.testing.assert_array_equal(pixels_of(result)[0], np.asarray(first))
     wanted = [names[i * len(names) // 50].split("/")[1] for i in range(50)]
     assert [result.classes[label] for label in result.labels] == wanted
+
+
+def zip_bytes(files: dict[str, bytes], flags: int = 0, method: int = 8) -> bytes:
+    """A zip archive whose headers say these flags (1: encrypted) and this method of compression (9: Deflate64)."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    content = bytearray(buffer.getvalue())
+    for mark, place in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        for found in re.finditer(re.escape(mark), bytes(content)):
+            content[found.start() + place] |= flags
+            content[found.start() + place + 2] = method
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flags": 1}, "is encrypted: unpack it with its password"),
+        ({"method": 9}, "is packed with deflate64, which cannot be read: unpack it"),
+        ({"method": 200}, "is packed with method 200, which"),
+    ],
+)
+def test_a_zip_archive_that_cannot_be_read_is_told_at_once(tmp_path, options, message):
+    file = tmp_path / "set.zip"
+    file.write_bytes(zip_bytes(image_set()))
+    assert len(load("image_folder", "train", file, resolution=16).labels) == 6
+    file.write_bytes(zip_bytes(image_set(), **options))
+    with pytest.raises(DataError, match=rf"^{file}: (train|val)/\w+/\d.png {message}"):
+        load("image_folder", "train", file, resolution=16)
+
+
+def test_a_damaged_image_in_a_zip_archive_is_named(tmp_path):
+    files = image_set()
+    content = bytearray(zip_bytes(files))
+    for name in ("train/cat/0.png", "train/dog/1.png"):
+        place = content.index(name.encode()) + len(name)
+        content[place + 40 : place + 60] = bytes(20)
+    (tmp_path / "set.zip").write_bytes(content)
+    with pytest.raises(DataError, match=r"train/cat/0.png in .*set.zip is damaged \((.|\n)*train/dog/1.png in .*set.zip is"):
+        load("image_folder", "train", tmp_path / "set.zip", resolution=16)
+    found = load("image_folder", "train", tmp_path / "set.zip", resolution=16, choice=Choice(skip_corrupt=True))
+    assert len(found.labels) == 4 and len(found.skipped) == 2

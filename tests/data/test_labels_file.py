@@ -100,3 +100,51 @@ def test_prepared_files_have_the_classes_of_the_file(flat, tmp_path_factory):
     found = loaders.Phases(loaders.resolve(config, CPU), CPU).enter(0)
     assert found.classes == ("cat", "dog") and found.labels.tolist() == [0, 0, 1]
     assert layouts.find_labels("labels.csv", folder) == folder / "labels.csv"
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("file;label\nA;b.png;cat\n2.png;dog\n".replace("A;b", '"A;b"'), "utf-8"),
+        ("File, LABEL \nA;b.png,cat\n2.png,dog\n", "utf-8"),
+        ("file\tlabel\nA;b.png\tcat\n2.png\tdog\n", "utf-16"),  # Excel's "Unicode text"
+        ("file,label,\r\nA;b.png,cat,\r\n2.png,dog,\r\n", "utf-16-be"),
+        ('sep=;\nfile;label\n"A;b.png";cat\n2.png;dog\n', "utf-8-sig"),
+        ("file,label\n.\\A;b.png,cat\n.\\2.png,dog\n", "utf-8"),
+    ],
+)
+def test_what_spreadsheets_write_is_read(flat, text, encoding):
+    folder = flat([], ["A;b.png", "2.png"])
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (folder / "labels.csv").write_bytes((mark + text).encode(encoding))
+    assert names(folder) == [("A;b.png", "cat"), ("2.png", "dog")]
+
+
+def test_names_and_splits_as_windows_and_others_write_them(flat):
+    rows = [r"Train\deep\1.png,cat,Training", "2.png,dog,train", "3.png,dog,VAL"]
+    folder = flat(rows, ["Train/deep/1.png", "2.png", "3.png"], "file,label,split")
+    assert names(folder) == [("train/deep/1.png", "cat"), ("2.png", "dog")] and names(folder, "test") == [("3.png", "dog")]
+
+
+def test_a_name_that_is_there_as_it_stands_counts(flat):
+    folder = flat(["Train/1.png,cat", "train/1.png,dog"])
+    assert names(folder) == [("Train/1.png", "cat"), ("train/1.png", "dog")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,label\n1.png,a\n".encode("utf-16-le"), "labels.csv is no text in UTF-8, .*: save it as CSV UTF-8"),
+        (b"file,label\n1.png,cat, big\n", r"line 2, has more fields than the first line: put names with ',' in quotes"),
+        (b"file,label\n1.png," + b"x" * 200_000, "labels.csv cannot be read: field larger"),
+        (
+            b"image|class\n1.png|a\n",
+            r"has the columns image\|class: it needs the columns .*separated by , ; or tab",
+        ),
+    ],
+)
+def test_a_file_of_labels_that_cannot_be_read(flat, content, message):
+    folder = flat([], ["1.png"])
+    (folder / "labels.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        names(folder)

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fastrobust.data import formats, layouts, sets
+from fastrobust.data.held_out import Choice
 from fastrobust.runtime.errors import DataError
 
 
@@ -204,3 +205,132 @@ def test_names_that_are_not_utf8(tmp_path):
     found = sets.load("image_folder", "train", root, resolution=8)
     assert found.classes == ("caf\\xe9", "dog") and len(found.checksum()) == 64
     assert layouts.is_hidden("a/.b/c.png") and not layouts.is_hidden("a/b/c.png")
+
+
+def test_a_class_folder_without_images_is_named(tmp_path, capsys):
+    root = write(tmp_path, *PLAIN, "test/cat/3.png", "test/dog/4.png", "train/owl/5.heic")
+    (root / "train/bee").mkdir()
+    assert read(root, "train") == ([0, 1], ["cat", "dog"])
+    told = capsys.readouterr().out
+    assert "(.heic 1)" in told and "folders of train/ without an image that can be read are no classes: bee, owl" in told
+    assert read(root, "test")[1] == ["cat", "dog"] and "no classes" not in capsys.readouterr().out
+
+
+def test_a_hidden_folder_beside_the_one_around_all(tmp_path):
+    write(tmp_path, *(f"pets/{name}" for name in PLAIN), ".cache/train/cat/1.png")
+    (tmp_path / ".cache" / "empty").mkdir()
+    assert read(tmp_path, "train") == ([0, 1], ["cat", "dog"])
+
+
+def test_classes_that_hold_folders_alone_are_doubted(tmp_path, capsys):
+    years = [f"train/{year}/{name}/{year}{name}.png" for year in (2023, 2024) for name in ("cat", "dog")]
+    root = write(tmp_path, *years, "test/2023/cat/1.png")
+    assert read(root, "train")[1] == ["2023", "2023", "2024", "2024"]
+    assert "classes 2023, 2024 hold their images in folders (cat, dog): if these are the" in capsys.readouterr().out
+    write(tmp_path, "train/2023/1.png")
+    read(root, "train")
+    assert "if these are" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["train/cat2", "train/owl/more"])
+def test_one_folder_is_not_two_classes(tmp_path, folder):
+    root = write(tmp_path, *PLAIN, "train/owl/5.png", "test/cat/3.png")
+    os.symlink(root / "train" / "cat", root / folder)
+    os.symlink(root / "test", root / "val")  # the same split twice is told by a note
+    with pytest.raises(DataError, match=f"train/cat and {folder} are one folder, .*train/cat: it is of two classes"):
+        read(root, "train")
+    assert read(root, "test")[1] == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("Train", "Val"), ("TRAIN", "TEST"), ("training", "testing"), ("Training", "Valid")]
+)
+@pytest.mark.parametrize("around", ["", "pets/"])
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_names_of_splits_in_capitals_and_training_testing(tmp_path, train, test, around, kind):
+    names = [
+        f"{around}{train}/cat/1.png",
+        f"{around}{train}/dog/2.png",
+        f"{around}{test}/cat/3.png",
+        f"{around}{test}/dog/4.png",
+    ]
+    root = write(tmp_path / "set", *names)
+    if kind == "tar":
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(root, ".")
+        root = tmp_path / "set.tar"
+    assert read(root, "train") == ([0, 1], ["cat", "dog"]) and read(root, "test") == ([2, 3], ["cat", "dog"])
+    assert sets.has_test_images("image_folder", root)
+
+
+def test_two_folders_for_one_split(tmp_path, capsys):
+    root = write(tmp_path, *PLAIN, "Train/cat/3.png", "test/cat/4.png")
+    assert read(root, "train") == ([0, 1], ["cat", "dog"])  # the name as it is documented counts
+    assert "note: " in capsys.readouterr().out
+    os.rename(root / "train", root / "training")
+    with pytest.raises(DataError, match="holds Train/ and training/, both for train: remove or rename one"):
+        read(root, "train")
+
+
+def test_a_folder_of_classes_without_splits(tmp_path):
+    names = [f"{name}/{k}.png" for name in ("cat", "dog") for k in range(6)]
+    root = write(tmp_path / "pets", *names, "notes.txt")
+    assert read(root, "train")[1] == ["cat"] * 6 + ["dog"] * 6 and not sets.has_test_images("image_folder", root)
+    held = sets.load("image_folder", "held_out", root, resolution=8, choice=Choice(held_out=4))
+    rest = sets.load("image_folder", "train", root, resolution=8, choice=Choice(held_out=4))
+    assert len(held.labels) == 4 and len(rest.labels) == 8 and not set(held.names) & set(rest.names)
+    told = r"its folders cat, dog are taken for classes of train/, so there are no test images; data.held_out=N"
+    with pytest.raises(DataError, match=told):
+        read(root, "test")
+    os.rename(root, tmp_path / "val")
+    assert read(tmp_path / "val", "test")[1] == ["cat"] * 6 + ["dog"] * 6  # its own name says the split
+    with pytest.raises(DataError, match="taken for classes of val/, so there are no train images"):
+        read(tmp_path / "val", "train")
+    write(tmp_path / "val", "dog/more/9.png")  # which level the classes are is not clear
+    with pytest.raises(DataError, match=r"it holds cat, dog, notes\.txt, images in no such folder"):
+        read(tmp_path / "val", "test")
+
+
+def zipped(file: Path, *names: str) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        for k, name in enumerate(names):
+            archive.writestr(name, png(10 * k))
+    return file
+
+
+@pytest.mark.parametrize("around", ["", "images/"])
+def test_an_archive_for_each_split(tmp_path, around):
+    zipped(tmp_path / "train.zip", f"{around}cat/1.png", f"{around}dog/2.png")
+    zipped(tmp_path / "Val.zip", f"{around}cat/1.png", f"{around}dog/2.png", f"{around}dog/3.png")
+    assert read(tmp_path, "train") == ([0, 1], ["cat", "dog"]) and read(tmp_path, "test") == (
+        [0, 1, 2],
+        ["cat", "dog", "dog"],
+    )
+    assert read(tmp_path / "Val.zip", "test")[0] == [0, 1, 2]
+
+
+def test_a_zip_archive_with_the_separators_of_windows(tmp_path):
+    file = zipped(
+        tmp_path / "pets.zip", "pets\\", "pets\\train\\cat\\1.png", "pets\\train\\dog\\2.png", "pets\\val\\dog\\3.png"
+    )
+    assert b"pets\\train\\cat\\1.png" in file.read_bytes()
+    assert read(file, "train") == ([1, 2], ["cat", "dog"]) and read(file, "test") == ([3], ["dog"])
+
+
+def test_a_refusal_says_what_is_there(tmp_path):
+    root = write(tmp_path, "images/a/b/1.png", "other/2.png", "x.7z", ".hidden/3.png")
+    with pytest.raises(DataError, match=r"nor a file \*\.tar, .*; it holds images/, other/, x\.7z\n"):
+        read(root, "train")
+    file = zipped(tmp_path / "pets.zip", "images/a/b/1.png", "other/2.png")
+    with pytest.raises(DataError, match="it holds images, other, images in no such folder, so there are no train"):
+        read(file, "train")
+
+
+def test_a_note_is_printed_once_for_a_run(tmp_path, capsys):
+    root = write(tmp_path, *PLAIN, "train/cat/notes.heic", "test/cat/3.png", "test/dog/4.png")
+    for _ in range(3):
+        read(root, "train")
+    assert capsys.readouterr().out.count("1 files in train/ are no images") == 1
+    layouts.tell_again()
+    read(root, "train")
+    assert capsys.readouterr().out.count("1 files in train/ are no images") == 1

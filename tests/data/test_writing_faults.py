@@ -196,6 +196,20 @@ def test_a_full_disk_is_named_and_nothing_is_left(kind, photos, tmp_path):
 
 
 @both
+def test_who_reads_what_is_printed_may_leave(kind, photos, tmp_path, monkeypatch):
+    """`fastrobust prepare … | head`: no error about the folder, and no file without its manifest."""
+
+    def left(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(writing, "print", left, raising=False)
+    with pytest.raises(BrokenPipeError):
+        write(kind, photos, tmp_path / "out", "--sizes", "48", "original")
+    assert {file.name.partition(".")[0].partition("-")[0] for file in (tmp_path / "out").iterdir()} == {"train_48"}
+    assert (tmp_path / "out" / "train_48.json").exists()
+
+
+@both
 def test_a_dry_run_writes_nothing(kind, photos, tmp_path, capsys):
     write(kind, photos, tmp_path / "out", "--sizes", "48", "original", "--dry-run")
     shown = capsys.readouterr().out

@@ -157,6 +157,7 @@ def test_logits_that_are_no_numbers_are_no_prediction():
     [
         (["--save-images", "x.npy"], "must end in .npz or .safetensors"),
         (["--save-images", "absent/x.npz"], "there is no folder"),
+        (["--save-images", "/proc/x.npz"], "/proc/x.npz cannot be written"),
         (["--save-images", "x.npz", "--epsilon", "0.1,0.2"], "one radius and one test set"),
     ],
 )

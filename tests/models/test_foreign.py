@@ -1,14 +1,23 @@
 """Tests of fastrobust.models.foreign: weights that other programs wrote, in all the wrappings that are in use."""
 
 import argparse
+import gzip
+import io
 import json
+import lzma
+import pickle
+import tarfile
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from fastrobust import models
-from fastrobust.models import foreign
+from fastrobust.models import foreign, weights
+from fastrobust.runtime import files
 from fastrobust.runtime.errors import ConfigError, RunError
 
 
@@ -150,3 +159,84 @@ def test_a_file_cannot_run_code(tmp_path):
     with pytest.raises(RunError, match="could run code"):
         foreign.read(tmp_path / "a.pt")
     assert not (tmp_path / "harm").exists()
+
+
+def saved(write) -> bytes:
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def zipped(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"1")
+    return buffer.getvalue()
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("GIF8.txt"))
+    return buffer.getvalue()
+
+
+PICTURE = Image.new("RGB", (8, 8))
+NO_WEIGHTS = {  # whole files that are no weights
+    "a PNG picture": saved(lambda f: PICTURE.save(f, "PNG")),
+    "a JPEG picture": saved(lambda f: PICTURE.save(f, "JPEG")),
+    "a TIFF picture": saved(lambda f: PICTURE.save(f, "TIFF")),
+    "a WEBP picture": saved(lambda f: PICTURE.save(f, "WEBP")),
+    "a JPEG 2000 picture": saved(lambda f: PICTURE.save(f, "JPEG2000")),
+    "an EPS picture": saved(lambda f: PICTURE.save(f, "EPS")),
+    "an AVIF picture": b"\0\0\0\x1cftypavif" + bytes(20),
+    "a HEIC picture": b"\0\0\0\x18ftypheic" + bytes(20),
+    "an array of NumPy": saved(lambda f: np.save(f, np.zeros(3))),
+    "a file of NumPy's arrays": saved(lambda f: np.savez(f, a=np.zeros(3))),
+    "a tar archive": tar(),
+    "a 7z archive": b"7z\xbc\xaf\x27\x1c\0\4" + bytes(30),
+    "a file compressed by gzip": gzip.compress(b"1"),
+    "a file compressed by xz": lzma.compress(b"1"),
+    "a file compressed by zstd": b"\x28\xb5\x2f\xfd\x04\x00\x09\x00\x00a",
+    "an ONNX network": b"\x08\x0a\x12\x07pytorch\x1a\x05" + bytes(30),
+    'a text file that begins "Entry not found"': b"Entry not found",
+    'a text file that begins "{"error": "Repository not found"}"': b'{"error": "Repository not found"}\n',
+    'a text file that begins "name: größe"': "name: größe\nepsilon: 0.1\n".encode() * 40,
+    "a TorchScript program": zipped("a/data.pkl", "a/code/a.py", "a/constants.pkl"),
+    "a zip archive": zipped("train/cat/1.png"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_what_is_no_weights_is_called_what_it_is(tmp_path, kind):
+    """By `evaluate FILE` and, with --model, as weights of another program: neither damaged nor a danger."""
+    file = tmp_path / "weights.pt"
+    file.write_bytes(NO_WEIGHTS[kind])
+    for read, wanted in (
+        (weights.read_weights, "weights that fastrobust wrote"),
+        (foreign.read, "weights: a file of torch"),
+    ):
+        with pytest.raises(RunError) as caught:
+            read(file)
+        assert f"{file} is {kind}, not {wanted}" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_a_file_of_weights_is_never_taken_for_something_else(tmp_path):
+    """safetensors begins with the length of its header, any bytes: those of other files among them."""
+    for length in (*range(2, 1 << 16, 7), int.from_bytes(b"\xff\x0a", "little"), int.from_bytes(b"\x08\x0a\x12", "little")):
+        assert files.kind_of(length.to_bytes(8, "little") + b'{"__metadata__":' + b" " * 500) == files.SAFETENSORS
+    for old in (True, False):
+        torch.save(THEIRS, tmp_path / "a.pt", _use_new_zipfile_serialization=not old)
+        assert (
+            files.kind_of_file(tmp_path / "a.pt") == files.TORCH
+            and foreign.read(tmp_path / "a.pt")[0].keys() == THEIRS.keys()
+        )
+        (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-40])
+        with pytest.raises(RunError, match=r"a\.pt is not a file of weights, or damaged: "):
+            foreign.read(tmp_path / "a.pt")
+    for protocol in range(1, 6):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(THEIRS, protocol))
+        with pytest.raises(RunError, match="a.pkl holds Python objects" if protocol > 1 else "a.pkl"):
+            foreign.read(tmp_path / "a.pkl")

@@ -218,3 +218,10 @@ def test_a_mistake_is_explained(finished_run, tmp_path, capsys, case):
     assert cli(["export", *argv]) == 2
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
+
+
+def test_what_is_printed_fits_80_columns(finished_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli(["export", str(finished_run), "-o", "out"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and "out/: model.py with weights.pt" in lines[0]

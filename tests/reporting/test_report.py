@@ -248,3 +248,9 @@ def test_the_browser_would_show_what_is_wrong(tmp_path):
     bad += '<script>console.error("no")</script><div style="width:2000px">w</div><img src="data:,">'
     found, console = browse(tmp_path, bad, 390, LOOK)
     assert "no" in console and found["overflow"] > 1000 and found["broken"] == 1
+
+
+def test_a_page_that_cannot_be_written_is_said_first(finished_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "look_at", None)
+    assert cli(["report", str(finished_run), "-o", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written" in capsys.readouterr().err

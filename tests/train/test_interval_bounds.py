@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from fastrobust.train import interval_bounds
 from fastrobust.train.learner import Learner
 from fastrobust.train.methods.fgsm import fgsm
 from fastrobust.train.optimizers import Adam
+from fastrobust.verification.lowering import lower_model
 
 
 def network(seed: int, scale: float = 1.0) -> Normalized:
@@ -42,6 +44,50 @@ def images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def differences(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     logits = model(x)
     return logits - logits.gather(1, y[:, None])
+
+
+def with_norms(seed: int, pooling: bool) -> Normalized:
+    """The same with BatchNorm, and with pooling if wanted, in training mode, after some batches."""
+    torch.manual_seed(seed)
+    pools = [nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d(3)] if pooling else [nn.Identity(), nn.Identity()]
+    front = [nn.Conv2d(2, 4, 3, 1, 1), nn.BatchNorm2d(4), nn.ReLU(), pools[0], nn.Conv2d(4, 5, 2 if pooling else 3)]
+    back = [nn.BatchNorm2d(5), nn.ReLU(), pools[1], nn.Flatten(), nn.Linear(45, 6)]
+    model = Normalized(nn.Sequential(*front, *back, nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), (0.4, 0.6), (0.3, 0.5))
+    with torch.no_grad():
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+                norm.weight.uniform_(-2, 2)
+                norm.bias.normal_()
+        for batch in range(5):
+            model(images(30, batch)[0])
+    return model
+
+
+@pytest.mark.parametrize(("seed", "pooling"), [(0, False), (1, False), (2, True)])
+@torch.no_grad()
+def test_bounds_through_batchnorm_are_the_intervals_of_the_network_in_evaluation(seed, pooling):
+    """Against the verifier's, which are tighter where layers without a ReLU between them are one matrix, and against
+    points; the averages stay as they are."""
+    model, (x, y) = with_norms(seed, pooling).double(), images(4, seed)
+    x = x.double()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    lower, upper = threat.box(x, 0.05)
+    bound = interval_bounds.worst_differences(model, lower, upper, y)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and model.training
+    network = lower_model(model, (2, 5, 5))
+    for i in range(4):
+        ends = [(lower[i].flatten().numpy(), upper[i].flatten().numpy())]
+        for relu in network.relus:
+            ends.append(tuple(side.clip(min=0) for side in relu.interval(ends)))
+        classes = np.eye(3)
+        high = network.outputs.rows(classes - classes[y[i]]).interval(ends)[1]
+        slack = bound[i] - torch.from_numpy(high)
+        assert (slack > -1e-6).all() and (pooling or (slack < 1e-6).all())
+    torch.manual_seed(seed)
+    model.eval()
+    for _ in range(20):
+        points = lower + (upper - lower) * torch.rand(x.shape).round()
+        assert (differences(model, points, y) <= bound + 1e-12).all()
 
 
 @pytest.mark.parametrize("epsilon", [0.03, 0.3])
@@ -165,7 +211,7 @@ def test_what_is_trained_with_the_bound_is_proved_by_it():
 @pytest.mark.parametrize(
     ("layers", "named"),
     [
-        ([nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)], "BatchNorm2d"),
+        ([nn.Conv2d(2, 3, 3), nn.GroupNorm(1, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 3)], "GroupNorm"),
         ([nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(75, 3)], "Conv2d"),
         ([nn.Conv2d(2, 3, 5), nn.Flatten()], "Flatten"),
     ],

@@ -115,3 +115,9 @@ def test_bad_arguments_are_explained(config_file, tmp_path, capsys, arguments, w
     small = ["--steps", "20"] if "--steps" not in arguments else []
     assert cli(["lr-range", str(config_file(tmp_path)), *arguments, *small]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_a_plot_that_cannot_be_written_is_said_first(config_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lr_range, "run_test", None)
+    assert cli(["lr-range", str(config_file(tmp_path)), "-o", str(tmp_path / "absent" / "x.html")]) == 2
+    assert "x.html cannot be written" in capsys.readouterr().err

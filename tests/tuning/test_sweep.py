@@ -140,12 +140,50 @@ def test_a_run_that_fails_does_not_stop_the_others(sweep_file, tmp_path, capsys)
     assert [row["optimizer"] for row in rows] == ["fine"]
 
 
+def test_a_radius_of_training_and_one_of_evaluation_have_columns_of_their_own(sweep_file, tmp_path):
+    grid = {"epsilon": [0.05], "evaluation.epsilon": [0.1], "norm": ["linf"]}
+    assert cli(["sweep", str(sweep_file(seeds=1, grid=grid))]) == 0
+    head, row = csv.reader((tmp_path / "runs" / "grid" / "results.csv").open())
+    assert len(set(head)) == len(head)
+    found = dict(zip(head, row, strict=True))
+    assert [found[key] for key in (*grid, "attack_norm", "attack_epsilon")] == ["0.05", "0.1", "linf", "linf", "0.1"]
+
+
+def test_a_sweep_at_home(sweep_file, tmp_path, monkeypatch):
+    """Its results lie beside its runs, not in a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    found = sweep.read_sweep(sweep_file(output="~/sw", seeds=1, grid={"epsilon": [0.1]}))
+    assert found.directory == tmp_path / "home/sw/grid" == sweep.points(found)[0].directory.parent
+
+
+def test_a_section_may_be_set_for_all_and_a_key_of_it_on_the_grid(sweep_file):
+    file = sweep_file(set={"method": {"name": "pgd", "steps": 3}}, grid={"method.alpha": [0.02]}, seeds=1)
+    method = sweep.points(sweep.read_sweep(file))[0].config.method
+    assert (method.name, method.steps, method.alpha) == ("pgd", 3, 0.02)
+
+
 def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
     file = sweep_file(seeds=1, grid={"schedule.max_lr": [0.001]})
     assert cli(["sweep", str(file)]) == 0
     (tmp_path / "runs" / "grid" / "max_lr-0.001_seed-0" / "summary.json").unlink()
     assert cli(["sweep", str(sweep_file(seeds=1, grid={"schedule.max_lr": [0.001]}, set={"data.limit": 50}))]) == 1
     assert "data.limit" in capsys.readouterr().err
+
+
+def test_finished_runs_are_shown_under_their_own_settings_alone(sweep_file, tmp_path, capsys):
+    """A point is a finished run of its config, not a folder that has its name."""
+    grid, directory = {"epsilon": [0.1]}, tmp_path / "runs" / "grid"
+    assert cli(["sweep", str(sweep_file(seeds=1, grid=grid))]) == 0
+    before = state(directory)
+    for more in ([], ["--dry-run"]):
+        assert cli(["sweep", str(sweep_file(seeds=2, grid=grid, set={"data.limit": 50})), *more]) == 2
+        told = capsys.readouterr().err
+        assert "epsilon-0.1_seed-0" in told and "data.limit: 70 in the run, 50 in the sweep" in told and "name:" in told
+        assert state(directory) == before
+    changed = {"data.limit": 70, "evaluation.steps": 3, "device": "cpu", "data.workers": 1}  # what a run may change
+    assert cli(["sweep", str(sweep_file(seeds=1, grid=grid, set=changed))]) == 0
+    told = capsys.readouterr().out
+    assert "evaluation.steps: 2 in the run, 3 in the sweep" in told and "device" not in told and "workers" not in told
 
 
 @pytest.mark.parametrize(
@@ -164,6 +202,10 @@ def test_another_config_in_its_place_is_refused(sweep_file, tmp_path, capsys):
         ({"config": "nowhere.yaml"}, "nowhere.yaml"),
         ({"name": "../up"}, "name"),
         ({"grids": [{"epsilon": [0.1]}]}, "either"),
+        ({"set": {"epsilon": 0.2}, "grid": {"epsilon": [0.1]}}, "epsilon: both `set` and the axis epsilon set it"),
+        ({"set": {"method.alpha": 0.1}, "grid": {"m": {"a": {"method": {"name": "free"}}}}}, "`set` and the axis m set"),
+        ({"grid": {"epsilon": [0.1], "m": {"a": {"epsilon": 0.2}}}}, "epsilon: both the axis epsilon and the axis m"),
+        ({"grid": {"examples": {"a": {"epsilon": 0.2}}}}, "results.csv has a column examples"),
         ({"grid": {}, "grids": [{"epsilon": [0.1]}, {"data.limit": [9]}]}, "same axes"),
     ],
 )
@@ -257,3 +299,9 @@ def test_the_sweep_of_figure_2_is_whole(monkeypatch, request):
     assert len(found) == 3 * 4 * 3
     rates = {(p.config.method.name, p.config.schedule.max_lr) for p in found}
     assert rates == {("fgsm", 0.21), ("pgd", 0.21), ("free", 0.04)}
+
+
+def test_a_sweep_file_whose_name_is_not_utf8(sweep_file, capsys):
+    file = sweep_file(seeds=1)
+    assert cli(["sweep", str(file.rename(file.with_name("nu\udce9.yaml"))), "--dry-run"]) == 2
+    assert "name: 'nu\\udce9' is no name for a folder" in capsys.readouterr().err

@@ -7,22 +7,21 @@ import pytest
 import torch
 from small_networks import SHAPE, images, program, rows_at, scaled, tiny
 
-from fastrobust.verification import bounds, branch, reduced
+from fastrobust.verification import bounds, branch, network
 from fastrobust.verification.decide import Decider
 
 
 def corners(decider: Decider, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    sides = [(x.double() + s * decider.epsilon).clamp(0, 1) for s in (-1, 1)]
-    return tuple(decider.network.normalize(side).flatten() for side in sides)
+    return tuple((x.double() + s * decider.epsilon).clamp(0, 1).flatten() for s in (-1, 1))
 
 
 def inside(network, points: torch.Tensor) -> list[torch.Tensor]:
     """The inputs of every ReLU, slowly: N x values each."""
-    found = []
-    for layer in network.layers:
-        points = layer.linear(points) + layer.shift()
-        found.append(points.flatten(1))
-        points = points.clamp(min=0)
+    found, values = [], [points.numpy()]
+    for relu in network.relus:
+        z = relu.shift + sum(values[s] @ weight.toarray().T for s, weight in relu.parts.items())
+        found.append(torch.from_numpy(z))
+        values.append(z.clip(min=0))
     return found
 
 
@@ -32,19 +31,19 @@ def test_bounds_contain_sampled_points_and_are_never_looser_than_intervals(steps
     decider = Decider(tiny(1), SHAPE, epsilon)
     x = images(1)[0].float() / 255
     low, high = corners(decider, x)
-    around = bounds.surround(decider.matrices, (low, high), steps)
+    around = bounds.surround(decider.network, (low, high), steps)
     unit = torch.rand(10_000, len(low), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     unit[::2] = unit[::2].round()  # every second one a corner
     points = low + (high - low) * unit
-    hidden = inside(decider.network, points.reshape(-1, *SHAPE))
-    lower, upper = low.numpy(), high.numpy()
-    for k, values in enumerate(hidden[:-1]):
-        plain_low, plain_high = decider.matrices.interval(k, lower, upper)
-        weight = decider.matrices.weights[k].toarray()
-        slow_low = weight.clip(min=0) @ lower + weight.clip(max=0) @ upper + decider.matrices.shifts[k]
+    ends = [(low.numpy(), high.numpy())]
+    for k, values in enumerate(inside(decider.network, points)):
+        relu, (lower, upper) = decider.network.relus[k], ends[k]
+        plain_low, plain_high = relu.interval(ends)
+        weight = relu.parts[k].toarray()
+        slow_low = weight.clip(min=0) @ lower + weight.clip(max=0) @ upper + relu.shift
         assert np.allclose(plain_low, slow_low, rtol=0, atol=1e-8) and (plain_low <= slow_low).all()
         assert (values.numpy() >= plain_low).all() and (values.numpy() <= plain_high).all()
-        lower, upper = plain_low.clip(min=0), plain_high.clip(min=0)
+        ends.append((plain_low.clip(min=0), plain_high.clip(min=0)))
 
         layer = around.layers[k]
         mine_low, mine_high = around.lower[layer].numpy(), around.upper[layer].numpy()
@@ -70,7 +69,7 @@ def test_the_reduced_network_is_the_network_inside_its_box(seed):
     known = torch.cat(
         [scaled(bounder.reduced, points), torch.ones(200, 1, dtype=torch.float64), *(t.clamp(min=0) for t in z)], 1
     )
-    logits = decider.network(points.reshape(-1, *SHAPE))
+    logits = decider.network(points)
     margins = logits[:, 1:2] - logits[:, [0, 2]]
     assert torch.allclose(known @ questions.T, margins, rtol=0, atol=1e-10)
     assert (margins >= least).all()
@@ -83,8 +82,9 @@ def test_unoptimised_bounds_are_those_of_a_slow_relaxation_in_extended_precision
     x = images(1, seed)[0].float() / 255
     least, bounder, _ = decider.margins(x, torch.tensor(2), 0)
     long = np.longdouble
-    weights = [w.toarray().astype(long) for w in decider.matrices.weights]
-    shifts = [s.astype(long) for s in decider.matrices.shifts]
+    sums = [*decider.network.relus, decider.network.outputs]
+    weights = [z.parts[k].toarray().astype(long) for k, z in enumerate(sums)]
+    shifts = [z.shift.astype(long) for z in sums]
     low, high = (side.numpy().astype(long) for side in corners(decider, x))
 
     def below(row, total, k, hidden):
@@ -105,7 +105,7 @@ def test_unoptimised_bounds_are_those_of_a_slow_relaxation_in_extended_precision
         return total + np.where(row > 0, row * low, row * high).sum()
 
     hidden, inputs = [], (low, high)
-    widen = long(reduced.ROUNDING)
+    widen = long(network.ROUNDING)
     for k in range(len(weights) - 1):
         centre, radius = (inputs[0] + inputs[1]) / 2, (inputs[1] - inputs[0]) / 2
         centre, radius = weights[k] @ centre + shifts[k], abs(weights[k]) @ radius + widen

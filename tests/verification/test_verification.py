@@ -4,59 +4,25 @@ from __future__ import annotations
 
 import itertools
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_files import real
 from small_networks import SHAPE, images, program, rows_at, tiny
-from torch import nn
 
 from fastrobust.attack import gradient
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
+from fastrobust.evaluation.trained import open_trained
 from fastrobust.models import create
-from fastrobust.runtime.errors import FastrobustError
-from fastrobust.verification import branch, milp, reduced
+from fastrobust.verification import branch, milp
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
-from fastrobust.verification.network import extract
+from fastrobust.verification.lowering import lower_model
 
-# the network
-
-
-def test_the_layers_compute_what_the_model_computes():
-    for model, shape in (
-        (tiny(0), SHAPE),
-        (create("mnist_net", channels=1, classes=10, mean=(0.1,), std=(0.3,)), (1, 28, 28)),
-    ):
-        network, x = extract(model, shape), torch.rand(5, *shape)
-        expected = model.double()(x.double())
-        assert torch.allclose(network(network.normalize(x)), expected, rtol=0, atol=1e-12)
-        matrices = reduced.Matrices(network)
-        h = network.normalize(x).flatten(1).numpy()
-        for k, (weight, shift) in enumerate(zip(matrices.weights, matrices.shifts, strict=True)):
-            h = (weight @ (h if k == 0 else h.clip(min=0)).T).T + shift
-        assert np.allclose(h, expected.detach().numpy(), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("layers", "words"),
-    [
-        ([nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)], "BatchNorm2d"),
-        ([nn.Flatten(), nn.Linear(36, 4), nn.Linear(4, 3)], "without a ReLU"),
-        ([nn.Flatten(), nn.Linear(36, 4), nn.ReLU()], "end with a linear layer"),
-        ([nn.Conv2d(1, 2, 3, padding=(1, 0)), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)], "one padding"),
-        ([nn.Conv2d(1, 2, 3, padding_mode="reflect", padding=1)], "zeros"),
-        ([nn.Flatten(), nn.Linear(35, 4)], "takes 35 values, but gets 36"),
-        ([nn.Conv2d(1, 2, 3)], "not a convolution"),
-    ],
-)
-def test_what_cannot_be_verified_is_said(layers, words):
-    with pytest.raises(FastrobustError, match=words):
-        extract(nn.Sequential(*layers), SHAPE)
-
-
-# verdicts
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
 
 def brute_force(around, question: torch.Tensor) -> float:
@@ -76,7 +42,7 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         truth = "verified" if least > branch.TOLERANCE else "broken"
 
         def wrong(points, other=other):
-            logits = decider.network(bounder.reduced.images(points).reshape(-1, *SHAPE))
+            logits = decider.network(bounder.reduced.images(points))
             return logits[:, label] <= logits[:, other] + branch.TOLERANCE
 
         left, point, _ = branch.decide(bounder, question[None], time.monotonic() + 30, wrong)
@@ -181,11 +147,11 @@ def test_no_time_gives_timeouts_not_wrong_verdicts():
 def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
     model = create("mnist_net", channels=1, classes=10, mean=(0.0,), std=(1.0,))
     x = torch.rand(500, 1, 28, 28)
-    network = extract(model, (1, 28, 28))
+    network = lower_model(model, (1, 28, 28))
     for p in (model,):
         logits = p(x)
     scale = logits.abs().max()
-    assert ((network(network.normalize(x)) - logits).abs().max() / scale) < 1e-5
+    assert ((network(x) - logits).abs().max() / scale) < 1e-5
 
 
 @pytest.mark.parametrize("timeout", [0.5, 3.5, 40.5, 200.5])
@@ -213,3 +179,12 @@ def test_a_time_limit_is_kept_from_the_first_bounds_on(monkeypatch, timeout):
     assert timeout < now[0] <= timeout + 40, "what is under way is ended: a few bounds for each layer and target"
     if timeout < 1:
         assert verdict.by == "optimised bounds"
+
+
+def test_verdicts_of_mnist_images_are_those_of_the_records():
+    """benchmarks/results/mnist/mnist_fgsm_ibp_0_verified_0.3_first_500.json counts them; these are its first 20."""
+    trained = open_trained(RESULTS / "mnist/mnist_fgsm_ibp_0.safetensors", str(real("mnist")))
+    data = trained.images()
+    verdicts = Decider(trained.model, (1, 28, 28), 0.3).decide(list(range(20)), data.images[:20], data.labels[:20], 60)
+    odd = {v.index: v.verdict for v in verdicts if v.verdict != "verified"}
+    assert odd == {6: "falsified", 8: "misclassified", 18: "falsified"}

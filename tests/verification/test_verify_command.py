@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import nn
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
@@ -103,13 +104,18 @@ def test_a_timeout_is_tried_again_only_with_more_time():
     assert workers.settled({"verdict": "verified", "seconds": 0.1}, 30)
 
 
-def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsys):
+def smooth(channels: int, classes: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 2, 3, 2), nn.GELU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, classes)
+    )
 
-    parsed = reading.parse(settings(tmp_path, model__name="preact_resnet18_w16"), "test")
+
+def test_a_network_that_cannot_be_verified_is_an_error(tmp_path, settings, capsys):
+    parsed = reading.parse(settings(tmp_path, model__name=f"{__name__}:smooth"), "test")
     classes = tuple(f"bar{i}" for i in range(10))
     save_weights(tmp_path, build_model(parsed, classes), parsed, classes)
     assert cli(["verify", str(tmp_path / "model.safetensors"), "--epsilon", "0.1"]) == 2
-    assert "verification: PreActResNet18 is not supported" in capsys.readouterr().err
+    assert "verification: GELU ('network.1') is not supported: torch's gelu" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
@@ -149,3 +155,13 @@ def test_bad_arguments(finished_run, capsys):
         assert caught.value.code == 2 and "error: argument" in capsys.readouterr().err
     with pytest.raises(RunError):
         Verdicts(finished_run / "config.yaml" / "x", {}, {})
+
+
+def test_fewer_images_do_not_take_the_place_of_more(verified, finished_run, capsys, tmp_path):
+    """The model card and the page tell what summary.json holds."""
+    output, summary = verified
+    copy = shutil.copytree(output, tmp_path / "copy")
+    assert cli(["verify", *arguments(finished_run, "--limit", "5"), "--output", str(copy)]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text.splitlines()[-1])["examples"] == 5 and "summary.json keeps the result on 12 images" in text
+    assert json.loads((copy / "summary.json").read_text()) == summary

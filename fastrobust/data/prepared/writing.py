@@ -175,7 +175,8 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
         for size in missing:
             for left in leftovers(folder, split, size):
                 left.unlink()
-        if isinstance(error, OSError):  # what goes wrong with the source is a DataError
+        # what goes wrong with the source is a DataError; a broken pipe is the terminal's
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
             raise DataError(f"{folder} cannot be written to: {error.strerror or error}") from None
         raise
 
@@ -219,13 +220,13 @@ def already_there(folder: Path, split: str, size: Size, facts: dict[str, Any]) -
         path.unlink()
         return False
     manifest["images"] = manifest["count"] + len(manifest["skipped"])
-    if facts and manifest.get("fingerprint", facts["fingerprint"]) != facts["fingerprint"]:
-        raise ConfigError(f"{path} was written from other images: replace it with --overwrite, or choose another --output")
-    facts = {key: value for key, value in facts.items() if key != "fingerprint"}  # older files have none
+    fingerprint, facts = facts["fingerprint"], {key: value for key, value in facts.items() if key != "fingerprint"}
     odd = [f"{key} {manifest.get(key)!r} instead of {facts[key]!r}" for key in facts if manifest.get(key) != facts[key]]
     if odd:
         told = f"{path} was written with {'; '.join(odd)[:500]}"
         raise ConfigError(f"{told}: replace it with --overwrite, or choose another --output")
+    if manifest.get("fingerprint", fingerprint) != fingerprint:  # older files have none
+        raise ConfigError(f"{path} was written from other images: replace it with --overwrite, or choose another --output")
     print(f"{path} is there already, with the same settings: left as it is (--overwrite replaces it)", flush=True)
     return True
 

@@ -1,0 +1,75 @@
+"""Does every one of some rows exceed the tolerance everywhere in a box? Optimised bounds, an attack, branch and bound, and
+at the last a mixed-integer program."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastrobust.verification import bounds, branch, milp
+from fastrobust.verification.bounds import Bounder
+from fastrobust.verification.network import Network, Sum
+
+HOLDS, FAILS, OPEN = "holds", "fails", "open"
+
+
+@dataclass(frozen=True)
+class Found:
+    """answer: HOLDS, FAILS at the witness (a point that `rounded` gave), or OPEN. by: what decided it. domains: visited."""
+
+    answer: str
+    by: str
+    domains: int = 0
+    witness: Tensor | None = None
+
+
+def margins(
+    network: Network, box: tuple[Tensor, Tensor], asked: Sum, steps: int, deadline: float = math.inf
+) -> tuple[Tensor, Bounder, Tensor]:
+    """(lower bounds on every row of `asked` over the box; the bounder around it; the rows as questions about it). Raises
+    TooLarge."""
+    around = bounds.surround(network, box, steps, deadline)
+    questions = torch.from_numpy(around.after(asked).toarray())
+    bounder = Bounder(around, deadline)
+    return bounder.tighten(bounder.root(questions), steps, enough=2 * branch.TOLERANCE).bound, bounder, questions
+
+
+def decide(
+    least: Tensor,
+    bounder: Bounder,
+    questions: Tensor,
+    deadline: float,
+    attack: Callable[[Tensor], Tensor],
+    rounded: Callable[[Tensor], Tensor],
+    confirmed: Callable[[Tensor], Tensor],
+) -> Found:
+    """From what `margins` gave. attack: tries to break the rows with these numbers, and gives the points with which it did.
+    rounded: inputs (float64 N x all) as points that may be shown. confirmed: which points break a row beyond doubt; nothing
+    else counts."""
+    todo = (least <= branch.TOLERANCE).nonzero()[:, 0]
+    if not len(todo):
+        return Found(HOLDS, "optimised bounds")
+    if time.monotonic() > deadline:
+        return Found(OPEN, "optimised bounds")
+    if len(points := attack(todo)):
+        return Found(FAILS, "attack", witness=points[0])
+
+    points_of = lambda corners: rounded(bounder.reduced.images(corners))
+    adversarial = lambda corners: confirmed(points_of(corners))
+    left, corner, domains = branch.decide(bounder, questions[todo], deadline, adversarial)
+    if corner is not None:
+        return Found(FAILS, "branch and bound", domains, points_of(corner[None])[0])
+    for target in todo[left].tolist():
+        if time.monotonic() > deadline:
+            return Found(OPEN, "branch and bound", domains)
+        kind, corner = milp.decide(bounder.reduced, questions[target], branch.TOLERANCE, deadline - time.monotonic())
+        if kind == "point" and adversarial(corner[None]).item():  # counts only if a forward pass agrees
+            return Found(FAILS, "mixed-integer program", domains, points_of(corner[None])[0])
+        if kind != "verified":
+            return Found(OPEN, "mixed-integer program", domains)
+    return Found(HOLDS, "mixed-integer program" if left else "branch and bound", domains)
