@@ -94,7 +94,8 @@ compiler: $(VENV)/.core
 	   { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q g++ python3-dev; } >/dev/null 2>&1; } || \
 	   echo "g++ and python3-dev could not be installed"
 
-# FFCV (built here: it needs OpenCV and turbojpeg) and DALI, which runs without a GPU too. Without them their tests skip. Of
+# What the loaders ffcv and dali need; FFCV itself (built here: it needs OpenCV and turbojpeg), with which tests and benchmarks
+# compare. DALI runs without a GPU too. Without them their tests skip. Of
 # DALI's builds this is the lighter one: 0.6 GB on the disk, that for CUDA 12 takes 1.0 GB.
 .PHONY: loaders
 loaders: $(VENV)/.loaders
@@ -104,7 +105,8 @@ $(VENV)/.loaders: $(VENV)/.test
 	   { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends \
 	     libopencv-dev libturbojpeg0-dev pkg-config g++ python3-dev; } >/dev/null 2>&1 || \
 	   echo "OpenCV and turbojpeg could not be installed"
-	@$(PIP) -e '.[ffcv]' || echo "FFCV could not be installed: its tests skip"
+	@$(PIP) 'ffcv>=1.0.2' || echo "FFCV could not be installed: its tests skip"
+	@$(PIP) -e '.[ffcv]' || echo "simplejpeg, OpenCV and numba could not be installed: tests of the loader ffcv skip"
 	@$(PIP) -e '.[dali-cuda130]' || echo "DALI could not be installed: its tests skip"
 	@touch $@
 

@@ -46,8 +46,11 @@ IMAGES = 1_281_167  # of ImageNet, for training
 LEAD = 5  # untimed batches at the start of a loader's turn: more than it has ready
 GOAL = 1.5  # a loader should give this many times what training takes
 SYNTHETIC = "synthetic"
-PACKAGES = {"torch": None, "ffcv": "ffcv", "dali": "nvidia.dali"}  # torch first: its workers are forked
-FILES = {"torch": "webdataset", "ffcv": "ffcv", "dali": "webdataset"}  # loader: the kind of prepared files that it reads
+FILES = {
+    "torch": "webdataset",
+    "ffcv": "ffcv",
+    "dali": "webdataset",
+}  # loader: its kind of prepared files; torch first, its workers are forked
 
 
 # ---- images
@@ -312,9 +315,7 @@ def run(options: Namespace) -> int:
         first = records_of(next(iter(configs.values())), config.phases[0])
         images = IMAGES if config.data.dataset == "imagenet" else len(first)
         space = disk(config, configs, images)
-        usable = {
-            n: configs[n] for n, package in PACKAGES.items() if n in configs and (not package or loaders.installed(package))
-        }
+        usable = {n: configs[n] for n in FILES if n in configs and loaders.available(n)}
         phases = []
         for index, phase in enumerate(config.phases):
             print(f"phase {index}: {phase.resolution} pixels, batches of {phase.batch_size}", file=sys.stderr, flush=True)

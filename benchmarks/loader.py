@@ -1,29 +1,34 @@
-"""Images/s and CPU use of every loader, resolution and format, against torchvision's DataLoader at equal work.
+"""Images/s, CPU use and the wait for the first batch of every loader, at each stored size, beside those of others.
 
     python -m benchmarks.loader --quick
     python -m benchmarks.loader --data /data/imagenet --limit 5000 --json benchmarks/results/loader.json
 
-Equal work: the same JPEGs of the same stored size (quality 90), a random-resized crop and a flip, and out come uint8 batches
-on the device. The comparator is torchvision's ImageFolder, RandomResizedCrop and RandomHorizontalFlip in torch's DataLoader.
+Equal work: the same pixels as JPEGs of quality 90, a random-resized crop and a flip; out come uint8 batches on the device.
+Ours are compared with FFCV's own Loader, DALI's own pipeline and torch's DataLoader with several decoders (loader_rows.py).
 Without --data the images are real ones if FASTROBUST_DATA holds imagenet-samples, else generated; the table says which.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import resource
+import statistics
 import sys
 import tarfile
 import tempfile
 import time
 from argparse import Namespace
+from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import measure
+from benchmarks import loader_rows, measure
 from fastrobust.config.sections import Augment
 from fastrobust.data import loaders, sets
 from fastrobust.data.loaders.dali import Dali
@@ -34,8 +39,8 @@ from fastrobust.runtime import distributed
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.limits import cores
-from fastrobust.runtime.torchvision_compat import import_torchvision
 
+COMPARED = ("DataLoader", "FFCV's Loader")
 PHASES = [(160, 128), (352, 224), ("original", 288)]  # stored size, crop
 AUGMENT = Augment(crop="random_resized", flip=True)
 
@@ -68,7 +73,7 @@ def samples(folder: Path, limit: int) -> tuple[Path, str]:
 
 
 def write(source: Path | str, folder: Path, limit: int | None) -> None:
-    """All sizes as jpeg and raw .beton files, JPEG shards, and folders of the same JPEGs for torchvision."""
+    """All sizes as jpeg and raw .beton files and JPEG shards, and what others read."""
     options = Namespace(
         dataset="image_folder",
         limit=limit,
@@ -82,59 +87,44 @@ def write(source: Path | str, folder: Path, limit: int | None) -> None:
     for kind, storage in (("ffcv", "jpeg"), ("ffcv", "raw"), ("webdataset", "jpeg")):
         place = Namespace(**vars(options), storage=storage, output=folder / f"{kind}-{storage}")
         writing.write_split(kind, "train", pictures, tuple(size for size, _ in PHASES), place)
-    for size, _ in PHASES:
-        found = shards.read(folder / "webdataset-jpeg", "train", size)
-        descriptors = found.open()
-        for i in range(len(found)):
-            file = folder / f"folder-{size}" / f"{found.label[i]:04}" / f"{i:08}.jpg"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(found.read(descriptors, i))
-        for descriptor in descriptors:
-            os.close(descriptor)
+    loader_rows.write_plain(folder / "ffcv-raw", folder / "plain", [size for size, _ in PHASES])
 
 
-def torchvision_loader(folder: Path, resolution: int, batch_size: int, workers: int, device: torch.device):
-    torchvision = import_torchvision()
-    transforms = torchvision.transforms
-    steps = [transforms.RandomResizedCrop(resolution), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-    data = torchvision.datasets.ImageFolder(str(folder), transforms.Compose(steps))
-    options = {"num_workers": workers, "pin_memory": device.type == "cuda", "drop_last": True}
-    batches = torch.utils.data.DataLoader(data, batch_size, shuffle=True, **options)
-
-    def one_pass(count: int) -> None:
-        for _, (x, y) in zip(range(count), batches, strict=False):
-            x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            y.to(device, non_blocking=True)
-
-    return one_pass
-
-
-def rows_of(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device) -> dict:
-    """name -> function of a number of batches."""
+def rows_of(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device, count: int) -> tuple:
+    """(name -> a function that takes `count` batches, name -> seconds from the loader's making to its first batch, name ->
+    why a loader is left out). Every loader has had a pass."""
     facts = (size, 3, resolution, AUGMENT, device, workers)
     jpeg, raw, tars = (folder / name for name in ("ffcv-jpeg", "ffcv-raw", "webdataset-jpeg"))
-    made = {"torch shards jpeg": Torch(shards.read(tars, "train", size), *facts)}
-    if loaders.installed("ffcv"):
-        made["ffcv jpeg"] = Ffcv(beton.read(jpeg, "train", size), *facts)
-        made["ffcv raw"] = Ffcv(beton.read(raw, "train", size), *facts)
-    if loaders.installed("nvidia.dali"):
-        made[f"dali jpeg {'mixed' if device.type == 'cuda' else 'cpu'}"] = Dali(shards.read(tars, "train", size), *facts)
 
-    def one_pass(loader):
-        def run(count: int) -> None:
-            for _ in loader.batches(0, 0, batch_size, 0, count):
-                pass
+    def ours(kind, read, place):
+        loader, epochs = kind(read(place, "train", size), *facts), itertools.count()
+        return lambda count: loader.batches(0, next(epochs), batch_size, 0, count)
 
-        return run
-
-    rows = {name: one_pass(loader) for name, loader in made.items()}
-    rows["DataLoader"] = torchvision_loader(folder / f"folder-{size}", resolution, batch_size, workers, device)
-    return rows
+    making = {"torch shards jpeg": lambda: ours(Torch, shards.read, tars)}
+    if loaders.available("ffcv"):
+        making |= {"ffcv jpeg": lambda: ours(Ffcv, beton.read, jpeg), "ffcv raw": lambda: ours(Ffcv, beton.read, raw)}
+    if loaders.available("dali"):
+        making[f"dali jpeg {'mixed' if device.type == 'cuda' else 'cpu'}"] = lambda: ours(Dali, shards.read, tars)
+    for name, make in loader_rows.OTHERS.items():
+        making[name] = partial(make, folder, size, resolution, batch_size, workers, device)
+    rows, first, absent = {}, {}, {}
+    for name, make in making.items():
+        began = time.perf_counter()
+        try:
+            take = make()
+            for _ in take(count):
+                first.setdefault(name, time.perf_counter() - began)
+            rows[name] = lambda take=take: deque(take(count), 0)
+        except ImportError as error:
+            absent[name] = str(error)
+            print(f"{name}: left out: {error}", file=sys.stderr, flush=True)
+    return rows, first, absent
 
 
 def cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
-    return sum(os.times()[:4])
+    used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main() -> int:
@@ -162,24 +152,32 @@ def run(arguments: Namespace) -> int:
         result: dict = {"images": images, "of": what, "batch_size": arguments.batch_size, "workers": arguments.workers}
         table, result["rows"] = [], {}
         for size, resolution in PHASES:
-            rows = rows_of(folder, size, resolution, arguments.batch_size, arguments.workers, device)
+            facts = arguments.batch_size, arguments.workers, device, count
+            rows, first, absent = rows_of(folder, size, resolution, *facts)
+            result["left_out"] = absent
             used: dict[str, list[float]] = {name: [] for name in rows}
 
             def timed(name, call, used=used):
                 began, before = time.perf_counter(), cpu_seconds()
-                call(count)
+                call()
                 used[name].append((cpu_seconds() - before) / (time.perf_counter() - began))
 
             calls = {name: lambda name=name, call=call: timed(name, call) for name, call in rows.items()}
-            times = measure.interleaved(calls, device, repetitions=repetitions)
+            times = measure.interleaved(calls, device, repetitions=repetitions, warm_up=0)
             for name, t in times.items():
-                s, busy = measure.summary(t), sum(used[name][1:]) / repetitions
-                ratio = measure.ratio(times["DataLoader"], t)
+                s, busy = measure.summary(t), statistics.median(used[name])
                 rate = {"median": images / s["median"], "min": images / s["max"], "max": images / s["min"]}
-                result["rows"][f"{size} to {resolution}, {name}"] = rate | {"over_DataLoader": ratio, "cores": busy}
+                ratios = {f"over_{other}": measure.ratio(times[other], t) for other in COMPARED if other in times}
+                per_core = images / statistics.median(a * b for a, b in zip(t, used[name], strict=True))
+                facts = {"cores": busy, "a_core": per_core, "first_batch": first[name]}
+                result["rows"][f"{size} to {resolution}, {name}"] = rate | ratios | facts
                 cells = [f"{size} → {resolution}", name, f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"]
-                table.append([*cells, f"{ratio:.2f}", f"{busy:.2f}", f"{rate['median'] / max(busy, 1e-9):,.0f}"])
-        columns = ["size", "loader", "images/s, median (min to max)", "× DataLoader", "cores busy", "images/s a core"]
+                cells += [f"{ratios[f'over_{other}']:.2f}" if other in times else "" for other in COMPARED]
+                table.append([*cells, f"{busy:.2f}", f"{per_core:,.0f}", f"{first[name]:.1f}"])
+            for name, why in absent.items():
+                table.append([f"{size} → {resolution}", name, f"left out: {why[:60]}", *5 * [""]])
+        columns = ["size", "loader", "images/s, median (min to max)", *(f"× {other}" for other in COMPARED)]
+        columns += ["cores busy", "images/s a core", "first batch, s"]
         measure.report(f"loader, {what}", columns, table, result, arguments.json, device)
     return 0
 

@@ -16,7 +16,7 @@ from PIL import Image
 from fastrobust.__main__ import parse
 from fastrobust.config.datasets import DATASETS
 from fastrobust.data import formats, sets
-from fastrobust.data.loaders.ffcv import native
+from fastrobust.data.loaders.ffcv import functions
 from fastrobust.data.prepared import writing
 from fastrobust.runtime.errors import ConfigError
 
@@ -116,6 +116,6 @@ def need(loader: str) -> None:
         pytest.importorskip("nvidia.dali")
     if loader == "ffcv":
         try:
-            native()
+            functions()
         except ConfigError as error:
             pytest.skip(str(error))

@@ -89,7 +89,7 @@ def test_prepared_files_give_the_same_images(written, photos, name):
         "method": {"name": "fgsm"}, "optimizer": {"name": "sgd"}, "schedule": {"name": "cyclic", "max_lr": 0.1},
         "phases": [{"epochs": 1, "batch_size": 4, "resolution": 32, "resize": 64}],
     }  # fmt: skip
-    if not loaders.installed(loaders.PREPARED.get(name, (None, "torch"))[1]):
+    if not loaders.available(name):
         pytest.skip("DALI is not installed")
     settings["data"]["augment"] = {"crop": "random_resized"}
     config = loaders.resolve(reading.parse(settings, "test"), CPU)

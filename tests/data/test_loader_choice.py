@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from prepared_files import write
 from fastrobust.config import reading
 from fastrobust.data import loaders, sets
 from fastrobust.data.held_out import evenly_spaced
-from fastrobust.data.loaders.ffcv import native
+from fastrobust.data.loaders.ffcv import functions
 from fastrobust.data.prepared import beton, records
 from fastrobust.data.prepared.records import Records
 from fastrobust.data.sets import Pictures
@@ -44,7 +45,7 @@ def test_auto_takes_what_is_there(resolved, written, monkeypatch):
     assert resolved(**ORIGINAL).loader == "torch"
     little_memory(monkeypatch)
     assert resolved().loader == "torch"
-    both = ("ffcv", "nvidia.dali")
+    both = (*loaders.FAST, "nvidia.dali")
     for kind in ("ffcv", "dali"):
         place = str(written / "jpeg" / f"x-{kind}")
         found = resolved(both, data={"prepared": place})
@@ -65,7 +66,7 @@ def test_auto_takes_no_files_of_other_images_or_labels(photos, tmp_path, monkeyp
         for file in place.glob("*.json"):
             manifest = {key: value for key, value in json.loads(file.read_text()).items() if key != "fingerprint"}
             file.write_text(json.dumps(records.seal({key: v for key, v in manifest.items() if key != "sha256"})))
-    monkeypatch.setattr(loaders, "installed", lambda package: package == "ffcv")
+    monkeypatch.setattr(loaders, "installed", lambda package: package in loaders.FAST)
     config = config_for(source, data={"prepared": str(place)})
     assert loaders.resolve(config, CPU).loader == "ffcv" and "not used" not in capsys.readouterr().out
     first, second = sorted((source / "train").iterdir())[:2]
@@ -90,7 +91,7 @@ def test_what_auto_chose_is_whole_and_chosen_once(resolved, written, monkeypatch
     """A resolved config says which files are read, whatever is installed later."""
     little_memory(monkeypatch)
     for kind in ("ffcv", "dali"):
-        found = resolved(("ffcv", "nvidia.dali"), data={"prepared": str(written / "jpeg" / f"x-{kind}")})
+        found = resolved((*loaders.FAST, "nvidia.dali"), data={"prepared": str(written / "jpeg" / f"x-{kind}")})
         monkeypatch.setattr(loaders, "installed", lambda package: False)
         assert loaders.resolve(found, CPU) == found
     shards = resolved((), data={"prepared": str(written / "jpeg" / "x-dali")})
@@ -161,11 +162,11 @@ def test_what_cannot_be_loaded_is_explained(resolved, written, tmp_path, monkeyp
     whole.check_files(37)
     with pytest.raises(DataError, match="holds 37 images, the first phase's file 36"):
         whole.check_files(36)
-    native.cache_clear()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(FastrobustError, match="ffcv is not installed; install it with `apt-get"):
-        native()
-    native.cache_clear()
+    functions.cache_clear()
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(FastrobustError, match=r"ffcv needs a package that does not load \(.*simplejpeg.*`pip install"):
+        functions()
+    functions.cache_clear()
 
 
 def test_limit_takes_an_even_part(resolved, written):
@@ -232,7 +233,7 @@ def test_training_images_are_mirrored_and_cropped_only_in_training(made):
 
 
 def test_a_stored_config_is_read_back_resolved(resolved, written):
-    found = resolved(("ffcv",), data={"prepared": str(written / "jpeg" / "x-ffcv")})
+    found = resolved(loaders.FAST, data={"prepared": str(written / "jpeg" / "x-ffcv")})
     assert found.loader == "ffcv" and reading.parse(found.to_dict(), "stored") == found
     assert np.array_equal(loaders.Phases(found, CPU).enter(0).labels, np.repeat([0, 1, 2], [13, 12, 12]))
 

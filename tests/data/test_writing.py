@@ -37,7 +37,8 @@ def test_every_size_holds_what_pillow_makes_of_the_source(kind, photos, tmp_path
             if short > limit:
                 image = image.resize([round(side * limit / short) for side in image.size], Image.Resampling.BICUBIC)
             assert found.label[i] == "abc".index(file.parent.name)
-            assert np.array_equal(pixels(found, i), np.asarray(image)), file
+            difference = np.abs(pixels(found, i).astype(int) - np.asarray(image))  # torch resizes, and rounds a few others
+            assert difference.max() <= 2 and difference.mean() < 0.03, file
             shapes.add(image.size)
     assert len(shapes) > 50 and any(w < h for w, h in shapes) and any(w > h for w, h in shapes)
     test = KINDS[kind](tmp_path, "test", "original")  # the test images are written in the largest size alone
@@ -178,7 +179,10 @@ def test_real_photos(kind, tmp_path):
         assert len(found) == 40
         for i, file in enumerate(sorted((tmp_path / "source" / "train").rglob("*.JPEG"))):
             image = upright(file)
-            image = image.resize(records.stored_size(*image.size, size, None), Image.Resampling.BICUBIC)
+            shape = records.stored_size(*image.size, size, None)
             buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=90)
-            assert np.array_equal(pixels(found, i), np.asarray(Image.open(buffer)))
+            (image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)).save(
+                buffer, "JPEG", quality=90
+            )
+            difference = np.abs(pixels(found, i).astype(int) - np.asarray(Image.open(buffer)))
+            assert difference.mean() <= (0 if shape == image.size else 0.5), difference.mean()

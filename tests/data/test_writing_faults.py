@@ -242,7 +242,7 @@ def test_damaged_files_are_refused(kind, photos, tmp_path):
     with pytest.raises(DataError, match="write them with `fastrobust prepare "):
         other(tmp_path, "train", "original")
     text = manifest.read_text()
-    for spoilt in ("", "{}", "[]", text[:40], text.replace('"format": 2', '"format": 9'), text.replace('"a"', '"z"')):
+    for spoilt in ("", "{}", "[]", text[:40], text.replace('"format": 3', '"format": 9'), text.replace('"a"', '"z"')):
         manifest.write_text(spoilt)
         with pytest.raises(DataError, match=r"train_original.json is damaged"):
             KINDS[kind](tmp_path, "train", "original")

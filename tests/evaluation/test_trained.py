@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ def prepared_runs(three, config_file, tmp_path_factory) -> dict[str, Path]:
     """loader -> a run that was trained from prepared files by this loader."""
     folder, runs = tmp_path_factory.mktemp("prepared"), {}
     for loader, kind in (("ffcv", "ffcv"), ("torch", "dali")):
-        if loader == "ffcv" and not loaders.installed("ffcv"):
+        if not loaders.available(loader):
             continue
         files, own = folder / f"{loader}_files", folder / loader
         own.mkdir()
@@ -191,7 +192,7 @@ def test_data_names_the_source_also_for_a_run_trained_from_prepared_files(
     judge, prepared_runs, three, tmp_path, loader, command
 ):
     if loader not in prepared_runs:
-        pytest.skip("needs FFCV")
+        pytest.skip("needs simplejpeg, OpenCV and numba")
     run = shutil.copytree(prepared_runs[loader], tmp_path / "run")
     other = write_bars(tmp_path / "other", {"a": "0", "b": "5", "c": "8"}, 1, 4)
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -225,7 +226,7 @@ def test_data_is_the_same_for_a_run_trained_from_the_source(judge, copied, tmp_p
 # ---- what `auto` chose
 
 
-@pytest.mark.parametrize("present", [(), ("ffcv",), ("nvidia.dali",), ("ffcv", "nvidia.dali")], ids=str)
+@pytest.mark.parametrize("present", [(), loaders.FAST, ("nvidia.dali",), (*loaders.FAST, "nvidia.dali")], ids=str)
 def test_what_is_installed_later_changes_no_image(prepared_runs, three, config_file, tmp_path, monkeypatch, capsys, present):
     """A run's config holds the loader that `auto` chose where it was trained, from whatever was installed there."""
     shards = prepared_runs["torch"]
@@ -258,7 +259,7 @@ def test_what_is_installed_later_changes_no_image(prepared_runs, three, config_f
 def test_auto_takes_prepared_files_where_their_package_is_installed(prepared_runs, three, config_file, tmp_path):
     """The other way round: trained where FFCV is, `auto` chose it, and it stays."""
     if "ffcv" not in prepared_runs:
-        pytest.skip("needs FFCV")
+        pytest.skip("needs simplejpeg, OpenCV and numba")
     files = yaml.safe_load((prepared_runs["ffcv"] / "config.yaml").read_text())["data"]["prepared"]
     changes = {"data__prepared": files, "data__path": str(three), "evaluation__limit": 9, "data__workers": 1}
     assert cli(["train", str(config_file(tmp_path, **changes))]) == 0
@@ -271,13 +272,14 @@ def test_auto_takes_prepared_files_where_their_package_is_installed(prepared_run
 def test_without_the_runs_loader_nothing_else_is_judged_in_its_place(prepared_runs, three, monkeypatch, capsys):
     """Trained with FFCV, evaluated where it is absent: an error, and not other images. The source can be named."""
     if "ffcv" not in prepared_runs:
-        pytest.skip("needs FFCV")
+        pytest.skip("needs simplejpeg, OpenCV and numba")
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ffcv" else found(name, *a))
-    ffcv.native.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "simplejpeg" else found(name, *a))
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    ffcv.functions.cache_clear()
     asked = ["evaluate", str(prepared_runs["ffcv"]), "--attack", "pgd-1-1", "--limit", "5", "--device", "cpu"]
     assert cli(asked) == 2
-    assert "loader: ffcv is not installed" in capsys.readouterr().err
+    assert "loader: ffcv needs a package that does not load (" in capsys.readouterr().err
     assert cli([*asked, "--data", str(three)]) == 0
     monkeypatch.undo()
     assert cli(asked) == 0

@@ -264,7 +264,7 @@ def decoded(name: str, found: records.Records) -> tuple:
 
 
 def loaders_here() -> list[str]:
-    there = {"ffcv": loaders.installed("ffcv"), "dali": loaders.installed("nvidia.dali"), "torch": True}
+    there = {name: loaders.available(name) for name in ("ffcv", "dali", "torch")}
     return [name for name, installed in there.items() if installed]
 
 

@@ -8,6 +8,7 @@ what happens to be installed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -27,7 +28,8 @@ from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, DataError
 
 READERS = {"ffcv": beton.read, "webdataset": shards.read}  # of each kind of prepared files
-PREPARED = {"ffcv": ("ffcv", "ffcv"), "dali": ("webdataset", "nvidia.dali")}  # loader: the files that it reads, its package
+FAST = ("simplejpeg", "cv2", "numba")
+PREPARED = {"ffcv": ("ffcv", FAST), "dali": ("webdataset", ("nvidia.dali",))}  # loader: its files, its packages
 
 
 def resolve(config: Config, device: torch.device) -> Config:
@@ -47,6 +49,8 @@ def resolve(config: Config, device: torch.device) -> Config:
     place = None if kind is None else folder(config, kind)
     if kind is not None and place is None:
         raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
+    if kind is not None:
+        tell_older(place, [stored(config, phase) for phase in config.phases])
     if data.prepared and place is None and ":" not in name:
         readers = "ffcv or dali" if config.facts.size is None else "ffcv, dali or torch"
         print(f"note: data.prepared is not used: the loader is {name}, which reads the source; set loader: {readers}")
@@ -85,13 +89,18 @@ def choice_of(config: Config, limit: int | None) -> Choice:
 def _automatic(config: Config, device: torch.device) -> str:
     if config.facts.size is not None or config.facts.read is not None:
         return "resident"
-    for name, (kind, package) in PREPARED.items():
+    for name, (kind, _) in PREPARED.items():
         reason = why_not(config, kind)
         if reason:
             print(f"note: prepared files are not used: {reason}", flush=True)
-        if reason is None and installed(package):
+        if reason is None and available(name):
             return name
     return "resident" if fits(config, device) else "torch"
+
+
+def available(loader: str) -> bool:
+    """Whether the packages that a loader needs are installed."""
+    return loader not in PREPARED or all(map(installed, PREPARED[loader][1]))
 
 
 def installed(package: str) -> bool:
@@ -104,6 +113,15 @@ def installed(package: str) -> bool:
 def stored(config: Config, phase) -> records.Size:
     """The size of the files that a phase reads."""
     return phase.resize if config.facts.size is None else "original"
+
+
+def tell_older(place: Path, sizes: list[records.Size]) -> None:
+    """Say so where JPEGs are of a version that did not make them for partial decoding."""
+    with contextlib.suppress(DataError):  # told where they are opened
+        found = [records.read_manifest(place, "train", size) for size in sizes]
+        if any(one["format"] < records.MANIFEST_FORMAT and one.get("storage") != "raw" for one in found):
+            told = f"note: {place} was written by an older version, so that images are decoded whole"
+            print(f"{told}: written again with --overwrite they load up to twice as fast", flush=True)
 
 
 def folder(config: Config, kind: str) -> Path | None:

@@ -15,6 +15,7 @@ import torch
 
 from fastrobust.data.batch import Batch
 from fastrobust.data.loaders.base import Job, Loader
+from fastrobust.data.prepared import regions
 from fastrobust.data.prepared.records import Records
 from fastrobust.runtime.errors import ConfigError, DataError
 
@@ -46,23 +47,30 @@ class Dali(Loader):
         device_id = (torch.cuda.current_device() if self.device.index is None else self.device.index) if gpu else None
         pipeline = Pipeline(batch_size, self.workers, device_id, prefetch_queue_depth=AHEAD)
         with pipeline:
-            files, start, end, flip = fn.external_source(source=inputs, num_outputs=4)
+            files, start, end = fn.external_source(source=inputs, num_outputs=3)
             images = fn.decoders.image(files, device="mixed" if gpu else "cpu", output_type=types.RGB)
             side = float(self.resolution)
             images = fn.resize(
                 images, size=[side, side], roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True
             )
-            pipeline.set_outputs(fn.flip(images, horizontal=flip))
+            pipeline.set_outputs(images)
         pipeline.build()
         return pipeline
 
     def _inputs(self, job: Job) -> tuple:
-        """(the stored bytes, where the boxes start and end, whether to mirror) of a batch."""
-        records = self.records
-        files = [np.frombuffer(records.read(self.files, i), np.uint8) for i in job.index.tolist()]
+        """(JPEGs that hold the boxes, where in these they start and end) of a batch; an image that is to be mirrored starts
+        at its right."""
+        records, files = self.records, []
         boxes, flips = job.boxes(records.height[job.index], records.width[job.index])
-        start, size = boxes[:, :2].astype(np.float32), boxes[:, 2:].astype(np.float32)
-        return files, start, start + size, flips.astype(np.int32)
+        start = boxes[:, :2].astype(np.float32)
+        for k, (i, (top, left, height, width)) in enumerate(zip(job.index.tolist(), boxes.tolist(), strict=True)):
+            box = top - 1, left - 1, height + 2, width + 2  # DALI looks at the pixels around it
+            part, *place = regions.cut(records.read(self.files, i), *box)
+            files.append(np.frombuffer(part, np.uint8))
+            start[k] -= place
+        end = start + boxes[:, 2:]
+        start[flips, 1], end[flips, 1] = end[flips, 1], start[flips, 1]
+        return files, start, end.astype(np.float32)
 
     def decoded(self, jobs) -> Iterator[Batch]:
         if not len(jobs):

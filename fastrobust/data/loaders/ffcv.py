@@ -1,95 +1,115 @@
-"""Loader of .beton files with FFCV's own native code (turbojpeg, OpenCV), called from threads.
+"""Loader of .beton files: decodes the part of every JPEG that its crop needs (libjpeg-turbo), in threads.
 
-FFCV's Python Loader is not used: it cannot start within an epoch, draws its crops from generators that no seed reaches,
-waits for ever when its thread fails, sets the number of torch's threads when imported, and is compiled anew (about 6 s) for
-every phase. What makes it fast is the file and the native code; around these this is the smallest thing that is exact.
+FFCV itself is not used: its Loader cannot start within an epoch, draws its crops from generators that no seed reaches, waits
+for ever when its thread fails, and is compiled anew (about 6 s) for every phase. The pixels are those of its decoder: fast
+DCT, interpolated colours, then OpenCV's INTER_AREA.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import threading
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastrobust.data.batch import Batch
 from fastrobust.data.loaders import prefetch
 from fastrobust.data.loaders.base import Job, Loader
+from fastrobust.data.prepared import regions
 from fastrobust.data.prepared.records import Records
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
 
-DEPTH = 3  # batches made ahead
+DEPTH = 2  # batches that the threads work on, and batches that wait
 
 
 @cache
-def native() -> ctypes.CDLL:
-    """FFCV's library of native functions. Raises ConfigError where it is absent or does not load."""
-    advice = (
-        "install it with `apt-get install -y --no-install-recommends libopencv-dev libturbojpeg0-dev pkg-config g++` and "
-        "`pip install 'fastrobust[ffcv]'`, or set `loader: torch`"
-    )
-    package = importlib.util.find_spec("ffcv")
-    if package is None:
-        raise ConfigError(f"loader: ffcv is not installed; {advice}")
+def functions():
+    """(simplejpeg's decode_jpeg, cv2, `area.shrink`). Raises ConfigError where a package is absent or does not load."""
     try:
-        library = ctypes.CDLL(str(next(Path(package.submodule_search_locations[0]).glob("_libffcv*.so"))))
-    except (OSError, StopIteration, TypeError) as error:
-        raise ConfigError(f"loader: ffcv is installed, but does not load ({first_line(error)}); {advice}") from None
-    library.resize.argtypes, library.resize.restype = 11 * [ctypes.c_int64], None
-    library.imdecode.argtypes = (
-        [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p]
-        + 6 * [ctypes.c_uint32]
-        + 2 * [ctypes.c_bool]
-    )
-    return library
+        import cv2
+        from simplejpeg import decode_jpeg
+
+        from fastrobust.data.loaders.area import shrink
+    except ImportError as error:
+        advice = "`pip install 'fastrobust[ffcv]'`, or set `loader: torch`"
+        raise ConfigError(f"loader: ffcv needs a package that does not load ({first_line(error)}); {advice}") from None
+    cv2.setNumThreads(1)  # the loader has threads of its own
+    return decode_jpeg, cv2, shrink
 
 
 class Ffcv(Loader):
     def __init__(self, records: Records, *arguments, **options):
-        self.native = native()
+        functions()
         super().__init__(records, *arguments, **options)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffcv")
         self.local = threading.local()
         self.largest = int((records.height * records.width).max()) * 3
 
     def decoded(self, jobs) -> Iterator[Batch]:
-        return prefetch.on_device(prefetch.ahead((self._batch(job) for job in jobs), DEPTH), self.device)
+        return prefetch.on_device(prefetch.ahead(self._batches(jobs), DEPTH), self.device)
 
-    def _batch(self, job: Job) -> Batch:
+    def _batches(self, jobs) -> Iterator[Batch]:
+        """The threads go on with the next batch while the last images of one are decoded."""
+        begun: deque[tuple[Job, Tensor, list[Future]]] = deque()
+        try:
+            for job in jobs:
+                begun.append((job, *self._begin(job)))
+                if len(begun) == DEPTH:
+                    yield self._end(*begun.popleft())
+            while begun:
+                yield self._end(*begun.popleft())
+        finally:
+            for *_, parts in begun:
+                for part in parts:
+                    part.cancel()
+
+    def _begin(self, job: Job) -> tuple[Tensor, list[Future]]:
         side, count = self.resolution, len(job.index)
         images = torch.empty(count, side, side, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         boxes, flips = job.boxes(self.data.height[job.index], self.data.width[job.index])
         pixels, step = images.numpy(), -(-count // self.workers)
         parts = [slice(k, k + step) for k in range(0, count, step)]
-        for _ in self.pool.map(lambda part: self._decode(job.index[part], boxes[part], flips[part], pixels[part]), parts):
-            pass
+        return images, [self.pool.submit(self._decode, job.index[p], boxes[p], flips[p], pixels[p]) for p in parts]
+
+    def _end(self, job: Job, images: Tensor, parts: list[Future]) -> Batch:
+        for part in parts:
+            part.result()
         batch = self.finish(images, job)
         return Batch(batch.images, *(t.pin_memory() for t in batch[1:])) if self.device.type == "cuda" else batch
 
     def _decode(self, index: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> None:
-        """Fill out, B x resolution x resolution x 3. The native functions release the interpreter."""
+        """Fill out, B x resolution x resolution x 3. Decoding and resizing release the interpreter."""
+        _, cv2, shrink = functions()
+        side = self.resolution
         if not hasattr(self.local, "pixels"):
-            self.local.pixels = np.empty(self.largest, np.uint8)
-        records, pixels, side = self.data, self.local.pixels.ctypes.data, self.resolution
-        target, stride = out.ctypes.data, side * side * 3
-        for k, i in enumerate(index.tolist()):
-            data = records.read(self.files, i)
-            height, width = int(records.height[i]), int(records.width[i])
-            top, left, h, w = boxes[k].tolist()
-            source = pixels
-            if records.raw[i]:
-                source = np.frombuffer(data, np.uint8).ctypes.data
-            elif self.native.imdecode(data, len(data), height, width, pixels, height, width, 0, 0, 1, 1, False, False):
-                raise DataError(f"image {i} of {records.files[0]} is damaged: write the file again")
-            self.native.resize(0, source, height, width, top, top + h, left, left + w, target + k * stride, side, side)
-            if flips[k]:
-                out[k] = out[k, :, ::-1].copy()
+            self.local.pixels, self.local.mirrored = np.empty(self.largest, np.uint8), np.empty((side, side, 3), np.uint8)
+        for k, (i, (top, left, height, width), flip) in enumerate(zip(index.tolist(), boxes.tolist(), flips, strict=True)):
+            image, y, x = self._image(i, top, left, height, width)
+            top, left = top - y, left - x
+            if min(height, width) >= side and (height % side or width % side):
+                shrink(image, top, left, height, width, out[k], flip)
+                continue
+            target, box = self.local.mirrored if flip else out[k], image[top : top + height, left : left + width]
+            cv2.resize(box, (side, side), dst=target, interpolation=cv2.INTER_AREA)
+            if flip:
+                cv2.flip(target, 1, dst=out[k])
+
+    def _image(self, i: int, *box: int) -> tuple[np.ndarray, int, int]:
+        """A part of image i that holds the box, H x W x 3, and the row and the column at which it begins."""
+        records = self.data
+        data, shape = records.read(self.files, i), (int(records.height[i]), int(records.width[i]), 3)
+        if records.raw[i]:
+            return np.frombuffer(data, np.uint8, shape[0] * shape[1] * 3).reshape(shape), 0, 0
+        try:
+            data, y, x = regions.cut(data, *box)
+            return functions()[0](data, "RGB", fastdct=True, buffer=self.local.pixels), y, x
+        except ValueError:
+            raise DataError(f"image {i} of {records.files[0]} is damaged: write the file again") from None
 
     def close(self) -> None:
         self.pool.shutdown()

@@ -27,7 +27,7 @@ from fastrobust.data import sets
 from fastrobust.data.formats import Member
 from fastrobust.runtime.errors import DataError
 
-MANIFEST_FORMAT = 2
+MANIFEST_FORMAT = 3  # since then parts of a JPEG can be decoded alone (regions.py)
 ROW = np.dtype([(name, "<i8") for name in ("file", "offset", "length", "height", "width", "raw", "label", "crc")])
 MAKERS = {"ffcv": "fastrobust prepare ffcv", "webdataset": "fastrobust prepare dali"}  # what writes each kind of files
 Size = int | str  # the short side in pixels, or "original"
@@ -173,7 +173,7 @@ def read_manifest(folder: Path, split: str, size: Size) -> dict[str, Any]:
     path = manifest_path(folder, split, size)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != MANIFEST_FORMAT:
+        if manifest["format"] not in (2, MANIFEST_FORMAT):
             raise ValueError(f"format {manifest['format']} is not known")
         if manifest != seal(manifest):
             raise ValueError("its checksum differs")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import time
@@ -20,12 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from fastrobust import __version__
 from fastrobust.data import layouts, sets
 from fastrobust.data.held_out import Choice, evenly_spaced
-from fastrobust.data.prepared import records
+from fastrobust.data.prepared import records, regions
 from fastrobust.data.prepared.beton import BetonWriter
 from fastrobust.data.prepared.records import MANIFEST_FORMAT, Size, file_facts, manifest_path, read_manifest
 from fastrobust.data.prepared.shards import ShardWriter
@@ -55,27 +56,38 @@ def is_raw(storage: str, number: int) -> bool:
 
 def encode(source: sets.Pictures, number: int, sizes: tuple[Size, ...], options: argparse.Namespace) -> list[Picture]:
     """The image in every size, each resized from the original (bicubic). Raises DataError."""
-    image, pictures = source.image(number), []
+    image, pixels, pictures = source.image(number), None, []
     for size in sizes:
         shape = records.stored_size(*image.size, size, options.cap)
         if max(shape) > LONGEST:
             found = f"{source.where(number)} would be stored as {shape[0]} x {shape[1]} pixels"
             raise DataError(f"{found}, a side may have {LONGEST}: replace or remove it, or use --skip-corrupt")
-        resized = image if shape == image.size else image.resize(shape, Image.Resampling.BICUBIC)
-        raw = is_raw(options.storage, number)
-        if raw:
-            data = resized.tobytes()
+        if shape == image.size:
+            resized = image
         else:
-            buffer = io.BytesIO()
-            resized.save(buffer, "JPEG", quality=options.quality)
-            data = buffer.getvalue()
+            pixels = shrinkable(image) if pixels is None else pixels
+            resized = shrunk(pixels, *shape)
+        raw = is_raw(options.storage, number)
+        data = resized.tobytes() if raw else regions.encode(resized, options.quality)
         pictures.append(Picture(resized.height, resized.width, raw, data))
     return pictures
 
 
+def shrinkable(image: Image.Image) -> torch.Tensor:
+    """The pixels with a fourth channel that means nothing, as Pillow has them: torch is the fastest with these."""
+    pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+
+
+def shrunk(pixels: torch.Tensor, width: int, height: int) -> Image.Image:
+    """By torch: Pillow's filter in a sixth of its time. Some pixels differ from Pillow's by 1 or 2."""
+    resized = F.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    return Image.frombytes("RGB", (width, height), resized.permute(0, 2, 3, 1).numpy(), "raw", "RGBX")
+
+
 def in_order(work: Callable[[int], Any], count: int, workers: int) -> Iterator[Any]:
     """work(0), work(1), … in this order, done in threads a little ahead. Pillow releases the interpreter as it works."""
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # of each
         ahead: deque = deque()
         try:
             for i in range(count):
@@ -150,7 +162,7 @@ def write_split(kind: str, split: str, source: sets.Pictures, sizes: tuple[Size,
                 np.save(file, index[:count])
             files = [finish(path) for path in paths]
             manifest = facts | {"size": size, "count": count, "skipped": skipped}
-            manifest |= {"files": files, "fastrobust": __version__, "pillow": PIL.__version__}
+            manifest |= {"files": files, "fastrobust": __version__, "pillow": PIL.__version__, "torch": torch.__version__}
             write_json(manifest_path(folder, split, size), records.seal(manifest))
             length = sum(file["bytes"] for file in files)
             print(f"{manifest_path(folder, split, size)}: {count} images, {length / 1e6:,.1f} MB", flush=True)
