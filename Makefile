@@ -105,7 +105,7 @@ $(VENV)/.loaders: $(VENV)/.test
 	   { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends \
 	     libopencv-dev libturbojpeg0-dev pkg-config g++ python3-dev; } >/dev/null 2>&1 || \
 	   echo "OpenCV and turbojpeg could not be installed"
-	@$(PIP) 'ffcv>=1.0.2' || echo "FFCV could not be installed: its tests skip"
+	@$(PIP) -e '.[ffcv-original]' || echo "FFCV could not be installed: its tests skip"
 	@$(PIP) -e '.[ffcv]' || echo "simplejpeg, OpenCV and numba could not be installed: tests of the loader ffcv skip"
 	@$(PIP) -e '.[dali-cuda130]' || echo "DALI could not be installed: its tests skip"
 	@touch $@

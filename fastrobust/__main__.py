@@ -335,12 +335,8 @@ def prepare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--splits", nargs="+", choices=["train", "test"], default=["train", "test"])
     add_workers(p, "threads")
     p.add_argument("--limit", type=count, metavar="N", help="so many images of each split (default: all)")
-    p.add_argument(
-        "--labels",
-        metavar="FILE",
-        type=path,
-        help="a CSV file with the columns file,label, where folders do not say classes",
-    )
+    told = "a CSV file with the columns file,label, where folders do not say classes"
+    p.add_argument("--labels", metavar="FILE", type=path, help=told)
     told = "replace what is there; until the new files are whole the old ones stay"
     p.add_argument("--overwrite", action="store_true", help=told)
     p.add_argument("--skip-corrupt", action="store_true", help="leave out images that cannot be read, and list them")
