@@ -265,17 +265,12 @@ def evaluate(p: argparse.ArgumentParser) -> None:
 
 
 def verify(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "run", metavar="RUN", type=path, help="a run directory, a model.safetensors of fastrobust, or NETWORK.onnx"
-    )
+    p.add_argument("run", metavar="RUN", type=path, help="a run directory, its model.safetensors, or NETWORK.onnx")
     p.add_argument("--epsilon", type=pixels, action=Once, help="radius, such as 0.1 or 8/255; needed for a run")
-    told = "the property to verify of NETWORK.onnx: sat with a counterexample, unsat, or timeout"
-    p.add_argument("--vnnlib", metavar="FILE", type=path, action=Once, help=told)
+    p.add_argument("--vnnlib", metavar="FILE", type=path, action=Once, help="the property of NETWORK.onnx to verify")
     p.add_argument("--norm", choices=["linf", "l2"], action=Once, help="of the ball: linf (default: the run's)")
     add_limit(p)
-    p.add_argument(
-        "--timeout", type=positive, default=60.0, metavar="SECONDS", help="for one image or property (default: 60)"
-    )
+    p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for each image (default: 60)")
     add_workers(p, "processes")
     add_data(p)
     told = "where verdicts go (default: RUN/verification/epsilon-EPSILON); with --vnnlib, the file for the answer"

@@ -238,7 +238,7 @@ def test_an_unknown_model_names_the_nearest(name, near):
 
 
 def test_a_model_like_no_other_lists_ours():
-    with pytest.raises(ConfigError, match=r"no model '0000'; ours: mnist_net, preact_resnet18, .*timm/NAME"):
+    with pytest.raises(ConfigError, match=r"no model '0000'; ours: mnist_net, cifar_net, preact_resnet18, .*timm/NAME"):
         create("0000")
 
 
