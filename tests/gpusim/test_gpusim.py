@@ -80,8 +80,8 @@ def test_the_pool_outlives_its_graphs():
 
 
 def test_our_kernels_fit_into_the_registers_of_an_h100():
-    """Compiled for sm_90 by Triton and NVIDIA's assembler; a stack is where registers that did not fit are kept. Newer Triton
-    keeps two of one kernel's there."""
+    """Compiled for sm_90 by Triton and NVIDIA's assembler; a stack is where registers that did not fit are kept. Triton
+    3.8 keeps two of one kernel's there."""
     triton = pytest.importorskip("triton")
     from benchmarks import counts
 
