@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,26 @@ from fastrobust.runtime.files import write_json
 IDS = "logging.json"  # in the run directory: under which names other programs know the run
 
 
-class Logger:
+class Logger(ABC):
     """Made when a training begins or goes on, in process 0 alone. `history` has what was logged before, one record an epoch.
     What it raises is said in one line, and the training goes on without it; only a ConfigError ends it."""
 
     def __init__(self, directory: Path, config: Config, history: list[dict[str, Any]]):
-        pass
+        """A logger may keep what it needs of these."""
+        super().__init__()
 
     @classmethod
     def check(cls) -> Any:
         """Raise ConfigError where it cannot be used on this machine. Called before there is a run directory."""
+        return None
 
+    @abstractmethod
     def log(self, record: dict[str, float], updates: int) -> None:
         """The figures after so many weight updates."""
-        raise NotImplementedError
 
     def close(self) -> None:
-        pass
+        """The training ends, or stops."""
+        return None
 
 
 class TensorBoard(Logger):

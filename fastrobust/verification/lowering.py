@@ -212,7 +212,7 @@ def lower_model(model: nn.Module, shape: tuple[int, ...]) -> Network:
         expected = model(x).flatten(1)
     except (FastrobustError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, NotImplementedError) as error:
         where = inside[-1] if inside else type(model).__name__
-        raise FastrobustError(f"verification: {where} is not supported: {first_line(error)}. {TAKEN}") from None
+        raise FastrobustError(f"verification: {where} is not supported: {first_line(error)}. {TAKEN}") from error
     check(network, x, expected)
     return network
 

@@ -9,6 +9,7 @@ import time
 import pytest
 from training_runs import same, stop_at, weights
 
+from fastrobust.config import parts
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.interrupt import Interrupted
 from fastrobust.train.loggers import IDS, Logger, needed
@@ -47,6 +48,10 @@ class Broken(Kept):
     def close(self):
         super().close()
         self.fail("end")
+
+
+class Silent(Logger):
+    """Logs nothing: it has no `log`."""
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +94,8 @@ def test_names_of_loggers_are_checked(config_of):
         ConfigError, match=r"logging.*'wandbb' is not one of tensorboard, wandb, mlflow; did you mean 'wandb'"
     ):
         config_of(logging=["wandbb"])
+    with pytest.raises(ConfigError, match="logging: 'test_loggers:Silent' lacks log"):
+        parts.find_class("logging", parts.LOGGERS, "test_loggers:Silent")
     assert config_of(logging="tensorboard").logging == config_of().logging == ("tensorboard",)
 
 
