@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import torch
 import torchattacks
 from conftest import bar_images
 from PIL import Image
+from python_runs import FEW, TEST, TRAIN, Net, bars, fit
 from torch import nn
 
 import fastrobust
@@ -22,33 +22,6 @@ from fastrobust.__main__ import main as cli
 from fastrobust.data import sets
 from fastrobust.models import Normalized
 from fastrobust.runtime.errors import ConfigError, DataError, FastrobustError, RunError
-
-FEW = {"evaluation.steps": 5, "evaluation.restarts": 1, "optimizer.name": "adam"}
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 4, 2, 1), nn.ReLU())
-        self.head = nn.Linear(16 * 49, 10)
-
-    def forward(self, x):
-        return self.head(self.features(x).flatten(1))
-
-
-def bars(count: int, seed: int):
-    """(uint8 N x C x H x W tensors, labels)"""
-    images, labels = bar_images(count, seed)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
-
-
-TRAIN, TEST = bars(600, 0), bars(100, 1)
-
-
-def fit(network, folder, data=TRAIN, test=TEST, **options):
-    torch.manual_seed(0)
-    options = {"epsilon": 0.05, "epochs": 3, "batch_size": 30, "lr": 5e-3, "output": folder, "config": FEW} | options
-    return fastrobust.fit(network, data, test=test, **options)
 
 
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.08), ("l2", 1.5)])
@@ -90,7 +63,7 @@ def test_a_network_of_ones_own_learns(run):
 
 OWN_NET = """
 import torch
-from test_python_api import Net
+from python_runs import Net
 
 def make(channels, classes):
     with torch.random.fork_rng():
@@ -353,96 +326,6 @@ def test_arrays_are_a_data_set_for_configs(tmp_path):
     assert sets.load("arrays", "train", file).classes == tuple("abcdefghij")
     with pytest.raises(DataError, match="has no test_images and no test_labels"):
         sets.load("arrays", "test", file)
-
-
-def npz() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, train_images=np.zeros((2, 5, 5), np.uint8), train_labels=np.arange(2), classes=["a", "b"])
-    return buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("write", "says"),
-    [
-        (lambda f: f.write_bytes(b"PK\3\4"), "is a zip archive, not a whole .npz file"),
-        (lambda f: f.write_bytes(bytes(600)), "is not a whole .npz file"),
-        (lambda f: f.write_text("images"), 'is a text file that begins "images", not a whole .npz file'),
-        (lambda f: f.write_text("<html>"), "is a web page"),
-        (lambda f: np.savez(f, x=np.zeros(3)), "holds neither train_images nor test_images: x"),
-        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.float32)), "must be uint8"),
-        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 6), np.uint8)), "square"),
-        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.uint8)), "cannot be read: .*train_labels is not a file"),
-        (lambda f: f.write_bytes(npz().replace(bytes(50), b"\1" * 50, 1)), "cannot be read: Bad CRC-32"),
-    ],
-)
-def test_files_that_are_no_arrays_are_named(tmp_path, write, says):
-    file = tmp_path / "a.npz"
-    write(file)
-    with pytest.raises(DataError, match=says):
-        sets.load("arrays", "train", file)
-
-
-class Two(Net):
-    def forward(self, x):
-        return super().forward(x), x
-
-
-class Refuses:
-    def __len__(self):
-        return 30
-
-    def __getitem__(self, k):
-        if k == 7:
-            raise KeyError("gone")
-        return TRAIN[0][k], int(TRAIN[1][k])
-
-
-def changed(value):
-    images = TRAIN[0].float() / 255
-    images[3, 0, 5, 5] = value
-    return images
-
-
-BAD = {
-    "labels from 1": (lambda: (Net(), (TRAIN[0], TRAIN[1] + 1)), "no label is 0: .* subtract 1"),
-    "floats to 255": (lambda: (Net(), (TRAIN[0].float(), TRAIN[1])), r"\[0, 1\]; they reach from 0 to .*: divide by 255"),
-    "NaN": (lambda: (Net(), (changed(torch.nan), TRAIN[1])), "1 images have pixels that are no finite .* is image 3"),
-    "infinite": (lambda: (Net(), (changed(torch.inf), TRAIN[1])), "1 images have pixels that are no finite"),
-    "one class": (lambda: (Net(), (TRAIN[0], 0 * TRAIN[1])), "all 600 images are of one class"),
-    "a data set that raises": (lambda: (Net(), Refuses()), "item 7 of the data set cannot be read: KeyError"),
-    "a model of tuples": (lambda: (Two(), TRAIN), "must give logits, N x 10 for 10 classes; for one image it gives a tuple"),
-    "a function that raises": (
-        lambda: ("test_python_api:raises", TRAIN),
-        "'test_python_api:raises' raised OSError: no room$",
-    ),
-}
-
-
-def raises(channels, classes):
-    raise OSError("no room\nat all")
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
-    make, says = BAD[case]
-    model, data = make()
-    with pytest.raises(FastrobustError, match=says) as caught:
-        fit(model, tmp_path / "runs", data)
-    assert len(str(caught.value).splitlines()) == 1 and list(tmp_path.rglob("*.safetensors")) == []
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_evaluate_names_images_that_are_not_finite(run, value):
-    with pytest.raises(DataError, match="1 images have pixels that are no finite numbers, the first is image 3"):
-        fastrobust.evaluate(run.model, changed(value), TRAIN[1], epsilon=0.1)
-
-
-@pytest.mark.parametrize(("first", "says"), [(0, "all 20 training images are of class 0"), (1, "no label is 0")])
-def test_files_of_one_class_or_with_labels_from_1_are_refused(tmp_path, first, says):
-    images, labels = np.zeros((20, 8, 8), np.uint8), first * (1 + np.arange(20) % 3)
-    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
-    with pytest.raises(DataError, match=says):
-        sets.load("arrays", "train", tmp_path / "a.npz")
 
 
 def test_a_model_of_fit_works_in_art_as_it_is(run):

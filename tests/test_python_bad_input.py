@@ -1,0 +1,104 @@
+"""Images, labels, models and files from a program that cannot be meant: one line says what is wrong, and nothing is left."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from python_runs import TRAIN, Net, fit
+
+import fastrobust
+from fastrobust.data import sets
+from fastrobust.runtime.errors import DataError, FastrobustError
+
+
+def npz() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, train_images=np.zeros((2, 5, 5), np.uint8), train_labels=np.arange(2), classes=["a", "b"])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda f: f.write_bytes(b"PK\3\4"), "is a zip archive, not a whole .npz file"),
+        (lambda f: f.write_bytes(bytes(600)), "is not a whole .npz file"),
+        (lambda f: f.write_text("images"), 'is a text file that begins "images", not a whole .npz file'),
+        (lambda f: f.write_text("<html>"), "is a web page"),
+        (lambda f: np.savez(f, x=np.zeros(3)), "holds neither train_images nor test_images: x"),
+        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.float32)), "must be uint8"),
+        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 6), np.uint8)), "square"),
+        (lambda f: np.savez(f, train_images=np.zeros((2, 5, 5), np.uint8)), "cannot be read: .*train_labels is not a file"),
+        (lambda f: f.write_bytes(npz().replace(bytes(50), b"\1" * 50, 1)), "cannot be read: Bad CRC-32"),
+    ],
+)
+def test_files_that_are_no_arrays_are_named(tmp_path, write, says):
+    file = tmp_path / "a.npz"
+    write(file)
+    with pytest.raises(DataError, match=says):
+        sets.load("arrays", "train", file)
+
+
+class Two(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Refuses:
+    def __len__(self):
+        return 30
+
+    def __getitem__(self, k):
+        if k == 7:
+            raise KeyError("gone")
+        return TRAIN[0][k], int(TRAIN[1][k])
+
+
+def changed(value):
+    images = TRAIN[0].float() / 255
+    images[3, 0, 5, 5] = value
+    return images
+
+
+BAD = {
+    "labels from 1": (lambda: (Net(), (TRAIN[0], TRAIN[1] + 1)), "no label is 0: .* subtract 1"),
+    "floats to 255": (lambda: (Net(), (TRAIN[0].float(), TRAIN[1])), r"\[0, 1\]; they reach from 0 to .*: divide by 255"),
+    "NaN": (lambda: (Net(), (changed(torch.nan), TRAIN[1])), "1 images have pixels that are no finite .* is image 3"),
+    "infinite": (lambda: (Net(), (changed(torch.inf), TRAIN[1])), "1 images have pixels that are no finite"),
+    "one class": (lambda: (Net(), (TRAIN[0], 0 * TRAIN[1])), "all 600 images are of one class"),
+    "a data set that raises": (lambda: (Net(), Refuses()), "item 7 of the data set cannot be read: KeyError"),
+    "a model of tuples": (lambda: (Two(), TRAIN), "must give logits, N x 10 for 10 classes; for one image it gives a tuple"),
+    "a function that raises": (
+        lambda: ("test_python_bad_input:raises", TRAIN),
+        "'test_python_bad_input:raises' raised OSError: no room$",
+    ),
+}
+
+
+def raises(channels, classes):
+    raise OSError("no room\nat all")
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
+    make, says = BAD[case]
+    model, data = make()
+    with pytest.raises(FastrobustError, match=says) as caught:
+        fit(model, tmp_path / "runs", data)
+    assert len(str(caught.value).splitlines()) == 1 and list(tmp_path.rglob("*.safetensors")) == []
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_evaluate_names_images_that_are_not_finite(value):
+    with pytest.raises(DataError, match="1 images have pixels that are no finite numbers, the first is image 3"):
+        fastrobust.evaluate(Net(), changed(value), TRAIN[1], epsilon=0.1)
+
+
+@pytest.mark.parametrize(("first", "says"), [(0, "all 20 training images are of class 0"), (1, "no label is 0")])
+def test_files_of_one_class_or_with_labels_from_1_are_refused(tmp_path, first, says):
+    images, labels = np.zeros((20, 8, 8), np.uint8), first * (1 + np.arange(20) % 3)
+    np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
+    with pytest.raises(DataError, match=says):
+        sets.load("arrays", "train", tmp_path / "a.npz")
