@@ -1,83 +1,32 @@
-"""Several processes against one: the same weights, the same verdicts, the same bits after interruptions, and no hang."""
+"""Several processes against one: the same weights, the same verdicts; mistakes are said once."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from process_runs import CPU, ZERO, ended_well, main, resolved, small_run, weights
 from training_runs import before_step, without_times
 
 from fastrobust.__main__ import main as cli
 from fastrobust.attack.verdicts import Verdicts
-from fastrobust.config import reading
-from fastrobust.config.schema import Config
-from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
-from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, run_directory
-from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.interrupt import Interrupted
 from fastrobust.train import checkpoint, guard, learner, training
 from fastrobust.train.training import Training
-from tests.stress import child
 from tests.stress.ranks import together
-
-ROOT = Path(__file__).resolve().parents[2]
-CPU = torch.device("cpu")
-SGD = {"optimizer": {"name": "sgd"}, "schedule": {"name": "cyclic", "max_lr": 0.02}}
-ZERO = {"name": "fgsm", "init": "zero"}
-
-
-def main(*argv: str) -> int:
-    return cli(["train", *argv])
-
-
-@pytest.fixture(scope="session")
-def small_run(config_file, few_bars):
-    """small_run(folder, **changes) -> a config file of a run of seconds, 4, 3 and 3 steps; it goes to folder/runs/bars."""
-
-    def make(folder: Path, **changes) -> Path:
-        phases = [{"epochs": 3, "batch_size": 20, "resolution": 28}]
-        small = {"data__path": str(few_bars), "data__limit": 65, "phases": phases, **SGD}
-        return config_file(folder, **(small | {"evaluation": {"steps": 3, "restarts": 2, "limit": 20}} | changes))
-
-    return make
 
 
 @pytest.fixture
-def quick(small_run, tmp_path):
-    return lambda **changes: small_run(tmp_path, **changes)
-
-
-def ended_well(processes: list[child.Ended]) -> bool:
-    assert [p.status for p in processes] == [0] * len(processes), "\n".join(p.output for p in processes)
-    return True
-
-
-def resolved(file: str | Path, *changes: str) -> Config:
-    return loaders.resolve(reading.load(file, changes), CPU)
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    return read_weights(directory)[0].state_dict()
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    """Weights and every figure but the times."""
-    one, other = weights(a), weights(b)
-    lines = [[json.loads(line) for line in (d / run_directory.METRICS).read_text().splitlines()] for d in (a, b)]
-    plain = [[{k: v for k, v in r.items() if k not in ("seconds", "images_per_second")} for r in part] for part in lines]
-    return plain[0] == plain[1] and all(torch.equal(one[name], other[name]) for name in one)
+def quick(config_file, few_bars, tmp_path):
+    return lambda **changes: small_run(config_file, few_bars, tmp_path, **changes)
 
 
 # ---- the same training
@@ -307,99 +256,6 @@ def test_two_processes_come_to_the_verdicts_of_one(finished_run, tmp_path):
     assert told["examples"] == 200 and told["robust_accuracy"] == int(results.worst_case(two).sum()) / 200
     assert processes[1].output == "", "process 0 alone speaks"
     assert "--sanity runs in one process" in together(tmp_path, attack, str(tmp_path / "two"), "--sanity")[0].output
-
-
-# ---- interruptions
-
-LONG = {
-    "data__limit": 70,
-    "data__held_out": 4,
-    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 28}],  # 17 steps: the processes agree after 16, too
-    "selection": {"steps": 2},
-    "averaging": {"decay": 0.5},
-    "method": {"name": "fgsm", "init": "previous"},
-    "model__name": "preact_resnet18_w16",
-    "data__augment": {"crop": "none", "flip": True},
-}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(small_run, tmp_path_factory):
-    """The directory of a longer run, done by two processes that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    assert ended_well(together(folder, main, str(small_run(folder, **LONG)), "name=undisturbed"))
-    return folder / "runs/undisturbed"
-
-
-def begun(directory: Path):
-    return lambda: (directory / run_directory.CHECKPOINT).exists()
-
-
-def test_a_signal_to_one_process_stops_all_and_they_go_on_with_the_same_bits(quick, undisturbed, tmp_path):
-    file, expected = quick(**LONG), undisturbed
-    directory = tmp_path / "runs/stopped"
-    processes = together(tmp_path, main, str(file), "name=stopped", when=begun(directory), signum=signal.SIGTERM)
-    assert [p.status for p in processes] == [75, 75], "\n".join(p.output for p in processes)
-    assert "stopped by SIGTERM; go on with" in processes[0].output
-    position = run_directory.load_checkpoint(directory)[1]["position"]
-    assert (position["pass"], position["step"]) != (0, 0) and not (directory / run_directory.SUMMARY).exists()
-    assert ended_well(together(tmp_path, main, "--resume", str(directory)))
-    assert same_bits(directory, expected)
-
-
-def test_a_lost_process_ends_the_others_and_the_run_goes_on_with_the_same_bits(quick, undisturbed, tmp_path):
-    file, expected = quick(**LONG), undisturbed
-    directory = tmp_path / "runs/lost"
-    processes = together(tmp_path, main, str(file), "name=lost", when=begun(directory), signum=signal.SIGKILL, limit=60)
-    assert [p.status for p in processes] == [75, -signal.SIGKILL], "\n".join(p.output for p in processes)
-    assert "another process was lost" in processes[0].output and "--resume" in processes[0].output
-    assert "Traceback" not in processes[0].output
-    assert ended_well(together(tmp_path, main, "--resume", str(directory)))
-    assert same_bits(directory, expected)
-
-
-def vanish() -> int:
-    """Process 1 dies where nothing is trained yet."""
-
-    def command() -> int:
-        with distributed.joined("cpu") as (world, _):
-            if world.rank:
-                os.kill(os.getpid(), signal.SIGKILL)
-            world.gather(None)
-        return 0
-
-    return main_with_errors(command)
-
-
-def test_a_process_that_is_lost_before_training_is_one_line_too(tmp_path):
-    first, _ = together(tmp_path, vanish, limit=60)
-    assert first.status == 75 and len(first.output.splitlines()) == 1 and "another process was lost" in first.output
-
-
-def test_a_run_goes_on_with_another_number_of_processes(quick, tmp_path, capfd):
-    directory = tmp_path / "runs/changed"
-    together(tmp_path, main, str(quick(**LONG)), "name=changed", when=begun(directory), signum=signal.SIGTERM)
-    assert main("--resume", str(directory)) == 0
-    assert "begun by 2 process(es), now 1" in capfd.readouterr().out
-    assert len((directory / run_directory.METRICS).read_text().splitlines()) == 4
-
-
-def test_torchrun_starts_lost_processes_again(quick, undisturbed, tmp_path):
-    """The real launcher. One process is killed; `--max-restarts` brings the run to the end of an undisturbed one."""
-    file = quick(**LONG)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    directory, log = tmp_path / "runs/killed", tmp_path / "killed.log"
-    with open(log, "w") as output:
-        command = [*launch, "-m", "fastrobust.train", str(file), "name=killed"]
-        job = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    while not begun(directory)() and job.poll() is None:
-        time.sleep(0.02)
-    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    assert job.wait(timeout=180) == 0, log.read_text()
-    assert "going on after" in log.read_text()
-    assert same_bits(directory, undisturbed)
 
 
 # ---- mistakes
