@@ -9,7 +9,6 @@ an H100 (sm_90): registers of a thread, and bytes of the stack, where what did n
 
 from __future__ import annotations
 
-import collections
 import ctypes
 import re
 import subprocess
@@ -18,14 +17,13 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks import measure
 from benchmarks.step import cifar_config, images
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.models import fused
+from fastrobust.runtime.operations import Operations
 from fastrobust.train.step import build
 
 TWICE = {  # which arguments are read twice: once for sums over the batch, once to make the result
@@ -40,19 +38,19 @@ VIEWS = re.compile(
 EMPTY = re.compile(r"aten\.(new_)?empty(_like|_strided)?")
 
 
-class Traffic(TorchDispatchMode):
-    """Adds up the bytes, operations and launches of what runs inside."""
+class Traffic(Operations):
+    """Adds up the bytes and the operations of what runs inside."""
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.device, self.bytes, self.flops, self.calls = device, 0, 0, collections.Counter()
+        self.device, self.bytes = device, 0
 
     def size(self, t) -> int:
         return t.numel() * t.element_size() if isinstance(t, torch.Tensor) and t.device.type == self.device.type else 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name, packet = str(function._overloadpacket), function._overloadpacket
+        out = super().__torch_dispatch__(function, types, args, kwargs)
+        name = str(function._overloadpacket)
         if VIEWS.fullmatch(name) or EMPTY.fullmatch(name):
             return out
         given = {id(t): t for t in tree_leaves((args, kwargs or {})) if isinstance(t, torch.Tensor)}.values()
@@ -63,9 +61,6 @@ class Traffic(TorchDispatchMode):
             first = args[0] if isinstance(args[0], list | tuple) else [args[0]]
             written = max(written, sum(map(self.size, first)))
         self.bytes += sum(map(self.size, [*given, *again])) + written
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
-        self.calls[name] += 1
         return out
 
 
@@ -132,7 +127,7 @@ def counted(method: str, engine: str, precision: str, batch_size: int, device: t
         step(batch)
     with Traffic(device) as traffic, kernels_counted(traffic):
         step(batch)
-    return {"nodes": Kept.last.nodes(), "gigabytes": traffic.bytes / 1e9, "gflop": traffic.flops / 1e9}
+    return {"nodes": Kept.last.nodes(), "gigabytes": traffic.bytes / 1e9, "gflop": traffic.number / 1e9}
 
 
 def compiled() -> list[dict]:

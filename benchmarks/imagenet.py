@@ -22,8 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks import loader as loader_benchmark
 from benchmarks import measure
@@ -38,6 +36,7 @@ from fastrobust.runtime import distributed
 from fastrobust.runtime.command import main_with_errors
 from fastrobust.runtime.errors import DataError, FastrobustError, first_line
 from fastrobust.runtime.limits import cores
+from fastrobust.runtime.operations import Operations
 from fastrobust.train import engine
 from fastrobust.train.step import Step, build
 
@@ -141,29 +140,16 @@ def synthetic_step(config: Config, index: int, classes: int, device: torch.devic
     return build(one, loader, device), next(loader.batches(0, 0, phase.batch_size, 0, 1))
 
 
-class CountFlops(TorchDispatchMode):
-    """Adds up the operations of what is run inside. torch's own FlopCounterMode also tells modules apart, and for that
-    refuses `torch.autograd.grad`, which attacks use."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if count := flop_registry.get(function._overloadpacket):
-            self.total += count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def flops(step: Step, batch: Batch) -> dict[str, float]:
     """Floating-point operations of convolutions and linear layers, for one image: of a forward pass, and of a whole step
     (counted while it is run), one without the gradient of the first layer that every eighth step has."""
     step.learner.looks = False
     x = torch.zeros(1, *batch.images.shape[1:], device=batch.images.device)
-    with CountFlops() as forward, evaluating(step.learner.model), torch.no_grad():
+    with Operations() as forward, evaluating(step.learner.model), torch.no_grad():
         step.learner.model(x)
-    with CountFlops() as whole:
+    with Operations() as whole:
         step.take(batch)
-    return {"forward": forward.total, "step": whole.total / len(batch.labels)}
+    return {"forward": forward.number, "step": whole.number / len(batch.labels)}
 
 
 def memory_used(device: torch.device) -> dict[str, float] | None:

@@ -13,6 +13,7 @@ from fastrobust.config.schema import Config
 from fastrobust.models.weights import build_model
 from fastrobust.runtime import limits, memory
 from fastrobust.runtime.errors import ConfigError, first_line
+from fastrobust.runtime.operations import Operations
 
 SURE = 1.15  # times as fast as fp32: less may be chance
 ENOUGH = 10e6  # floating-point operations of an image's forward pass: smaller networks gain little, and noise would decide
@@ -45,8 +46,6 @@ def speed(config: Config, network: nn.Module | None = None) -> float | None:
     """How many times as fast passes in bf16 are as those in fp32, by the processor time of one thread, which other programs
     change little; None for a small network and where memory is short. On random images of the largest phase, with a copy of
     the model; the random generator is left as it was."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a while
-
     phase = max(config.phases, key=lambda phase: phase.resolution)
     shape = min(IMAGES, phase.batch_size), len(config.model.mean), phase.resolution, phase.resolution
     state, threads = torch.get_rng_state(), torch.get_num_threads()
@@ -54,10 +53,10 @@ def speed(config: Config, network: nn.Module | None = None) -> float | None:
     try:
         model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last)
         x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
-        with FlopCounterMode(display=False) as work, torch.no_grad():
+        with Operations() as work, torch.no_grad():
             model.eval()(x[:1])
         fit = limits.available_memory() / 2 / max(1, memory.of_a_pass(model, x[:1]))  # or the trial ends the run
-        if work.get_total_flops() < ENOUGH or fit < min(2, len(x)):
+        if work.number < ENOUGH or fit < min(2, len(x)):
             return None
         x = x[: int(min(fit, len(x)))]
         model.train()

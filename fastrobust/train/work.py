@@ -9,27 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastrobust.config.schema import Config
 from fastrobust.data.batch import Batch
+from fastrobust.runtime.operations import Operations
 from fastrobust.train import step
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations of what is done inside, by torch's table of what each operator needs."""
-
-    def __init__(self):
-        from torch.utils.flop_counter import flop_registry  # imports Triton, which takes a while
-
-        super().__init__()
-        self.number, self.table = 0, flop_registry
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if (known := self.table.get(function._overloadpacket)) is not None:
-            self.number += known(*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from training_runs import STEP_METHODS, on_noise
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
+from fastrobust.runtime.operations import Operations
 from fastrobust.train import work
 
 
@@ -22,7 +23,7 @@ class Loader:
 
 
 def counted(noise) -> int:
-    with work.Operations() as operations:
+    with Operations() as operations:
         noise.step.take(next(noise.batches(1)))
     return operations.number
 
