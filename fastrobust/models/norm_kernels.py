@@ -206,19 +206,20 @@ def norm_relu(
     z, y, mean, rstd = _made(x, before, train, c)
     columns, given = triton.cdiv(c, bc), x if add is None else add
     seen = x
-    if train:
-        rows = _split(m, columns)
-        grid = triton.cdiv(m, rows), columns
-        part = torch.empty(grid[0], 2, c, device=x.device)
-        _statistics[grid](
-            x, given, z, part, _counter(x, columns), mean, rstd, running_mean, running_var,
-            m, c, rows, eps, momentum, m / (m - 1), ADD=before, BM=ROWS, BC=bc, BP=PARTS, num_warps=8,
+    with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
+        if train:
+            rows = _split(m, columns)
+            grid = triton.cdiv(m, rows), columns
+            part = torch.empty(grid[0], 2, c, device=x.device)
+            _statistics[grid](
+                x, given, z, part, _counter(x, columns), mean, rstd, running_mean, running_var,
+                m, c, rows, eps, momentum, m / (m - 1), ADD=before, BM=ROWS, BC=bc, BP=PARTS, num_warps=8,
+            )  # fmt: skip
+            seen = z if before else x
+        _normalise[triton.cdiv(m, ROWS), columns](
+            seen, given, z, y, mean if train else running_mean, rstd if train else running_var, weight, bias,
+            m, c, eps, TRAIN=train, BEFORE=before and not train, AFTER=after, BM=ROWS, BC=bc,
         )  # fmt: skip
-        seen = z if before else x
-    _normalise[triton.cdiv(m, ROWS), columns](
-        seen, given, z, y, mean if train else running_mean, rstd if train else running_var, weight, bias,
-        m, c, eps, TRAIN=train, BEFORE=before and not train, AFTER=after, BM=ROWS, BC=bc,
-    )  # fmt: skip
     return z, y, mean, rstd
 
 
@@ -272,8 +273,7 @@ class NormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, add, weight, bias, running_mean, running_var, momentum, eps, train, after):
-        with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
-            z, y, mean, rstd = norm_relu(x, add, weight, bias, running_mean, running_var, momentum, eps, train, after)
+        z, y, mean, rstd = norm_relu(x, add, weight, bias, running_mean, running_var, momentum, eps, train, after)
         before = add is not None and not after
         statistics = (mean, rstd) if train else (running_mean, running_var)
         ctx.save_for_backward(z if before else x, y if after else None, weight, bias, *statistics)
