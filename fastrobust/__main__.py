@@ -244,6 +244,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     add_limit(p, "so many test images, each class in proportion (default: the run's)")
     p.add_argument("--batch-size", type=count, metavar="N", help="images at once (default: the run's)")
     p.add_argument("--seed", type=seed, metavar="N", help="of the random starts (default: the run's)")
+    p.add_argument("--precision", choices=["auto", "fp32", "bf16"], help="of the search, on a CPU (default: the run's)")
     add_device(p)
     add_data(p, action="append", more="; several test sets: --data A --data B")
     told = "write clean and adversarial images, .npz or .safetensors; attacks anew, at one radius"

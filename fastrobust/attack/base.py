@@ -16,7 +16,8 @@ from fastrobust.runtime.errors import ConfigError
 
 class Setting(NamedTuple):
     """What an attack is run on. images: uint8 N x C x H x W on the model's device. alpha: the step size, for attacks that
-    have one. Two attacks with equal settings do the same."""
+    have one. bf16: whether the passes of its search are in bf16, if it `takes_bf16`. Two attacks with equal settings do
+    the same."""
 
     model: nn.Module
     images: Tensor
@@ -24,6 +25,7 @@ class Setting(NamedTuple):
     alpha: float
     batch_size: int
     seed: int
+    bf16: bool = False
 
 
 class FewSizes(nn.Module):
@@ -45,7 +47,8 @@ class Attack(ABC):
     """An attack runs in `rounds`, each on the images that are still robust when it begins (see `rounds.run_rounds`).
 
     One of one's own derives from this class and is named `package.module:Class` where an attack is asked for; numbers
-    behind the name (`pgd-50-10`) come as `numbers`. `has_alpha`: whether its verdicts depend on alpha.
+    behind the name (`pgd-50-10`) come as `numbers`. `has_alpha`: whether its verdicts depend on alpha. `takes_bf16`: whether
+    it still finds what it should where the passes that it makes are in bf16 (`bf16`); what it found is judged in fp32.
     `tick(share)` may be set: it hears now and then which share of a batch's work is done. `fixed`: the model sees batches of
     one size alone where that can be had, else of a few (`FewSizes`), since cuDNN prepares its kernels for every new size."""
 
@@ -53,11 +56,13 @@ class Attack(ABC):
     fixed: bool = False
     rounds: int = 1
     has_alpha: ClassVar[bool] = False
+    takes_bf16: ClassVar[bool] = False
+    bf16: bool = False
 
     def __init__(self, setting: Setting, numbers: tuple[int, ...] = ()):
         self.setting, self.images = setting, setting.images
         self.batch_size, self.tick = setting.batch_size, lambda share: None
-        self.fixed = self.fixed or setting.images.is_cuda
+        self.fixed, self.bf16 = self.fixed or setting.images.is_cuda, setting.bf16 and self.takes_bf16
         self.model = FewSizes(setting.model, setting.batch_size) if self.fixed else setting.model
 
     @classmethod

@@ -11,8 +11,9 @@ from fastrobust.attack import gradient
 from fastrobust.attack.base import Attack, Setting
 from fastrobust.attack.rounds import run_rounds
 from fastrobust.attack.threat import Radius, Threat
-from fastrobust.attack.verdicts import Verdicts, check_images, classified, correct, evaluating
+from fastrobust.attack.verdicts import Verdicts, breaks, check_images, classified, correct, evaluating
 from fastrobust.data.augment import to_unit
+from fastrobust.runtime import half
 from fastrobust.runtime.cuda_graph import record
 from fastrobust.runtime.errors import ConfigError, first_line
 
@@ -52,6 +53,7 @@ class Pgd(Attack):
     """`pgd-STEPS-RESTARTS`: a round is a restart."""
 
     has_alpha: ClassVar[bool] = True
+    takes_bf16: ClassVar[bool] = True
 
     def __init__(self, setting: Setting, numbers: tuple[int, ...]):
         super().__init__(setting, numbers)
@@ -84,7 +86,7 @@ class Pgd(Attack):
         delta, found = self.threat.clip(start, x), x.clone()
         if self.static is not None:
             return self.static.attack(x, y, delta, self.steps, found), found
-        settings = {"threat": self.threat, "alpha": self.alpha, "steps": self.steps}
+        settings = {"threat": self.threat, "alpha": self.alpha, "steps": self.steps, "bf16": self.bf16}
         return attack(self.model, x, y, delta, **settings, found=found, tick=self.tick), found
 
 
@@ -99,17 +101,23 @@ def attack(
     steps: int,
     found: Tensor | None = None,
     tick: Callable[[float], None] = lambda share: None,
+    bf16: bool = False,
 ) -> Tensor:
     """One run of PGD from the start delta. Returns which examples were classified correctly at every point (bool, N);
     `found` (as x), if given, takes the first point at which each of the others was not. Broken examples leave the batch
-    once they are a quarter of it. `tick(share)` hears how much is done, after every step."""
+    once they are a quarter of it. `tick(share)` hears how much is done, after every step. With `bf16` the passes around are
+    in bf16: a point where they misclassify counts if it `breaks` the model in fp32, and else the search goes on from there;
+    the last points are all seen in fp32."""
     survived = torch.ones(len(x), dtype=torch.bool, device=x.device)
     active = torch.arange(len(x), device=x.device)
     good = torch.ones_like(survived)
 
-    def note(logits: Tensor, delta: Tensor) -> None:
-        right = correct(logits, y)
+    def note(right: Tensor, delta: Tensor) -> None:
         new = (good & ~right).nonzero()[:, 0]
+        if bf16 and len(new):
+            right = torch.ones_like(right)
+            right[new] = ~breaks(model, x[new], y[new], x[new] + delta[new], threat)
+            new = new[~right[new]]
         if found is not None and len(new):
             found[active[new]] = x[new] + delta[new]
         good.logical_and_(right)
@@ -117,7 +125,7 @@ def attack(
     for step in range(steps):
         point = delta
         logits, delta = gradient.step(model, x, y, delta, threat, alpha)
-        note(logits, point)
+        note(correct(logits, y), point)
         tick((step + 1) / (steps + 1))
         if step % 5 == 0 and good.count_nonzero() <= 0.75 * len(good):
             survived[active[~good]] = False
@@ -125,8 +133,8 @@ def attack(
             good = good[good]
             if len(active) == 0:
                 return survived
-    with torch.no_grad():
-        note(model(x + delta), delta)
+    with torch.no_grad(), half.passes(False):
+        note(correct(model(x + delta), y), delta)
     survived[active[~good]] = False
     return survived
 

@@ -9,6 +9,7 @@ from fastrobust.attack.base import Attack
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import breaks
 from fastrobust.data.augment import to_unit
+from fastrobust.runtime import half
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def run_rounds(
             if resumed and batch < place.batches:
                 continue
             x, y, refused = to_unit(images[index]), labels[index], 0
-            survived, points = attack.run(x, y, start)
+            with half.passes(attack.bf16):
+                survived, points = attack.run(x, y, start)
             broken = (~survived).nonzero()[:, 0]
             if threat is not None and len(broken):
                 full = attack.batch_size if attack.fixed else 0

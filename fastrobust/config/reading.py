@@ -34,6 +34,7 @@ _CHOSEN = {
     "loader": "auto",
     "engine": "auto",
     "precision": "auto",
+    "evaluation.precision": "auto",
     "data.prepared": None,
     "data.channels": None,
 }  # keys that a run resolves, and what leaves it the choice

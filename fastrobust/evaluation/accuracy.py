@@ -1,6 +1,7 @@
 """Clean and robust accuracy of a model on a test set: what `summary.json` and the evaluate command report."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,22 @@ from torch import Tensor, nn
 
 from fastrobust.attack import base
 from fastrobust.attack.autoattack import PARTS
+from fastrobust.attack.gradient import input_gradient
 from fastrobust.attack.pgd import Pgd, pgd
 from fastrobust.attack.rounds import Place, run_rounds
 from fastrobust.attack.threat import ball
 from fastrobust.attack.verdicts import arithmetic, check_images, classified, evaluating
 from fastrobust.config.numbers import radius_in_words
 from fastrobust.data import sets
+from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
 from fastrobust.models.weights import weights_digest
-from fastrobust.runtime import memory
+from fastrobust.runtime import half, memory
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import Overall, Progress
 
 GROUPS = {"autoattack": PARTS, "apgd": ("apgd-ce", "apgd-t")}
+ARITHMETICS = ("bf16", "tf32", "fp32", None)  # of several attacks the coarsest is told
 SAVE_EVERY = 10.0  # seconds
 
 
@@ -36,16 +40,18 @@ def evaluate(
     batch_size: int,
     seed: int = 0,
     norm: str = "linf",
+    precision: str = "fp32",
     overall: Overall | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, each with its 95 % confidence interval.
-    Clean accuracy and every success are decided in fp32; `arithmetic` says what the attack's steps computed in. epsilon and
-    alpha are in pixels of [0, 1], in the norm `linf` or `l2`. The model may be on any device; its mode and gradients are
-    left as they are."""
+    Clean accuracy and every success are decided in fp32; `arithmetic` says what the attack's steps computed in, and
+    `precision` asks for it (`searched_in`). epsilon and alpha are in pixels of [0, 1], in the norm `linf` or `l2`. The model
+    may be on any device; its mode and gradients are left as they are."""
     name = f"pgd-{steps}-{restarts}"
     settings = {"norm": norm, "epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
-    return report(name, run_attacks(model, data, [name], **settings, overall=overall, world=world))
+    settings |= {"precision": precision, "overall": overall, "world": world}
+    return report(name, run_attacks(model, data, [name], **settings))
 
 
 def report(name: str, records: list[results.Record]) -> dict[str, Any]:
@@ -63,12 +69,30 @@ def report(name: str, records: list[results.Record]) -> dict[str, Any]:
         "epsilon": settings["epsilon"],
         "attack": name,
         "alpha": next((r.settings["alpha"] for r in records if "alpha" in r.settings), None),
-        "arithmetic": records[0].facts.get("arithmetic", "fp32" if settings["device"] == "cpu" else None),
+        "arithmetic": min((arithmetic_of(r) for r in records), key=ARITHMETICS.index),
         "seconds": round(sum(r.facts["seconds"] for r in records), 3),
     }
     if len(records) == 1 and base.parse(name)[0] is Pgd:
         found["robust_accuracy_after_one_restart"] = records[0].facts["after_one_restart"] / n
     return found
+
+
+def arithmetic_of(record: results.Record) -> str | None:
+    """What the steps of an attack computed in; None where version 0.1 did not say."""
+    return record.facts.get("arithmetic", "fp32" if record.settings["device"] == "cpu" else None)
+
+
+def searched_in(asked: str, model: nn.Module, images: Tensor) -> str:
+    """`bf16` or `fp32`: what the steps of attacks that can do with either compute in. bf16 is for CPUs that have it. `auto`:
+    what a trial on some of the images (uint8 N x C x H x W) finds faster."""
+    if asked == "fp32" or images.device.type != "cpu" or not half.has_bf16():
+        return "fp32"
+    if asked == "auto":
+        labels = torch.zeros(half.IMAGES, dtype=torch.int64)
+        with evaluating(model):
+            ratio = half.speed(model, to_unit(images[: half.IMAGES]), lambda x: input_gradient(model, x, labels[: len(x)]))
+        return "bf16" if ratio is not None and ratio >= half.SURE else "fp32"
+    return asked
 
 
 def as_named(text: str) -> str:
@@ -98,6 +122,7 @@ def run_attacks(
     batch_size: int,
     seed: int = 0,
     norm: str = "linf",
+    precision: str = "fp32",
     folder: Path | None = None,
     fresh: bool = False,
     notes: dict[str, Any] | None = None,
@@ -108,7 +133,8 @@ def run_attacks(
     """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
     it lies in the threat model and a plain forward pass in fp32 confirms it (`attack.verdicts.breaks`). With a folder,
     records are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
-    was, with the same verdicts as without the interruption; `fresh` starts anew. New records keep `notes`, on which verdicts
+    was, with the same verdicts as without the interruption; `fresh` starts anew. precision: see `searched_in`; where a record
+    of a search in fp32 is there, that one counts and goes on. New records keep `notes`, on which verdicts
     do not depend, among their facts. In a world of several processes each attacks its share, with the starts that it would
     have in one, and all get the records of the whole. `found` takes the adversarial images (see `run_rounds`) of the
     attacks that are run now. `overall` has a part for each attack."""
@@ -122,7 +148,7 @@ def run_attacks(
         clean = classified(model, images, labels, batch_size, lambda n: bar.advance(n, "" if bar.due() else None))
     for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
         kind.check_model(model, images)
-    robust = clean.clone()
+    robust, searched = clean.clone(), world.first(lambda: searched_in(precision, model, images))
     records = []
     for name in names:
         settings = {"attack": name, "epsilon": epsilon, "examples": len(labels), "batch_size": batch_size, "seed": seed}
@@ -141,7 +167,8 @@ def run_attacks(
         }
         broken = torch.zeros(len(labels), dtype=torch.bool)
         record = results.Record(facts | (notes or {}), clean.cpu(), robust.cpu().clone(), broken)
-        record = world.first(lambda new=record: _kept(new, folder, fresh))
+        in_bf16 = searched == "bf16" and kinds[name].takes_bf16
+        record = world.first(lambda new=record, half=in_bf16: _kept(new, folder, fresh, half))
         kept = record.facts["finished"]
         if not record.facts["finished"]:
             part = record if world.size == 1 else _kept(_share(record, world), folder, fresh)
@@ -161,10 +188,13 @@ def run_attacks(
     return records
 
 
-def _kept(record: results.Record, folder: Path | None, fresh: bool) -> results.Record:
-    """What is kept of this record already, or else the record itself."""
+def _kept(record: results.Record, folder: Path | None, fresh: bool, in_bf16: bool = False) -> results.Record:
+    """What is kept of this record already, or else the record itself; `in_bf16` as one of a search in bf16."""
     if folder is not None and not fresh and record.path(folder).exists():
         return results.read(record.path(folder))
+    if in_bf16:
+        facts = record.facts | {"settings": record.settings | {"arithmetic": "bf16"}, "arithmetic": "bf16"}
+        return _kept(replace(record, facts=facts), folder, fresh)
     return record
 
 
@@ -188,7 +218,8 @@ def build(model: nn.Module, images: Tensor, settings: dict[str, Any]) -> base.At
     """The attack that a record's settings describe. Raises ConfigError."""
     kind, numbers = base.parse(settings["attack"])
     threat, alpha = ball(results.norm_of(settings), settings["epsilon"]), settings.get("alpha", 0.0)
-    return kind(base.Setting(model, images, threat, alpha, settings["batch_size"], settings["seed"]), numbers)
+    bf16 = settings.get("arithmetic") == "bf16"
+    return kind(base.Setting(model, images, threat, alpha, settings["batch_size"], settings["seed"], bf16), numbers)
 
 
 def _run(

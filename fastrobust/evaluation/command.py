@@ -19,7 +19,7 @@ from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import corruptions, images_file, masking, results
-from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
+from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names, report, run_attacks
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
@@ -131,6 +131,7 @@ def at_radius(
         batch_size=batch_size,
         seed=seed,
         norm=norm,
+        precision=arguments.precision or settings.precision,
         folder=folder,
         fresh=arguments.fresh or adversarial is not None,
         notes={"data": place, "chosen": data.chosen},
@@ -234,7 +235,7 @@ def keeping(path: Path) -> Path | None:
 
 
 def facts(record) -> dict:
-    return {"refused": record.facts["refused"], "seconds": round(record.facts["seconds"], 3)}
+    return {"arithmetic": arithmetic_of(record), "refused": record.facts["refused"], "seconds": round(record.facts["seconds"], 3)}
 
 
 def show(result: dict, dataset: str, folder: Path | None) -> None:
@@ -245,7 +246,7 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
     if result["data"]:
         print(f"{INDENT}{result['data']}")
     alpha = "" if result["alpha"] is None else f", alpha {result['alpha']:.4g}"
-    steps = ", its steps in TF32" if result["arithmetic"] == "tf32" else ""
+    steps = f", its steps in {result['arithmetic']}" if result["arithmetic"] in ("bf16", "tf32") else ""
     print(f"attack           {result['attack']}, {ball_in_words(result['epsilon'], result['norm'])}{alpha}{steps}")
     print(f"clean accuracy   {result['clean_accuracy']:.2%}{interval(result['clean_interval'])}, n = {n}")
     print(f"robust accuracy  {result['robust_accuracy']:.2%}{interval(result['robust_interval'])}, n = {n}")

@@ -16,7 +16,7 @@ from fastrobust.data import given
 from fastrobust.data.augment import to_unit
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import results
-from fastrobust.evaluation.accuracy import as_named, attack_names, report, run_attacks
+from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names, report, run_attacks
 from fastrobust.models import Normalized
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
@@ -25,8 +25,8 @@ from fastrobust.runtime.errors import ConfigError, DataError, first_line
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracies with their 95 % intervals, over all images. clean, robust: which images are classified correctly, and at
-    every point that any attack visited (bool N). attacks: for each in turn how many images it attacked and broke. weights,
-    images: SHA-256 of what the figures are about."""
+    every point that any attack visited (bool N). attacks: for each in turn how many images it attacked and broke, and what
+    its steps computed in. weights, images: SHA-256 of what the figures are about."""
 
     clean_accuracy: float
     clean_interval: tuple[float, float]
@@ -56,6 +56,7 @@ def evaluate(
     alpha: float | None = None,
     batch_size: int = 500,
     seed: int = 0,
+    precision: str = "auto",
 ) -> Evaluation:
     """Attack a model in eval mode, where it is; its mode and gradients are left as they are.
 
@@ -63,8 +64,9 @@ def evaluate(
     float in [0, 1], N x C x H x W; labels: N whole numbers; or a Dataset of (image, label) in place of both, whose
     `classes` are matched with those of a model that fastrobust made. epsilon: radius in pixels of [0, 1], in the norm "linf"
     or "l2". attack: one or several with commas, each on what the ones before left robust, as for the evaluate command:
-    "pgd-50-10,autoattack". alpha: step size of PGD, by default epsilon / 4. Raises FastrobustError."""
-    names, options = asked(attack, epsilon, norm, alpha, batch_size, seed)
+    "pgd-50-10,autoattack". alpha: step size of PGD, by default epsilon / 4. precision: "fp32", "bf16" or "auto", of PGD's
+    steps on a CPU (`searched_in`); what breaks an image is decided in fp32 always. Raises FastrobustError."""
+    names, options = asked(attack, epsilon, norm, alpha, batch_size, seed, precision)
     data = image_set(model, images, labels)
     check_model(model, data.images[:1])
     records = run_attacks(model, data, names, **options)
@@ -76,7 +78,12 @@ def evaluate(
         clean=records[0].clean,
         robust=results.worst_case(records),
         attacks=[
-            {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum())}
+            {
+                "attack": r.settings["attack"],
+                "attacked": int(r.attacked.sum()),
+                "broken": int(r.broken.sum()),
+                "arithmetic": arithmetic_of(r),
+            }
             for r in records
         ],
         weights=weights_digest(model),
@@ -97,6 +104,7 @@ def adversarial_images(
     alpha: float | None = None,
     batch_size: int = 500,
     seed: int = 0,
+    precision: str = "auto",
 ) -> Tensor:
     """The images as an attack changes them: float N x C x H x W in [0, 1], on the device of `images`, each in the ball
     around its own and in the box. An image that withstands the attack, or that is misclassified as it is, is given back as
@@ -104,7 +112,7 @@ def adversarial_images(
     `evaluate`; only `images` must be a tensor. Raises FastrobustError."""
     if not isinstance(images, Tensor):
         raise DataError(f"the images must be a tensor, N x C x H x W; they are a {type(images).__name__}")
-    names, options = asked(attack, epsilon, norm, alpha, batch_size, seed)
+    names, options = asked(attack, epsilon, norm, alpha, batch_size, seed, precision)
     data = image_set(model, images, labels)
     check_model(model, data.images[:1])
     found = to_unit(data.images).clone()
@@ -112,7 +120,9 @@ def adversarial_images(
     return found.to(images.device)
 
 
-def asked(attack: Any, epsilon: Any, norm: str, alpha: Any, batch_size: Any, seed: Any) -> tuple[list[str], dict[str, Any]]:
+def asked(
+    attack: Any, epsilon: Any, norm: str, alpha: Any, batch_size: Any, seed: Any, precision: Any
+) -> tuple[list[str], dict[str, Any]]:
     """The names of the attacks, and the other arguments of `run_attacks`. Raises ConfigError for what cannot be meant."""
     if not isinstance(attack, str):
         raise ConfigError(f"attack must be text, several with commas, such as 'pgd-50-10,autoattack'; it is {attack!r}")
@@ -123,7 +133,10 @@ def asked(attack: Any, epsilon: Any, norm: str, alpha: Any, batch_size: Any, see
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**31:
             raise ConfigError(f"{name} must be a whole number from {least}; it is {value!r}")
-    return attack_names(attack), {"norm": norm, "epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ConfigError(f"precision must be 'auto', 'fp32' or 'bf16'; it is {precision!r}")
+    options = {"norm": norm, "epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
+    return attack_names(attack), options | {"precision": precision}
 
 
 def _number(name: str, value: Any) -> float:

@@ -13,6 +13,7 @@ from fastrobust.attack.verdicts import evaluating
 from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders
+from fastrobust.runtime import half
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import Progress, duration
 from fastrobust.train import schedules, selection, step, work
@@ -104,7 +105,7 @@ def seconds_per_attack_step(training_step: step.Step, test, settings, tick: Call
     x = test.images[:count].to(learner.device).float().div(255).contiguous(memory_format=torch.channels_last)
     threat = training_step.threat.scaled(0.0)
     y, delta = test.labels[:count].to(learner.device), torch.zeros_like(x)
-    with evaluating(learner.model):
+    with evaluating(learner.model), half.passes(settings.precision == "bf16"):
         attack(learner.model, x, y, delta, threat=threat, alpha=0.0, steps=1, tick=tick)
         learner.read_sums()
         began = time.perf_counter()

@@ -22,7 +22,7 @@ from fastrobust.data.formats import Unusable
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights
-from fastrobust.runtime import distributed, interrupt, limits, memory, run_directory
+from fastrobust.runtime import distributed, half, interrupt, limits, memory, run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
@@ -66,7 +66,7 @@ def command(arguments) -> int:
 
 
 def warn_of_precision(config: Config, device: torch.device, world: World) -> None:
-    emulated = config.precision == "fp16" or (config.precision == "bf16" and not precision.has_bf16())
+    emulated = config.precision == "fp16" or (config.precision == "bf16" and not half.has_bf16())
     if device.type == "cpu" and emulated and world.rank == 0:
         slow = "this processor emulates it, many times slower than fp32: set precision=auto"
         print(f"warning: precision {config.precision} is meant for GPUs; {slow}", file=sys.stderr, flush=True)
@@ -75,8 +75,8 @@ def warn_of_precision(config: Config, device: torch.device, world: World) -> Non
 def resolve(config: Config, device: torch.device, world: World, network=None) -> Config:
     """The config with what `auto` stands for here; the same in all processes. Raises ConfigError or DataError."""
     config = world.first(lambda: loaders.resolve(config, device))
-    chosen = world.first(lambda: precision.choose(config, device, network))
-    return config.model_copy(update={"engine": engine.choose(config.engine, device), "precision": chosen})
+    config = world.first(lambda: precision.choose(config, device, network))
+    return config.model_copy(update={"engine": engine.choose(config.engine, device)})
 
 
 def run(
@@ -254,7 +254,7 @@ def finish(training: Training) -> dict[str, Any]:
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
-    common |= {"norm": config.norm, "overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
+    common |= {"precision": settings.precision, "norm": config.norm, "overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
 
     def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
         world.first(lambda: save_weights(directory, model, config, training.loader.classes, file))
