@@ -2,6 +2,7 @@
 
     python -m benchmarks.evaluate --quick      # two CPU cores: a few minutes
     python -m benchmarks.evaluate --run runs/cifar10_fgsm
+    python -m benchmarks.evaluate --run runs/cifar10_fgsm --bf16 --limit 300   # verdicts and time of a search in bf16
 
 Without --run a small network is trained first (Fashion-MNIST, one epoch) and attacked at a radius at which less than half
 of the examples stay robust, as with the paper's CIFAR-10 models: the fewer stay, the more there is to gain. Where
@@ -11,6 +12,7 @@ Fashion-MNIST is not found, or with --generated, its place is taken by images th
 from __future__ import annotations
 
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -24,10 +26,11 @@ from fastrobust.config import reading
 from fastrobust.config.schema import Config
 from fastrobust.data import loaders, sets
 from fastrobust.data.loaders.resident import Resident
+from fastrobust.evaluation.accuracy import run_attacks
 from fastrobust.evaluation.trained import open_trained
-from fastrobust.runtime import distributed
+from fastrobust.runtime import distributed, half
 from fastrobust.runtime.command import main_with_errors
-from fastrobust.runtime.errors import DataError
+from fastrobust.runtime.errors import ConfigError, DataError
 from fastrobust.train.schedules import steps_in
 from fastrobust.train.step import build
 
@@ -63,6 +66,33 @@ def small_model(device: torch.device, train: sets.ImageSet | None) -> tuple[torc
     return step.learner.model.eval(), config
 
 
+def compare_precisions(
+    model: torch.nn.Module, data: sets.ImageSet, settings: dict, steps: int, restarts: int, repetitions: int
+) -> dict:
+    """The attack as an evaluation runs it, searching in fp32 and in bf16: seconds, and verdicts that differ. A search in
+    fp32 from other starts says how many differ by chance."""
+    records = {}
+
+    def search(precision: str, seed: int = 0) -> None:
+        about = settings | {"seed": seed, "precision": precision}
+        (records[precision, seed],) = run_attacks(model, data, [f"pgd-{steps}-{restarts}"], **about)
+
+    rows = {precision: lambda precision=precision: search(precision) for precision in ("fp32", "bf16")}
+    times = measure.interleaved(rows, torch.device("cpu"), repetitions=repetitions, warm_up=0, clock=time.process_time)
+    search("fp32", 1)
+    fp32, bf16, other = (~records[key].broken & records[key].clean for key in (("fp32", 0), ("bf16", 0), ("fp32", 1)))
+    assert records["bf16", 0].facts["arithmetic"] == "bf16"
+    return {
+        "speedup": measure.ratio(times["fp32"], times["bf16"]),
+        "seconds": {name: measure.summary(t) for name, t in times.items()},
+        "clean": int(records["fp32", 0].clean.sum()),
+        "robust": {"fp32": int(fp32.sum()), "bf16": int(bf16.sum()), "fp32, other starts": int(other.sum())},
+        "broken_in_fp32_alone": int((bf16 & ~fp32).sum()),
+        "broken_in_bf16_alone": int((fp32 & ~bf16).sum()),
+        "differ_with_other_starts": int((fp32 != other).sum()),
+    }
+
+
 def there(dataset: str) -> bool:
     try:
         return bool(sets.locate(dataset))
@@ -75,6 +105,8 @@ def main() -> int:
     p = measure.arguments(__doc__.splitlines()[0])
     p.add_argument("--run", help="a finished run; default: train a small network")
     p.add_argument("--generated", action="store_true", help="train and attack on generated images")
+    p.add_argument("--bf16", action="store_true", help="the same search in fp32 and in bf16, by processor time")
+    p.add_argument("--attack", type=int, nargs=2, default=[50, 10], metavar=("STEPS", "RESTARTS"), help="of --bf16")
     p.add_argument("--limit", type=int, help="test images (default 1000, with --quick 200)")
     return main_with_errors(lambda: run(p.parse_args()))
 
@@ -92,6 +124,17 @@ def run(arguments: Namespace) -> int:
         model, config = small_model(device, None)
         data = loaders.test_set(config, limit)
     epsilon = config.evaluation.epsilon[0]
+    if arguments.bf16:
+        if not half.has_bf16():
+            raise ConfigError("--bf16 needs a processor that has it")
+        steps, restarts = arguments.attack
+        about = {"alpha": config.evaluation.alpha_at(epsilon), "epsilon": epsilon, "batch_size": config.evaluation.batch_size}
+        found = compare_precisions(model, data, about, steps, restarts, 1 if arguments.quick else 3)
+        result = {"examples": len(data.labels), "dataset": config.data.dataset, "model": config.model.name}
+        result |= {"epsilon": epsilon, "attack": f"pgd-{steps}-{restarts}", **found}
+        columns = [key for key in found if key != "seconds"]
+        measure.report("search", columns, [[str(found[key]) for key in columns]], result, arguments.json, device)
+        return 0
     threat, alpha = Threat(epsilon), config.evaluation.alpha_at(epsilon)
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)

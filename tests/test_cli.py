@@ -92,7 +92,7 @@ def test_what_training_prints(quick, tmp_path, capsys):
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastrobust.train.precision.has_bf16", lambda: False)
+    monkeypatch.setattr("fastrobust.runtime.half.has_bf16", lambda: False)
     assert cli(["train", str(quick()), "--dry-run", "precision=bf16"]) == 0
     shown = capsys.readouterr()
     assert "70 × 28²" in shown.out and "training about" in shown.out and "nothing was written" in shown.out

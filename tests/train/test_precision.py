@@ -10,7 +10,7 @@ from training_runs import CPU
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
-from fastrobust.runtime import limits, run_directory
+from fastrobust.runtime import half, limits, run_directory
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.train import precision, step
 
@@ -23,33 +23,42 @@ def given(settings, tmp_path):
 
 @pytest.mark.parametrize("ratio, chosen", [(4.0, "bf16"), (1.15, "bf16"), (1.14, "fp32"), (0.3, "fp32")])
 def test_a_trial_decides_where_the_processor_has_bf16(given, monkeypatch, capsys, ratio, chosen):
-    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(half, "has_bf16", lambda: True)
     monkeypatch.setattr(precision, "speed", lambda config, network: ratio)
-    assert precision.choose(given(), CPU) == chosen
-    assert f"precision {chosen}: in a trial bf16 was {ratio:.2f} times as fast" in capsys.readouterr().out
+    found = precision.choose(given(), CPU)
+    assert found.precision == found.evaluation.precision == chosen
+    told = f"precision of training and evaluation: {chosen}, in a trial bf16 was {ratio:.2f} times as fast"
+    assert told in capsys.readouterr().out
+    for mine, one in ({"precision": "fp32"}, "evaluation"), ({"evaluation": {"precision": "fp32"}}, "training"):
+        found = precision.choose(given().model_copy(update=mine) if "precision" in mine else given(**mine), CPU)
+        assert {found.precision, found.evaluation.precision} == {"fp32", chosen}
+        assert f"precision of {one}: {chosen}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("has, deterministic", [(False, False), (True, True)])
 def test_without_bf16_or_where_runs_must_be_alike_it_is_fp32(given, monkeypatch, capsys, has, deterministic):
-    monkeypatch.setattr(precision, "has_bf16", lambda: has)
+    monkeypatch.setattr(half, "has_bf16", lambda: has)
     monkeypatch.delattr(precision, "speed")
-    assert precision.choose(given(deterministic=deterministic), CPU) == "fp32"
+    found = precision.choose(given(deterministic=deterministic), CPU)
+    assert found.precision == found.evaluation.precision == "fp32"
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("has, chosen", [(True, "bf16"), (False, "fp16")])
 def test_on_a_gpu_it_is_half_precision(given, monkeypatch, has, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
-    assert precision.choose(given(), torch.device("cuda", 0)) == chosen
-    assert precision.choose(given().model_copy(update={"precision": "fp32"}), torch.device("cuda", 0)) == "fp32"
+    found = precision.choose(given(), torch.device("cuda", 0))
+    assert (found.precision, found.evaluation.precision) == (chosen, "fp32")
+    given_fp32 = given().model_copy(update={"precision": "fp32"})
+    assert precision.choose(given_fp32, torch.device("cuda", 0)).precision == "fp32"
 
 
 @pytest.mark.parametrize("flag, has", [("avx512_bf16", True), ("amx_bf16", True), ("bf16", True), ("avx512_f", False)])
 def test_what_the_processor_has_is_told_by_torch(monkeypatch, flag, has):
-    assert isinstance(precision.has_bf16(), bool)
+    assert isinstance(half.has_bf16(), bool)
     found = {"avx512_bf16": False, "architecture": "x86_64", "l2_cache_size": 1, flag: True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    assert precision.has_bf16() is has
+    assert half.has_bf16() is has
 
 
 def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
@@ -66,8 +75,8 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
             now[0] += (2.0 if passes[-1] else 5.0) + (100.0 if len(passes) < 5 else 0.0)
             return self.layer(x.flatten(1))
 
-    monkeypatch.setattr(precision.time, "process_time", lambda: now[0])
-    monkeypatch.setattr(precision, "ENOUGH", 2 * 28 * 28 * 3 * 10)
+    monkeypatch.setattr(half.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(half, "ENOUGH", 2 * 28 * 28 * 3 * 10)
     network, before, threads = Network(), torch.get_rng_state(), torch.get_num_threads()
     weights = network.layer.weight.clone()
     assert precision.speed(given(), network) == 2.5
@@ -75,13 +84,13 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(network.layer.weight, weights)
     assert network.layer.weight.grad is None
-    monkeypatch.setattr(precision, "ENOUGH", 2 * 28 * 28 * 3 * 10 + 1)
+    monkeypatch.setattr(half, "ENOUGH", 2 * 28 * 28 * 3 * 10 + 1)
     assert precision.speed(given(), network) is None
 
 
 def test_a_small_network_is_trained_in_fp32_without_a_word(given, monkeypatch, capsys):
-    monkeypatch.setattr(precision, "has_bf16", lambda: True)
-    assert precision.choose(given(), CPU) == "fp32" and capsys.readouterr().out == ""
+    monkeypatch.setattr(half, "has_bf16", lambda: True)
+    assert precision.choose(given(), CPU).precision == "fp32" and capsys.readouterr().out == ""
 
 
 def test_a_trial_takes_no_memory_that_is_not_there(given, monkeypatch):
@@ -97,7 +106,7 @@ def test_a_trial_takes_no_memory_that_is_not_there(given, monkeypatch):
             images.append(len(x))
             return self.layer(x.flatten(1))
 
-    monkeypatch.setattr(precision, "ENOUGH", 1)
+    monkeypatch.setattr(half, "ENOUGH", 1)
     each = 4 * 28 * 28 * 3
     for fit, trial in ((100, 16), (5.5, 5), (2, 2)):
         monkeypatch.setattr(limits, "available_memory", lambda fit=fit: 2 * fit * each)
@@ -109,11 +118,11 @@ def test_a_trial_takes_no_memory_that_is_not_there(given, monkeypatch):
 
 
 def test_a_step_without_a_run_chooses_too(config_of, begin, monkeypatch):
-    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(half, "has_bf16", lambda: True)
     monkeypatch.setattr(precision, "speed", lambda config, network: 2.0)
     loader = begin(config_of()).loader
-    for name, half in (("auto", True), ("fp32", False)):
-        assert step.build(config_of(precision=name), loader, CPU).learner.autocast._enabled is half
+    for name, on in (("auto", True), ("fp32", False)):
+        assert step.build(config_of(precision=name), loader, CPU).learner.autocast._enabled is on
 
 
 def test_a_model_that_does_not_take_the_images_is_named(given):
@@ -123,7 +132,7 @@ def test_a_model_that_does_not_take_the_images_is_named(given):
 
 @pytest.mark.parametrize("chosen", ["fp32", "bf16"])
 def test_the_choice_is_said_stored_and_kept(quick, monkeypatch, capsys, tmp_path, chosen):
-    monkeypatch.setattr(precision, "has_bf16", lambda: True)
+    monkeypatch.setattr(half, "has_bf16", lambda: True)
     monkeypatch.setattr(precision, "speed", lambda config, network: 2.0 if chosen == "bf16" else 0.5)
     config = str(quick(precision="auto"))
     assert cli(["train", config]) == 0
@@ -133,7 +142,9 @@ def test_the_choice_is_said_stored_and_kept(quick, monkeypatch, capsys, tmp_path
     (run / "summary.json").unlink()
     monkeypatch.delattr(precision, "speed")  # no second trial
     assert cli(["train", config, "--resume", str(run)]) == 0
-    assert run_directory.open_run(run)[1].precision == chosen
+    stored = run_directory.open_run(run)[1]
+    assert stored.precision == stored.evaluation.precision == chosen
+    assert {e["arithmetic"] for e in json.loads((run / "summary.json").read_text())["evaluations"]} == {chosen}
 
 
 def test_bf16_reaches_what_fp32_reaches(config_of, begin, bars):
