@@ -2,11 +2,16 @@
 
     python -m benchmarks.step --quick          # two CPU cores: a few minutes
     python -m benchmarks.step --json benchmarks/results/step.json
+    OMP_NUM_THREADS=1 python -m benchmarks.step --quick --engines   # FGSM in fp32 and bf16, eager and compiled
 
 Images are random: what is in them does not change the time. Batches are ready in memory, for the usual loop too.
 """
 
 from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
 
 import torch
 
@@ -15,7 +20,7 @@ from fastrobust.config import parts, reading
 from fastrobust.config.schema import Config
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
-from fastrobust.runtime import distributed
+from fastrobust.runtime import distributed, half, memory
 from fastrobust.train.step import build
 
 MODEL = "preact_resnet18_paper"
@@ -57,10 +62,25 @@ def cifar_config(method: str, engine_name: str, precision: str, batch_size: int,
     )
 
 
+def with_memory(call: Callable[[], None], kept: bool) -> Callable[[], None]:
+    """The call with `memory.keep_freed`, as the train command has it, or with what glibc comes to by itself."""
+
+    def run() -> None:
+        if kept:
+            memory.keep_freed()
+        elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            for option, value in ((memory.MMAP_MAX, 65536), (memory.TRIM_THRESHOLD, 64 << 20), (-3, 32 << 20)):
+                libc.mallopt(option, value)  # -3: the size from which blocks are given back, at most 32 MiB
+        call()
+
+    return run
+
+
 def main() -> None:
     p = measure.arguments(__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--compile", action="store_true", help="with --quick: also the compiled engine")
+    p.add_argument("--engines", action="store_true", help="FGSM alone, in every precision and with every engine")
     arguments = p.parse_args()
     device, batch_size = distributed.pick_device(arguments.device), arguments.batch_size
     cuda = device.type == "cuda"
@@ -70,37 +90,47 @@ def main() -> None:
     batch = next(loader.batches(0, 0, batch_size, 0, 1))
     graphs = ["fused", "cuda_graph", "compile+cuda_graph", "fused+cuda_graph"]
     engines = ["eager", "compile", *(graphs if cuda else [])]
-    precisions = ["fp16", "bf16", "fp32"] if cuda else ["fp32"]
+    precisions = ["fp16", "bf16", "fp32"] if cuda else ["fp32", "bf16"] if half.has_bf16() else ["fp32"]
     kinds = [(m, e, p) for p in precisions for e in engines for m in METHODS]
+    if arguments.engines:
+        kinds = [("fgsm", e, p) for p in precisions for e in engines]
     if arguments.quick:
-        kinds = [(m, e, precisions[0]) for e in engines for m in ("standard", "fgsm")]
-        if not cuda and not arguments.compile:
+        kinds = kinds if arguments.engines else [(m, e, precisions[0]) for e in engines for m in ("standard", "fgsm")]
+        if not cuda and not arguments.compile and not arguments.engines:
             kinds = [kind for kind in kinds if kind[1] == "eager"]
 
     rows = {}
     for method, engine_name, precision in kinds:
         step = build(cifar_config(method, engine_name, precision, batch_size), loader, device)
         rows[f"{method} {engine_name} {precision}"] = lambda step=step: step(batch)
-    for half in [False, True] if cuda else [False]:
-        loop = usual_loop.UsualLoop(network(), device, half=half)
+    for fp16 in [False, True] if cuda else [False]:
+        loop = usual_loop.UsualLoop(network(), device, half=fp16)
         x, y = next(iter(usual_loop.loader(data.images, data.labels, batch_size, 0, False)))
-        rows[f"usual loop {'fp16' if half else 'fp32'}"] = lambda loop=loop, x=x, y=y: loop.step(x, y)
+        rows[f"usual loop {'fp16' if fp16 else 'fp32'}"] = lambda loop=loop, x=x, y=y: loop.step(x, y)
+    if not cuda:
+        rows = {name: with_memory(call, kept="usual" not in name) for name, call in rows.items()}
 
     repetitions = (5 if arguments.quick else 15) if not cuda else 20
-    times = measure.interleaved(rows, device, repetitions=repetitions, inner=10 if cuda else 1, warm_up=3 if cuda else 1)
+    counts = {"repetitions": repetitions, "inner": 10 if cuda else 1, "warm_up": 3 if cuda else 1}
+    clock = time.process_time if torch.get_num_threads() == 1 and not cuda else time.perf_counter  # others may be at work
+    times = measure.interleaved(rows, device, **counts, clock=clock)
     best = precisions[0]
     usual = times[f"usual loop {'fp16' if cuda else 'fp32'}"]
-    standard = times[f"standard {engines[0]} {best}"]
+    standard = times.get(f"standard {engines[0]} {best}", usual)
     fastest = min(
         (n for n in rows if n.startswith("fgsm") and n.endswith(best)), key=lambda n: measure.summary(times[n])["median"]
     )
     result = {
         "model": MODEL,
         "batch_size": batch_size,
-        "fgsm_over_standard": measure.ratio(times[f"fgsm {engines[0]} {best}"], standard),
+        "fgsm_over_standard": None if arguments.engines else measure.ratio(times[f"fgsm {engines[0]} {best}"], standard),
         "speedup_over_usual_loop": measure.ratio(usual, times[f"fgsm {engines[0]} {best}"]),
         "fastest_fgsm": fastest,
         "fastest_speedup_over_usual_loop": measure.ratio(usual, times[fastest]),
+        "speedups_over_usual_loop": {
+            name: measure.summary([a / b for a, b in zip(usual, t, strict=True)]) for name, t in times.items()
+        },
+        "clock": clock.__name__,
         "repetitions": repetitions,
         "seconds_per_step": {name: measure.summary(t) for name, t in times.items()},
     }
@@ -112,7 +142,7 @@ def main() -> None:
             name,
             ms,
             f"{batch_size / s['median']:,.0f}",
-            f"{measure.ratio(t, standard):.2f}",
+            "" if arguments.engines else f"{measure.ratio(t, standard):.2f}",
             f"{measure.ratio(usual, t):.2f}",
         ]
         table.append(cells)

@@ -173,7 +173,7 @@ def run_attacks(
         if not record.facts["finished"]:
             part = record if world.size == 1 else _kept(_share(record, world), folder, fresh)
             if not part.facts["finished"]:
-                attack = build(model, images, settings)
+                attack = build(model, images, part.settings)
                 with evaluating(model):
                     _run(attack, part, images, labels, folder, found, overall)
             if world.size > 1:

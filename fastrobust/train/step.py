@@ -133,7 +133,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     model = build_model(config, loader.classes, network).to(device, memory_format=torch.channels_last)
     check_model(model, config, loader.channels, len(loader.classes))
     kernels = engine.wants_kernels(config.engine, device)
-    chosen = precision.choose(config, device, network).precision
+    chosen = precision.choose(config, device, network).precision if config.precision == "auto" else config.precision
     sees = Sees(model.mean, model.std, DTYPES[chosen])
     learner = Learner(
         model.train(),

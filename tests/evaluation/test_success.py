@@ -81,7 +81,7 @@ def test_a_model_that_gives_no_numbers_at_a_point_is_broken_there():
 class Liar:
     """Says that it broke everything. The points for odd images are far off, those for every fourth are the images."""
 
-    rounds, fixed = 2, False
+    rounds, fixed, bf16 = 2, False, False
 
     def __init__(self, model):
         self.model = model
