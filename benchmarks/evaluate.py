@@ -128,7 +128,8 @@ def run(arguments: Namespace) -> int:
         if not half.has_bf16():
             raise ConfigError("--bf16 needs a processor that has it")
         steps, restarts = arguments.attack
-        about = {"alpha": config.evaluation.alpha_at(epsilon), "epsilon": epsilon, "batch_size": config.evaluation.batch_size}
+        about = {"alpha": config.evaluation.alpha_at(epsilon), "epsilon": epsilon}
+        about["batch_size"] = config.evaluation.batch_size
         found = compare_precisions(model, data, about, steps, restarts, 1 if arguments.quick else 3)
         result = {"examples": len(data.labels), "dataset": config.data.dataset, "model": config.model.name}
         result |= {"epsilon": epsilon, "attack": f"pgd-{steps}-{restarts}", **found}

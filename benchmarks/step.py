@@ -67,7 +67,7 @@ def with_memory(call: Callable[[], None], kept: bool) -> Callable[[], None]:
 
     def run() -> None:
         if kept:
-            memory.keep_freed()
+            memory.keep_freed(0)
         elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
             for option, value in ((memory.MMAP_MAX, 65536), (memory.TRIM_THRESHOLD, 64 << 20), (-3, 32 << 20)):
                 libc.mallopt(option, value)  # -3: the size from which blocks are given back, at most 32 MiB

@@ -21,7 +21,7 @@ from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import corruptions, images_file, masking, results
 from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names, report, run_attacks
 from fastrobust.evaluation.trained import Trained, open_trained
-from fastrobust.runtime import distributed
+from fastrobust.runtime import distributed, memory
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
 from fastrobust.runtime.files import explained, write_json
 from fastrobust.runtime.progress import Overall, Progress
@@ -66,6 +66,9 @@ def evaluate_in(world, device, arguments) -> int:
     judged = [(one, one.images(arguments.limit or settings.limit)) for one in (trained, *others)]
     if file:
         images_file.check(file, judged[0][1].images)
+    if device.type == "cpu":
+        x = to_unit(judged[0][1].images[:1])
+        memory.keep_freed(memory.of_a_pass(trained.model, x) * (arguments.batch_size or settings.batch_size))
     folder = world.first(lambda: keeping(trained.path))
     works = {name: kind.work(numbers) for name in names for kind, numbers in [base.parse(name)]}
     overall = Overall([len(data.labels) * works[name] for _, data in judged for _ in radii for name in names])
@@ -235,7 +238,8 @@ def keeping(path: Path) -> Path | None:
 
 
 def facts(record) -> dict:
-    return {"arithmetic": arithmetic_of(record), "refused": record.facts["refused"], "seconds": round(record.facts["seconds"], 3)}
+    seconds = round(record.facts["seconds"], 3)
+    return {"arithmetic": arithmetic_of(record), "refused": record.facts["refused"], "seconds": seconds}
 
 
 def show(result: dict, dataset: str, folder: Path | None) -> None:

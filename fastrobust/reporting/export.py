@@ -220,7 +220,8 @@ def accuracy_table(rows: list[Accuracy]) -> str:
     for row in rows:
         low, high = row.interval
         images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
-        cells = [row.attack, radius_in_words(row.epsilon, row.norm), row.in_words(), f"{low:.2%} to {high:.2%}", images]
+        attack = row.attack + (f", steps in {row.search}" if row.search else "")
+        cells = [attack, radius_in_words(row.epsilon, row.norm), row.in_words(), f"{low:.2%} to {high:.2%}", images]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

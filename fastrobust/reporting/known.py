@@ -26,7 +26,8 @@ EXACT_NOTE = (
 class Accuracy:
     """So many of `examples` test images are robust: classified correctly at all points that an attack tried, or, for an
     exact verification, proved to be so at every point of the ball. `undecided`: images that ran out of time there.
-    `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`."""
+    `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`. `search`: `bf16` where an
+    attack's steps were computed in that."""
 
     attack: str
     epsilon: float
@@ -35,6 +36,7 @@ class Accuracy:
     undecided: int | None = None
     data: str | None = None
     norm: str = "linf"
+    search: str | None = None
 
     def __post_init__(self):
         if not 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples or not self.examples:
@@ -59,7 +61,7 @@ class Accuracy:
     def to_dict(self) -> dict[str, Any]:
         row = {"attack": self.attack, "norm": self.norm, "epsilon": self.epsilon, "accuracy": self.accuracy}
         row |= {"interval": list(self.interval), "examples": self.examples}
-        return row | {key: value for key in ("undecided", "data") if (value := getattr(self, key)) is not None}
+        return row | {key: value for key in ("undecided", "data", "search") if (value := getattr(self, key)) is not None}
 
 
 class Masking(InBall):
@@ -113,7 +115,8 @@ def read(run: Path, weights: str | None) -> Known:
     known = Known(stored.read(run / SUMMARY, Summary))
     for e in known.summary.evaluations if known.summary else []:
         known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
-        known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, norm=e.norm))
+        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None}
+        known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, **found))
     if weights is not None:
         read_evaluations(known, run / results.FOLDER, weights)
         read_verification(known, run, weights)
@@ -135,7 +138,8 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
         for record in records:
             if bool((record.attacked == record.clean).all()):
                 robust = int((record.clean & ~record.broken).sum())
-                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data, norm=norm))
+                search = record.settings.get("arithmetic")
+                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data, norm=norm, search=search))
         if len(records) > 1:
             name = f"worst case over {', '.join(sorted({r.settings['attack'] for r in records}))}"
             known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data, norm=norm))

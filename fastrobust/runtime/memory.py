@@ -11,20 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastrobust.runtime import limits
 from fastrobust.runtime.errors import FastrobustError, first_line, is_out_of_memory
 
 Trial = Callable[..., None]
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of mallopt
+PLENTY = 4  # times what is needed: blocks of many sizes leave gaps between them
 
 
-def keep_freed() -> None:
-    """From here on this process keeps the memory that it frees. glibc gives large blocks, such as the activations of a batch,
-    back to the system at once, which clears every page before it gives it out again. Nothing changes with another libc, or
-    where the environment says how glibc's allocator is to work."""
+def keep_freed(needed: float) -> None:
+    """From here on this process keeps the memory that it frees, if there is plenty beside the `needed` bytes. glibc gives
+    large blocks, such as the activations of a batch, back to the system at once, which clears every page before it gives it
+    out again. Nothing changes with another libc, or where the environment says how glibc's allocator is to work."""
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if not told and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(MMAP_MAX, 0)
-        libc.mallopt(TRIM_THRESHOLD, -1)
+    if told or PLENTY * needed > limits.available_memory() or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    libc.mallopt(MMAP_MAX, 0)
+    libc.mallopt(TRIM_THRESHOLD, -1)
 
 
 def of_a_pass(model: nn.Module, x: Tensor) -> int:

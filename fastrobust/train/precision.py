@@ -27,8 +27,9 @@ def choose(config: Config, device: torch.device, network: nn.Module | None = Non
         if not gpu and not config.deterministic and half.has_bf16():  # deterministic: a trial may end otherwise next time
             ratio = speed(config, network)
         if ratio is not None:
-            chosen, found = "bf16" if ratio >= half.SURE else "fp32", f"in a trial bf16 was {ratio:.2f} times as fast as fp32"
-            print(f"precision of {' and '.join(unsure)}: {chosen}, {found} on this processor", flush=True)
+            chosen = "bf16" if ratio >= half.SURE else "fp32"
+            found = f"in a trial bf16 was {ratio:.2f} times as fast as fp32 on this processor"
+            print(f"precision of {' and '.join(unsure)}: {chosen}, {found}", flush=True)
         asked |= dict.fromkeys(unsure, chosen)
     settings = settings.model_copy(update={"precision": asked["evaluation"]})
     return config.model_copy(update={"precision": asked["training"], "evaluation": settings})

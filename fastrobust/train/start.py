@@ -181,7 +181,7 @@ def training(config: Config, directory: Path, device: torch.device, world: World
 
 
 def warn_of_memory(made: Training, available: float) -> None:
-    """Say so if a step is sure to need more memory than there is."""
+    """Say so if a step is sure to need more memory than there is; where there is plenty, keep what is freed."""
     phases = made.config.phases
     index = max(range(len(phases)), key=lambda i: phases[i].batch_size / phases[i].accumulate * phases[i].resolution ** 2)
     size, resolution, parts = phases[index].batch_size, phases[index].resolution, phases[index].accumulate * made.world.size
@@ -189,6 +189,7 @@ def warn_of_memory(made: Training, available: float) -> None:
     each = memory.of_a_pass(model, torch.zeros(1, made.loader.channels, resolution, resolution))
     model.train()
     share = -(-size // parts)
+    memory.keep_freed(share * each)
     if share * each > available:
         fits = int(0.5 * available / each) * parts  # a step needs more than what it keeps
         advice = f"phases.{index}.batch_size={fits} needs less" if fits else "use a smaller model or resolution"
@@ -254,7 +255,8 @@ def finish(training: Training) -> dict[str, Any]:
         test = loaders.test_set(config, settings.limit).labelled_as(training.loader.classes, str(directory))
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
-    common |= {"precision": settings.precision, "norm": config.norm, "overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
+    common |= {"precision": settings.precision, "norm": config.norm}
+    common |= {"overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
 
     def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
         world.first(lambda: save_weights(directory, model, config, training.loader.classes, file))
@@ -302,6 +304,7 @@ def table_of(summary: dict[str, Any]) -> Table:
     table.add_row("clean", f"{summary['clean_accuracy']:.2%}", str(summary["examples"]))
     for e in summary["evaluations"]:
         words = f"{e['attack']}, {ball_in_words(e['epsilon'], e.get('norm', 'linf'))}"
+        words += ", steps in bf16" * (e.get("arithmetic") == "bf16")
         table.add_row(words, f"{e['robust_accuracy']:.2%}", str(e["examples"]))
     for e in summary.get("evaluations_of_live_weights", []):
         words = f"weights before averaging: {e['attack']}, {ball_in_words(e['epsilon'], e.get('norm', 'linf'))}"

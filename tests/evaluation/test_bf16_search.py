@@ -1,4 +1,4 @@
-"""A search in bf16 on a CPU: what it breaks is broken in fp32, its results are kept apart from those of a search in fp32, and
+"""A search in bf16 on a CPU: what it breaks is broken in fp32, its results are kept apart from those of one in fp32, and
 figures say which it was. The oracles: networks whose passes in bf16 are known to be wrong, and the search in fp32."""
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_the_adversarial_images_of_a_search_in_bf16_break_the_model_in_fp32(mode
     x = to_unit(data.images)
     changed = (found != x).flatten(1).any(1)
     assert changed.sum() > 5 and not (classified(model, found, data.labels) & changed).any()
-    assert (found - x).abs().max() <= EPSILON + 1e-7 and 0 <= found.min() and found.max() <= 1
+    assert (found - x).abs().max() <= EPSILON + 1e-7 and found.min() >= 0 and found.max() <= 1
     told = fastrobust.evaluate(model, data.images, data.labels, **settings)
     assert torch.equal(told.clean & ~told.robust, changed) and told.attacks[0]["arithmetic"] == "bf16"
 

@@ -164,8 +164,8 @@ def test_the_sign_of_a_tiny_gradient_survives_bf16():
     x = torch.tensor([[3.0, -2.0]], requires_grad=True)
     weight = torch.tensor([[10.0, -7.0], [-6.0, 4.0]])  # logits 44 and -26: the gradient is e**-70 times the second row
     signs = []
-    for half in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+    for on in (False, True):
+        with half.passes(on):
             logits = torch.nn.functional.linear(x, weight)
         loss = torch.nn.functional.cross_entropy(logits.float(), torch.tensor([0]))
         (gradient,) = torch.autograd.grad(loss, x)
