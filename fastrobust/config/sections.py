@@ -229,8 +229,9 @@ class Evaluation(Section):
     restarts: Count = key("random restarts", 10)
     batch_size: Count = key("images at once", 500)
     precision: Literal["auto", "fp32", "bf16"] = key(
-        "of PGD's steps; what breaks an image is decided in fp32 always. `bf16` is for CPUs that have it, others take `fp32`. "
-        "`auto` is what a trial of a few passes finds faster, by 1.15 times at least; with `deterministic: true` it is `fp32`",
+        "of PGD's steps; what breaks an image is decided in fp32 always. `bf16` is for CPUs that have it, others take "
+        "`fp32`. `auto` is what a trial of a few passes finds faster, by 1.15 times at least, and `fp32` with "
+        "`deterministic: true`",
         "auto",
     )
     limit: Count | None = key("so many test images: every class in proportion, evenly spaced within it", None, "all")

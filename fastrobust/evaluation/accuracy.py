@@ -133,8 +133,8 @@ def run_attacks(
     """Run single attacks one after the other, each on the examples that the ones before left robust. A success counts if
     it lies in the threat model and a plain forward pass in fp32 confirms it (`attack.verdicts.breaks`). With a folder,
     records are kept there as the work goes on: a finished attack is not run again, and an unfinished one goes on where it
-    was, with the same verdicts as without the interruption; `fresh` starts anew. precision: see `searched_in`; where there is
-    a record of a search in fp32, that one counts and goes on. New records keep `notes`, on which verdicts do not depend,
+    was, with the same verdicts as without the interruption; `fresh` starts anew. precision: see `searched_in`; where there
+    is a record of a search in fp32, that one counts and goes on. New records keep `notes`, on which verdicts do not depend,
     among their facts. In a world of several processes each attacks its share, with the starts that it would
     have in one, and all get the records of the whole. `found` takes the adversarial images (see `run_rounds`) of the
     attacks that are run now. `overall` has a part for each attack."""
