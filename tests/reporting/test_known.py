@@ -209,6 +209,24 @@ def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_image
     assert (entry["eps"], entry["autoattack_acc"], entry["clean_acc"]) == ("0.1", "40.00", "90.00")
 
 
+def test_the_card_and_the_page_say_which_steps_were_in_bf16(finished_run, told, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / results.FOLDER).mkdir(exist_ok=True)
+    clean = torch.arange(20) > 1
+    for attack, more in (("pgd-3-1", {"arithmetic": "bf16"}), ("pgd-4-1", {})):
+        settings = {"attack": attack, "epsilon": 0.7, "examples": 20, "data": "some", "weights": digest(run)}
+        record = results.Record({"settings": settings | more, "finished": True}, clean, clean.clone(), torch.arange(20) > 11)
+        record.save(run / results.FOLDER)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluations"][0] |= {"arithmetic": "bf16", "attack": "pgd-9-9"}
+    write_json(run / "summary.json", summary)
+    _, lines, page = told(run)
+    names = {line[0] for line in lines}
+    assert {"pgd-3-1, steps in bf16", "pgd-4-1", "pgd-9-9, steps in bf16"} <= names and "pgd-3-1" not in names
+    assert page["pgd-3-1, epsilon 0.7"].endswith("n = 20, steps in bf16)")
+    assert page["pgd-4-1, epsilon 0.7"].endswith("n = 20)")
+
+
 # ---- a row
 
 
