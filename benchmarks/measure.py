@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import sys
@@ -15,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastrobust.runtime import machine
+from fastrobust.runtime import machine, memory
 from fastrobust.runtime.files import write_json
 
 
@@ -62,6 +63,20 @@ def interleaved(
             synchronize(device)
             times[name].append((clock() - began) / inner)
     return times
+
+
+def with_memory(call: Callable[[], None], kept: bool) -> Callable[[], None]:
+    """The call with `memory.keep_freed`, as the train command has it, or with what glibc comes to by itself."""
+
+    def run() -> None:
+        if kept:
+            memory.keep_freed(0)
+        elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
+            for option, value in ((memory.MMAP_MAX, 65536), (memory.TRIM_THRESHOLD, 64 << 20), (-3, 32 << 20)):
+                libc.mallopt(option, value)  # -3: the size from which blocks are given back, at most 32 MiB
+        call()
+
+    return run
 
 
 def summary(times: list[float]) -> dict[str, float]:

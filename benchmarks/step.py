@@ -9,9 +9,7 @@ Images are random: what is in them does not change the time. Batches are ready i
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -20,7 +18,7 @@ from fastrobust.config import parts, reading
 from fastrobust.config.schema import Config
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
-from fastrobust.runtime import distributed, half, memory
+from fastrobust.runtime import distributed, half
 from fastrobust.train.step import build
 
 MODEL = "preact_resnet18_paper"
@@ -62,20 +60,6 @@ def cifar_config(method: str, engine_name: str, precision: str, batch_size: int,
     )
 
 
-def with_memory(call: Callable[[], None], kept: bool) -> Callable[[], None]:
-    """The call with `memory.keep_freed`, as the train command has it, or with what glibc comes to by itself."""
-
-    def run() -> None:
-        if kept:
-            memory.keep_freed(0)
-        elif hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            for option, value in ((memory.MMAP_MAX, 65536), (memory.TRIM_THRESHOLD, 64 << 20), (-3, 32 << 20)):
-                libc.mallopt(option, value)  # -3: the size from which blocks are given back, at most 32 MiB
-        call()
-
-    return run
-
-
 def main() -> None:
     p = measure.arguments(__doc__.splitlines()[0])
     p.add_argument("--batch-size", type=int, default=128)
@@ -110,7 +94,10 @@ def main() -> None:
     if not cuda:
         given_back = {f"{name}, memory given back": call for name, call in rows.items() if "fgsm eager" in name}
         rows |= given_back if arguments.engines else {}
-        rows = {name: with_memory(call, kept="usual" not in name and name not in given_back) for name, call in rows.items()}
+        rows = {
+            name: measure.with_memory(call, kept="usual" not in name and name not in given_back)
+            for name, call in rows.items()
+        }
 
     repetitions = (5 if arguments.quick else 15) if not cuda else 20
     counts = {"repetitions": repetitions, "inner": 10 if cuda else 1, "warm_up": 3 if cuda else 1}
