@@ -1,6 +1,6 @@
 """The record: 45 % under PGD-50-10 at 8/255 on CIFAR-10, for the fewest floating-point operations of training.
 
-    python -m benchmarks.speedrun                       # configs/cifar10_speedrun.yaml, three seeds, from nothing to the number
+    python -m benchmarks.speedrun               # configs/cifar10_speedrun.yaml, three seeds, from nothing to the number
     python -m benchmarks.speedrun --show --results benchmarks/results/speedrun      # what is measured so far
 
 The operations are counted by the program: every pass of attack and update (`train_pflop` of a summary). What held-out images
