@@ -1,4 +1,4 @@
-"""A pre-activation ResNet for 32 x 32 images that computes nothing at full resolution: its stem takes overlapping patches."""
+"""A pre-activation ResNet for 32 x 32 images that computes nothing at full resolution: its stem takes patches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastrobust.models.preact_resnet import PreActBlock
 
 
 class PatchResNet14(nn.Module):
-    """Patches of 4 x 4 pixels, 2 apart, then three stages of two blocks: the `preact_resnet18` of the same widths without its
+    """Patches of 4 x 4 pixels, 2 apart, then three stages of two blocks: `preact_resnet18` of the same widths without its
     first stage. `width` is the number of channels of the first stage: 64 gives 2.78 M parameters and 0.21 GFLOP an image, a
     fifth of the operations of `preact_resnet18`."""
 
