@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -150,7 +153,8 @@ def test_where_a_relaxation_is_least_gives_its_value_and_its_slopes(seed):
     decider = Decider(tiny(seed), SHAPE, 0.1)
     _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 0)
     domains = partly_fixed(bounder, questions[0], torch.rand(1, bounder.reduced.inputs, dtype=torch.float64) * 2 - 1, seed)
-    double = lambda low: bounder.lines(domains.signs, domains.span, low, torch.float64)
+    domains.ends[0, ::3] = 1
+    double = lambda low: bounder.lines(domains, low, torch.float64)
     low, push = domains.low.double(), domains.push.double()
     value, coefficients, x = bounder.below(questions[:1], double(low), push)
     known, z = bounder.point(double(low), coefficients, x)
@@ -182,10 +186,47 @@ def test_bounds_renewed_in_a_domain_hold_wherever_its_row_is_small_there(seed):
         here = ((torch.cat(z, 1) * domains.signs >= 0).all(1)) & (margins <= tolerance)
         assert here.any() and renewed.bound.item() < torch.inf
         mine = z[-1][here]
-        assert (mine >= renewed.span[0, 0]).all() and (mine <= renewed.span[0, 1]).all()
+        span, before = renewed.span[0, :, bounder.last], domains.span[0, :, bounder.last]
+        assert (mine >= span[0]).all() and (mine <= span[1]).all()
         fixed = renewed.signs[:, bounder.last]
         assert (mine * fixed >= 0).all() and (fixed * domains.signs[:, bounder.last] >= 0).all()
-        assert (renewed.span[0, 0] >= domains.span[0, 0]).all() and (renewed.span[0, 1] <= domains.span[0, 1]).all()
+        assert (span[0] >= before[0]).all() and (span[1] <= before[1]).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ends_signs_and_spans_of_a_domain_keep_the_point_where_its_row_is_least(seed):
+    """Every pattern of signs by its own linear program, with the ends and without them."""
+    for epsilon in (0.05, 0.03, 0.02, 0.01):
+        decider = Decider(tiny(seed, deep=seed % 2 == 0), SHAPE, epsilon)
+        _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(seed % 3), 0)
+        if len(bounder.reduced.lower) <= 7:
+            break
+    around, question = bounder.reduced, questions[1]
+    patterns = torch.tensor(list(itertools.product((-1, 1), repeat=len(around.lower))), dtype=torch.int8)
+    values = torch.tensor([program(around, question, p.numpy()) for p in patterns])
+    best = patterns[values.argmin()]
+    for fixed in range(3):  # nothing, and then some of the signs that the least point has
+        domains = bounder.root(question[None])
+        domains.signs[0] = best * (torch.rand(len(best), generator=torch.Generator().manual_seed(fixed)) < fixed / 3)
+        narrowed = bounder.narrow(bounder.renew(bounder.narrow(domains)))
+        assert narrowed.bound.item() < torch.inf and (narrowed.ends != 0).sum() > 5
+        left = [p for p in patterns if (p * narrowed.signs[0] >= 0).all()]
+        least = min(program(around, question, p.numpy(), narrowed.ends[0]) for p in left)
+        assert least == pytest.approx(values.min().item(), abs=1e-7)
+
+        points = torch.rand(5_000, around.inputs, dtype=torch.float64) * 2 - 1
+        points[::2] = points[::2].sign()
+        points = torch.where(narrowed.ends == 0, points, narrowed.ends.double())
+        z = torch.cat(rows_at(around, around.images(points)), 1)
+        z = z[(z * domains.signs >= 0).all(1)]
+        assert (z >= narrowed.span[0, 0]).all() and (z <= narrowed.span[0, 1]).all()
+        assert (narrowed.span[0, 0] >= domains.span[0, 0]).all() and (narrowed.span[0, 1] <= domains.span[0, 1]).all()
+        assert ((narrowed.signs != 0) >= (domains.signs != 0)).all()
+
+    nothing = lambda points: torch.zeros(len(points), dtype=torch.bool)
+    for above in (-1e-3, 1e-3):  # the answer turns where the least value passes the tolerance
+        question[around.inputs] += branch.TOLERANCE + above - program(around, question, best.numpy())
+        assert branch.decide(bounder, question[None], time.monotonic() + 30, nothing)[0] == ([] if above > 0 else [0])
 
 
 def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds():
