@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a
 FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
 COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
 ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
+PRICES = torch.tensor([[0.5], [1], [2], [4]], dtype=torch.float64)  # of the room in a bound, as multiples of the mean
 MANY = 2048  # ReLUs whose inputs are bounded at once, before any search
 
 
@@ -35,10 +37,10 @@ def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Domains:
-    """N domains. rows: the question of each, float64 N x (D + 1 + U); target: its number, int64 N. signs: int8 N x U, positive
-    fixed active, negative fixed inactive (1 by a split, 2 by a bound), 0 free. ends: int8 N x D, the end of each input's
-    range that is meant, 0 for all of it. span: bounds on the inputs of the ReLUs, float64 N x 2 x U. low, push: slopes of
-    the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64 N. depth:
+    """N domains. rows: the question of each, float64 N x (D + 1 + U); target: its number, int64 N. signs: int8 N x U,
+    positive fixed active, negative fixed inactive (1 by a split, 2 by a bound), 0 free. ends: int8 N x D, the end of each
+    input's range that is meant, 0 for all of it. span: bounds on the inputs of the ReLUs, float64 N x 2 x U. low, push:
+    slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64 N. depth:
     int64 N. known: how much was settled when all spans were last renewed, int64 N.
 
     Signs, ends and spans hold for the points of the domain where the row is least in the whole box, if it does not exceed
@@ -226,15 +228,20 @@ class Bounder:
         given[:, self.reduced.inputs] -= tolerance
         return self.spanned(domains, owners, places + self.last.start, steps, rate, given)
 
-    def renew(self, domains: Domains) -> Domains:
-        """Bounds on the inputs of the free ReLUs behind the first layer, from the ends and the spans of each domain. No slope
-        is optimised."""
-        for layer in self.reduced.layers[1:]:
+    def renew(self, domains: Domains, tolerance: float) -> Domains:
+        """Bounds on the inputs of the free ReLUs, from the ends and the spans of each domain. No slope is optimised.
+
+        The row's bound is value + cost . |x - corner|, where the corner is its least point. So in the domain that sum is at
+        most the tolerance wherever the row is, and no ReLU's input gets further than such x allow."""
+        lines = self.lines(domains, domains.low, torch.float64)
+        value, _, cost = self.below(domains.rows, lines, domains.push.double())
+        room = (tolerance - value).clamp(min=0) + ROUNDING * (1 + value.abs())
+        for layer in self.reduced.layers:
             span = domains.span.clone()
             for place in range(layer.start, layer.stop):
                 owner = (domains.signs[:, place] == 0).nonzero()[:, 0]
                 if len(owner):
-                    low, high = self.local(place).around(domains.take(owner))
+                    low, high = self.local(place).around(domains, owner, cost, room)
                     span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
                     span[owner, 1, place] = torch.minimum(span[owner, 1, place], high)
             domains = with_signs(replace(domains, span=span))
@@ -255,8 +262,8 @@ class Bounder:
         rate: float = 0.1,
         given: Tensor | None = None,
     ) -> Domains:
-        """With bounds on the inputs of the ReLUs `places` in the domains `owners`. given: rows, one for each domain, that are
-        at most 0 where the bounds have to hold."""
+        """With bounds on the inputs of the ReLUs `places` in the domains `owners`. given: rows, one for each domain, that
+        are at most 0 where the bounds have to hold."""
         span = domains.span.clone()
         for owner, place in zip(owners.split(ROWS // 2), places.split(ROWS // 2), strict=True):
             z, both = self.reduced.weights[place], owner.repeat(2)
@@ -319,20 +326,29 @@ class Local:
                 weights=reduced.weights[self.relus][:, columns],
                 lower=reduced.lower[self.relus],
                 upper=reduced.upper[self.relus],
-                layers=tuple(slice(a, b) for a, b in zip(stops, stops[1:], strict=False)),
+                layers=tuple(slice(a, b) for a, b in pairwise(stops) if a < b),
                 kept=reduced.kept[self.inputs],
             )
         )
 
-    def around(self, domains: Domains) -> tuple[Tensor, Tensor]:
-        """Bounds on the ReLU's input in each domain, N each."""
-        span = domains.span[:, :, self.relus]
+    def around(self, domains: Domains, owners: Tensor, cost: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds on the ReLU's input in the domains with these numbers, one each, where cost . |x - corner| is at most the
+        room (cost: N x D, the signs are those of minus the corner)."""
+        both = owners.repeat(2)[:, None]  # from below and from above
+        span = torch.stack([domains.span[:, side][both, self.relus] for side in (0, 1)], 1)
         low = (span[:, 1] > -span[:, 0]).double()
-        mine = replace(domains, signs=domains.signs[:, self.relus], ends=domains.ends[:, self.inputs], span=span)
-        lines, push = self.bounder.lines(mine, low, torch.float64), torch.zeros_like(low)
-        row = self.row.expand(len(low), -1)
-        low, high = (self.bounder.below(side, lines, push)[0] for side in (row, -row))
-        return low - ROUNDING * (1 + low.abs()), ROUNDING * (1 + high.abs()) - high
+        ends, signs = domains.ends[both, self.inputs], domains.signs[both, self.relus]
+        lines = self.bounder.lines(replace(domains, signs=signs, ends=ends, span=span), low, torch.float64)
+        rows = torch.cat([side.expand(len(owners), -1) for side in (self.row, -self.row)])
+        value, _, slope = self.bounder.below(rows, lines, torch.zeros_like(low))
+        cost, room = cost[both, self.inputs], room[both[:, 0]]
+        away = 2 * (slope * cost).sign().clamp(max=0).neg() * lines.free  # to the end that the bound on the row dislikes
+        gain, dear = slope.abs() * away, cost.abs() * away
+        price = PRICES * (gain.sum(1) / dear.sum(1).clamp(min=1e-12))  # any price of room gives a bound
+        saved = torch.minimum(gain, price[:, :, None] * dear).sum(2) - price * room
+        value = value + saved.max(0).values.clamp(min=0) - ROUNDING * (1 + value.abs())
+        low, high = value.split(len(owners))
+        return low, -high
 
 
 def with_signs(domains: Domains) -> Domains:

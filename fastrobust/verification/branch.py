@@ -17,8 +17,8 @@ CANDIDATES = 5  # ReLUs that are tried before one is chosen for a split
 STEPS, RATE = 10, 0.05  # of the optimiser, for the bound of a domain
 MORE, NEAR = 20, 0.05  # further steps where so much is left of what the first bound lacked: nothing grows from a proof
 END_STEPS = 100  # where nothing is left to split: a linear program takes HiGHS half a second
-ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where the last layer is bounded anew
-NEWS, ROUNDS = 0.02, 4  # signs and ends that are new, as a share of all, before spans are renewed; how often at once
+ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where ReLUs are bounded anew
+NEWS, ROUNDS = 0.02, 2  # signs and ends that are new, as a share of all, before spans are renewed; how often at once
 MOST = 500_000  # domains, for the sake of memory
 
 
@@ -103,7 +103,7 @@ def narrow(bounder: Bounder, domains: Domains) -> Domains:
         news &= domains.bound <= TOLERANCE
         if not news.any():
             break
-        domains.put(news, bounder.narrow(bounder.renew(domains.take(news))))
+        domains.put(news, bounder.narrow(bounder.renew(domains.take(news), TOLERANCE)))
     return domains
 
 
@@ -122,7 +122,8 @@ def decide(
         worst = open_.worst(BATCH)
         renew = torch.isin(worst.depth, torch.tensor(ANEW))
         if renew.any():
-            deep = bounder.rebound(worst.take(renew), TOLERANCE, ANEW_STEPS)
+            deep = bounder.narrow(bounder.renew(worst.take(renew), TOLERANCE))
+            deep = bounder.rebound(deep.take(deep.bound <= TOLERANCE), TOLERANCE, ANEW_STEPS)
             deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
             worst = join(worst.take(~renew), deep)
             worst = worst.take(worst.bound <= TOLERANCE)

@@ -25,8 +25,8 @@ def decide(
     ends: Tensor | None = None,
 ) -> tuple[str, Tensor | None]:
     """("verified", None), ("point", an input at which HiGHS finds the row at most the tolerance) or ("timeout", None).
-    signs: int8 U, positive or negative for a ReLU that is active or inactive in the part of the box that is asked about, else
-    0. ends: int8 D, -1 or 1 for an input that is at that end of its range there, else 0."""
+    signs: int8 U, positive or negative for a ReLU that is active or inactive in the part of the box that is asked about,
+    else 0. ends: int8 D, -1 or 1 for an input that is at that end of its range there, else 0."""
     count, inputs = len(reduced.lower), reduced.inputs
     part = lambda rows: (np.delete(rows.numpy(), inputs, -1), rows[..., inputs].numpy())  # (of [x, r], constants)
     (weights, shift), (row, constant) = part(reduced.weights), part(row)

@@ -208,7 +208,7 @@ def test_ends_signs_and_spans_of_a_domain_keep_the_point_where_its_row_is_least(
     for fixed in range(3):  # nothing, and then some of the signs that the least point has
         domains = bounder.root(question[None])
         domains.signs[0] = best * (torch.rand(len(best), generator=torch.Generator().manual_seed(fixed)) < fixed / 3)
-        narrowed = bounder.narrow(bounder.renew(bounder.narrow(domains)))
+        narrowed = bounder.narrow(bounder.renew(bounder.narrow(domains), 1e3))
         assert narrowed.bound.item() < torch.inf and (narrowed.ends != 0).sum() > 5
         left = [p for p in patterns if (p * narrowed.signs[0] >= 0).all()]
         least = min(program(around, question, p.numpy(), narrowed.ends[0]) for p in left)
