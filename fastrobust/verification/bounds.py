@@ -40,7 +40,8 @@ class Domains:
     """N domains. rows: the question of each, float64 N x (D + 1 + U); target: its number, int64 N. signs: int8 N x U,
     positive fixed active, negative fixed inactive (1 by a split, 2 by a bound), 0 free. ends: int8 N x D, the end of each
     input's range that is meant, 0 for all of it. span: bounds on the inputs of the ReLUs, float64 N x 2 x U. low, push:
-    slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64 N. depth:
+    slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64
+    N. depth:
     int64 N. known: how much was settled when all spans were last renewed, int64 N.
 
     Signs, ends and spans hold for the points of the domain where the row is least in the whole box, if it does not exceed
