@@ -11,20 +11,18 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastrobust.verification.network import ROUNDING, Network, slack
+from fastrobust.verification.network import Network, slack
 from fastrobust.verification.reduced import Reduced
 
 HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a bound far below ROUNDING
 FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
 COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
 ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
-PRICES = torch.tensor([[0.5], [1], [2], [4]], dtype=torch.float64)  # of the room in a bound, as multiples of the mean
 MANY = 2048  # ReLUs whose inputs are bounded at once, before any search
 
 
@@ -41,8 +39,7 @@ class Domains:
     positive fixed active, negative fixed inactive (1 by a split, 2 by a bound), 0 free. ends: int8 N x D, the end of each
     input's range that is meant, 0 for all of it. span: bounds on the inputs of the ReLUs, float64 N x 2 x U. low, push:
     slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64
-    N. depth:
-    int64 N. known: how much was settled when all spans were last renewed, int64 N.
+    N. depth: int64 N. known: how much was settled when all spans were last renewed, int64 N.
 
     Signs, ends and spans hold for the points of the domain where the row is least in the whole box, if it does not exceed
     the tolerance there. Nothing else matters for the question whether there is a point where it does not.
@@ -115,7 +112,7 @@ class Bounder:
         self.last = reduced.layers[-1] if reduced.layers else slice(0, 0)
         self.weights = {dtype: reduced.weights.to(dtype) for dtype in (torch.float32, torch.float64)}
         self.sizes = reduced.weights.abs()
-        self.locals: dict[int, Local] = {}
+        self.parts: dict = {}  # what single ReLUs depend on (narrowing)
 
     # Of the operations on N x U numbers below, those on truth values (where, masks) would take ten times as long as sums
     # and products do on a CPU.
@@ -163,6 +160,26 @@ class Bounder:
             above = torch.addcmul(lines.offset[:, layer], lines.slope[:, layer], mine)
             known[:, r + layer.start : r + layer.stop] = above.lerp_(lines.low[:, layer] * mine, lowest[:, layer])
         return known, z
+
+    def descend(self, rows: Tensor, x: Tensor, steps: int) -> Tensor:
+        """Inputs (float32 N x D in [-1, 1]) from which each row is at its least after so many steps down its slope."""
+        weights, r = self.weights[torch.float32], self.reduced.inputs + 1
+        rows, known = rows.float(), x.new_ones(len(x), weights.shape[1])
+        least, best = torch.full((len(x),), torch.inf), x
+        for step in range(steps):
+            known[:, : r - 1] = x
+            for layer in self.reduced.layers:
+                z = known[:, : r + layer.start] @ weights[layer, : r + layer.start].T
+                known[:, r + layer.start : r + layer.stop] = z.clamp(min=0)
+            value = (known * rows).sum(1)
+            best = torch.where((value < least)[:, None], x, best)
+            least = torch.minimum(value, least)
+            on = (known[:, r:] > 0).float()
+            exact = Lines(on, torch.zeros_like(on), on, on, torch.zeros_like(x), torch.ones_like(x))
+            slope = self.below(rows, exact, torch.zeros_like(on))[2]
+            rate = 0.7 * 0.8**step / slope.abs().mean(1, keepdim=True).clamp(min=1e-12)
+            x = (x - rate * slope).clamp(-1, 1)
+        return best
 
     def root(self, rows: Tensor) -> Domains:
         """One domain per row (N x (D + 1 + U)), nothing fixed."""
@@ -229,31 +246,6 @@ class Bounder:
         given[:, self.reduced.inputs] -= tolerance
         return self.spanned(domains, owners, places + self.last.start, steps, rate, given)
 
-    def renew(self, domains: Domains, tolerance: float) -> Domains:
-        """Bounds on the inputs of the free ReLUs, from the ends and the spans of each domain. No slope is optimised.
-
-        The row's bound is value + cost . |x - corner|, where the corner is its least point. So in the domain that sum is at
-        most the tolerance wherever the row is, and no ReLU's input gets further than such x allow."""
-        lines = self.lines(domains, domains.low, torch.float64)
-        value, _, cost = self.below(domains.rows, lines, domains.push.double())
-        room = (tolerance - value).clamp(min=0) + ROUNDING * (1 + value.abs())
-        for layer in self.reduced.layers:
-            span = domains.span.clone()
-            for place in range(layer.start, layer.stop):
-                owner = (domains.signs[:, place] == 0).nonzero()[:, 0]
-                if len(owner):
-                    low, high = self.local(place).around(domains, owner, cost, room)
-                    span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
-                    span[owner, 1, place] = torch.minimum(span[owner, 1, place], high)
-            domains = with_signs(replace(domains, span=span))
-        return replace(domains, known=domains.settled())
-
-    def local(self, place: int) -> Local:
-        """All that the input of one ReLU depends on."""
-        if place not in self.locals:
-            self.locals[place] = Local(self.reduced, place)
-        return self.locals[place]
-
     def spanned(
         self,
         domains: Domains,
@@ -275,81 +267,6 @@ class Bounder:
             span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
             span[owner, 1, place] = torch.minimum(span[owner, 1, place], -high)
         return with_signs(replace(domains, span=span))
-
-    def narrow(self, domains: Domains) -> Domains:
-        """Inputs at an end of their range, as far as the slope of the row says so, and what follows for the first layer.
-
-        Where the row is least in the whole box it falls in no direction. An input along which it would fall, with any signs
-        of the ReLUs that the domain leaves open, is at its end there. A ReLU that a split made active (inactive) counts so
-        in this only if its output does not raise the row: at the border of the domain it may have the other slope, and then
-        the row falls all the more."""
-        r, size = self.reduced.inputs + 1, domains.signs.shape[1]
-        weights, sizes = self.weights[torch.float64], self.sizes
-        middle, radius = domains.rows[:, r:].clone(), torch.zeros(len(domains), size, dtype=torch.float64)
-        for layer in reversed(self.reduced.layers):
-            m, w, signs = middle[:, layer], radius[:, layer], domains.signs[:, layer].double()
-            if layer.stop < size:
-                m.addmm_(middle[:, layer.stop :], weights[layer.stop :, r + layer.start : r + layer.stop])
-                w.addmm_(radius[:, layer.stop :], sizes[layer.stop :, r + layer.start : r + layer.stop])
-            low, high = m - w, m + w
-            sure = ((signs.abs() > 1) | (high <= 0)) * signs.sign()
-            active, open_ = sure.clamp(min=0), 1 - sure.abs()
-            low, high = low.clamp(max=0) * open_ + low * active, high.clamp(min=0) * open_ + high * active
-            torch.add(low, high, out=m).mul_(0.5)
-            torch.sub(high, low, out=w).mul_(0.5)
-        slope, spread = domains.rows[:, : r - 1] + middle @ weights[:, : r - 1], radius @ sizes[:, : r - 1]
-        sure = (slope.abs() - spread > ROUNDING * (1 + spread)) & (domains.ends == 0)
-        ends = torch.where(sure, -slope.sign(), domains.ends).to(torch.int8)
-        span, first = domains.span.clone(), self.reduced.layers[0] if self.reduced.layers else slice(0, 0)
-        centre = torch.addmm(weights[first, r - 1], ends.double(), weights[first, : r - 1].T)
-        reach = (ends == 0).double() @ sizes[first, : r - 1].T + ROUNDING * (1 + centre.abs())
-        span[:, 0, first] = torch.maximum(span[:, 0, first], centre - reach)
-        span[:, 1, first] = torch.minimum(span[:, 1, first], centre + reach)
-        return with_signs(replace(domains, ends=ends, span=span))
-
-
-class Local:
-    """The part of a reduced network that the input of the ReLU `place` depends on: a convolution sees a few pixels."""
-
-    def __init__(self, reduced: Reduced, place: int):
-        r = reduced.inputs + 1
-        seen = reduced.weights[place] != 0
-        for layer in reversed(reduced.layers):
-            behind = torch.arange(len(reduced.lower))[layer][seen[r:][layer]]
-            seen = seen | (reduced.weights[behind] != 0).any(0)
-        self.inputs, self.relus = seen[: r - 1].nonzero()[:, 0], seen[r:].nonzero()[:, 0]
-        columns = torch.cat([self.inputs, torch.tensor([r - 1]), self.relus + r])
-        stops = [0, *(int((self.relus < layer.stop).sum()) for layer in reduced.layers)]
-        self.row = reduced.weights[place][columns]
-        self.bounder = Bounder(
-            replace(
-                reduced,
-                weights=reduced.weights[self.relus][:, columns],
-                lower=reduced.lower[self.relus],
-                upper=reduced.upper[self.relus],
-                layers=tuple(slice(a, b) for a, b in pairwise(stops) if a < b),
-                kept=reduced.kept[self.inputs],
-            )
-        )
-
-    def around(self, domains: Domains, owners: Tensor, cost: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds on the ReLU's input in the domains with these numbers, one each, where cost . |x - corner| is at most the
-        room (cost: N x D, the signs are those of minus the corner)."""
-        both = owners.repeat(2)[:, None]  # from below and from above
-        span = torch.stack([domains.span[:, side][both, self.relus] for side in (0, 1)], 1)
-        low = (span[:, 1] > -span[:, 0]).double()
-        ends, signs = domains.ends[both, self.inputs], domains.signs[both, self.relus]
-        lines = self.bounder.lines(replace(domains, signs=signs, ends=ends, span=span), low, torch.float64)
-        rows = torch.cat([side.expand(len(owners), -1) for side in (self.row, -self.row)])
-        value, _, slope = self.bounder.below(rows, lines, torch.zeros_like(low))
-        cost, room = cost[both, self.inputs], room[both[:, 0]]
-        away = 2 * (slope * cost).sign().clamp(max=0).neg() * lines.free  # to the end that the bound on the row dislikes
-        gain, dear = slope.abs() * away, cost.abs() * away
-        price = PRICES * (gain.sum(1) / dear.sum(1).clamp(min=1e-12))  # any price of room gives a bound
-        saved = torch.minimum(gain, price[:, :, None] * dear).sum(2) - price * room
-        value = value + saved.max(0).values.clamp(min=0) - ROUNDING * (1 + value.abs())
-        low, high = value.split(len(owners))
-        return low, -high
 
 
 def with_signs(domains: Domains) -> Domains:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastrobust.verification import milp
 from fastrobust.verification.bounds import Bounder, Domains, join
+from fastrobust.verification.narrowing import follow, narrow, renew
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
 BATCH = 256  # domains that are split at once
@@ -18,7 +19,7 @@ STEPS, RATE = 10, 0.05  # of the optimiser, for the bound of a domain
 MORE, NEAR = 20, 0.05  # further steps where so much is left of what the first bound lacked: nothing grows from a proof
 END_STEPS = 100  # where nothing is left to split: a linear program takes HiGHS half a second
 ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where ReLUs are bounded anew
-NEWS, ROUNDS = 0.02, 2  # signs and ends that are new, as a share of all, before spans are renewed; how often at once
+DESCENTS, DOWN = 32, 10  # corners from which the row is followed downwards, the worst of a batch; steps
 MOST = 500_000  # domains, for the sake of memory
 
 
@@ -94,42 +95,31 @@ def children(domains: Domains, pick: Tensor) -> Domains:
     return pair
 
 
-def narrow(bounder: Bounder, domains: Domains) -> Domains:
-    """Inputs at their ends, and spans that follow, as long as there is much news."""
-    domains = bounder.narrow(domains)
-    for _ in range(ROUNDS):
-        size = domains.signs.shape[1] + domains.ends.shape[1]
-        news = domains.settled() - domains.known >= NEWS * size
-        news &= domains.bound <= TOLERANCE
-        if not news.any():
-            break
-        domains.put(news, bounder.narrow(bounder.renew(domains.take(news), TOLERANCE)))
-    return domains
-
-
 def decide(
     bounder: Bounder, rows: Tensor, deadline: float, broken: Callable[[Tensor], Tensor]
 ) -> tuple[list[int], Tensor | None, int]:
     """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
     adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
     deadline is one of time.monotonic()."""
-    roots = bounder.tighten(narrow(bounder, bounder.root(rows)), 4 * STEPS, enough=2 * TOLERANCE)
+    roots = bounder.tighten(follow(bounder, bounder.root(rows), TOLERANCE), 4 * STEPS, enough=2 * TOLERANCE)
     open_ = Open(rows, roots.take(roots.bound <= TOLERANCE))
     visited, stuck = len(roots), set()
     while True:
         if not len(open_) or time.monotonic() > deadline or visited > MOST:
             return sorted(stuck | open_.targets()), None, visited
         worst = open_.worst(BATCH)
-        renew = torch.isin(worst.depth, torch.tensor(ANEW))
-        if renew.any():
-            deep = bounder.narrow(bounder.renew(worst.take(renew), TOLERANCE))
+        again = torch.isin(worst.depth, torch.tensor(ANEW))
+        if again.any():
+            deep = narrow(bounder, renew(bounder, worst.take(again), TOLERANCE))
             deep = bounder.rebound(deep.take(deep.bound <= TOLERANCE), TOLERANCE, ANEW_STEPS)
             deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
-            worst = join(worst.take(~renew), deep)
+            worst = join(worst.take(~again), deep)
             worst = worst.take(worst.bound <= TOLERANCE)
             if not len(worst):
                 continue
         pick, corners = split(bounder, worst)
+        near = worst.bound.topk(min(DESCENTS, len(worst)), largest=False).indices
+        corners[near] = bounder.descend(worst.rows[near], corners[near].float(), DOWN).double()
         hit = broken(corners)
         if hit.any():
             return [], corners[hit][0], visited
@@ -149,7 +139,7 @@ def decide(
         if not going.any():
             continue
         worst, pick = worst.take(going), pick[going]
-        fresh = narrow(bounder, children(worst, pick))
+        fresh = follow(bounder, children(worst, pick), TOLERANCE)
         fresh = bounder.tighten(fresh.take(fresh.bound <= TOLERANCE), STEPS, RATE, enough=2 * TOLERANCE)
         near = (fresh.bound <= TOLERANCE) & (fresh.bound > NEAR * roots.bound[fresh.target])
         if near.any():
