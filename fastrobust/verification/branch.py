@@ -110,9 +110,12 @@ def decide(
         worst = open_.worst(BATCH)
         again = torch.isin(worst.depth, torch.tensor(ANEW))
         if again.any():
-            deep = narrow(bounder, renew(bounder, worst.take(again), TOLERANCE))
-            deep = bounder.rebound(deep.take(deep.bound <= TOLERANCE), TOLERANCE, ANEW_STEPS)
-            deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
+            told = again & (worst.ends != 0).any(1)
+            worst.put(told, narrow(bounder, renew(bounder, worst.take(told), TOLERANCE)))
+            deep = worst.take(again & (worst.bound <= TOLERANCE))
+            if len(deep):
+                deep = bounder.rebound(deep, TOLERANCE, ANEW_STEPS)
+                deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
             worst = join(worst.take(~again), deep)
             worst = worst.take(worst.bound <= TOLERANCE)
             if not len(worst):

@@ -18,12 +18,13 @@ NEWS, ROUNDS = 0.02, 2  # signs and ends that are new, as a share of all, before
 
 
 def follow(bounder: Bounder, domains: Domains, tolerance: float) -> Domains:
-    """Inputs at their ends, and spans that follow, as long as there is much news."""
+    """Inputs at their ends, and spans that follow, as long as there is much news. Where no end is known, spans cost more
+    than they give."""
     domains = narrow(bounder, domains)
     for _ in range(ROUNDS):
         size = domains.signs.shape[1] + domains.ends.shape[1]
         news = domains.settled() - domains.known >= NEWS * size
-        news &= domains.bound <= tolerance
+        news &= (domains.bound <= tolerance) & (domains.ends != 0).any(1)
         if not news.any():
             break
         domains.put(news, narrow(bounder, renew(bounder, domains.take(news), tolerance)))
