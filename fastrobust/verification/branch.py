@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastrobust.verification import milp
 from fastrobust.verification.bounds import Bounder, Domains, join
-from fastrobust.verification.narrowing import follow, narrow, renew
+from fastrobust.verification.narrowing import follow, narrow, pays, renew
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
 BATCH = 256  # domains that are split at once
@@ -110,7 +110,7 @@ def decide(
         worst = open_.worst(BATCH)
         again = torch.isin(worst.depth, torch.tensor(ANEW))
         if again.any():
-            told = again & (worst.ends != 0).any(1)
+            told = again & pays(worst)
             worst.put(told, narrow(bounder, renew(bounder, worst.take(told), TOLERANCE)))
             deep = worst.take(again & (worst.bound <= TOLERANCE))
             if len(deep):

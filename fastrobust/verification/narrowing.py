@@ -15,20 +15,25 @@ from fastrobust.verification.reduced import Reduced
 
 PRICES = torch.tensor([[0.5], [1], [2], [4]], dtype=torch.float64)  # of the room in a bound, as multiples of the mean
 NEWS, ROUNDS = 0.02, 2  # signs and ends that are new, as a share of all, before spans are renewed; how often at once
+ENDS = 0.01  # share of the inputs whose ends are known, below which spans are not renewed
 
 
 def follow(bounder: Bounder, domains: Domains, tolerance: float) -> Domains:
-    """Inputs at their ends, and spans that follow, as long as there is much news. Where no end is known, spans cost more
-    than they give."""
+    """Inputs at their ends, and spans that follow, as long as there is much news."""
     domains = narrow(bounder, domains)
     for _ in range(ROUNDS):
         size = domains.signs.shape[1] + domains.ends.shape[1]
         news = domains.settled() - domains.known >= NEWS * size
-        news &= (domains.bound <= tolerance) & (domains.ends != 0).any(1)
+        news &= (domains.bound <= tolerance) & pays(domains)
         if not news.any():
             break
         domains.put(news, narrow(bounder, renew(bounder, domains.take(news), tolerance)))
     return domains
+
+
+def pays(domains: Domains) -> Tensor:
+    """Which domains know enough ends that new spans are worth their time, N."""
+    return (domains.ends != 0).double().mean(1) > ENDS
 
 
 def narrow(bounder: Bounder, domains: Domains) -> Domains:
