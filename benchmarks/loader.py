@@ -3,7 +3,8 @@
     python -m benchmarks.loader --quick
     python -m benchmarks.loader --data /data/imagenet --limit 5000 --json benchmarks/results/loader.json
 
-Equal work: the same pixels as JPEGs of quality 90, a random-resized crop and a flip; out come uint8 batches on the device.
+Equal work: the same pixels as JPEGs of quality 90, a random-resized crop and a flip or, as an evaluation has them, the
+squares in the images' middles; out come uint8 batches on the device.
 Ours are compared with FFCV's own Loader, DALI's own pipeline and torch's DataLoader with several decoders (loader_rows.py).
 Without --data the images are real ones if FASTROBUST_DATA holds imagenet-samples, else generated; the table says which.
 """
@@ -41,23 +42,26 @@ from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.limits import cores
 
 COMPARED = ("DataLoader", "FFCV's Loader")
-PHASES = [(160, 128), (352, 224), ("original", 288)]  # stored size, crop
 AUGMENT = Augment(crop="random_resized", flip=True)
+PHASES = [(160, 128, AUGMENT), (352, 224, AUGMENT), ("original", 288, AUGMENT), ("original", 288, None)]  # stored size, crop
+SIZES = (160, 352, "original")
 
 
 def sample_images(limit: int) -> tuple[list[bytes], str]:
-    """(up to `limit` image files, what they are)."""
+    """(`limit` image files, what they are): there may be fewer, which come several times then."""
     archive = Path(os.environ.get("FASTROBUST_DATA") or "absent", "imagenet-samples", "imagenet_samples.tar")
     images: list[bytes] = []
     if archive.exists():
         with tarfile.open(archive) as tar:
             images = [tar.extractfile(member).read() for member in tar.getmembers()[:limit] if member.isfile()]
-    for i in range(0 if images else limit):
+        found = f"{len(images)} ImageNet samples"
+        return list(itertools.islice(itertools.cycle(images), limit)), found
+    for i in range(limit):
         noise = np.random.default_rng(i).integers(0, 256, (24, 32, 3), np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(noise).resize((500, 375), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
         images.append(buffer.getvalue())
-    return images, "ImageNet samples" if archive.exists() else "generated images of 500 x 375"
+    return images, "generated images of 500 x 375"
 
 
 def samples(folder: Path, limit: int) -> tuple[Path, str]:
@@ -86,14 +90,14 @@ def write(source: Path | str, folder: Path, limit: int | None) -> None:
     pictures = sets.pictures("image_folder", "train", source, limit)
     for kind, storage in (("ffcv", "jpeg"), ("ffcv", "raw"), ("webdataset", "jpeg")):
         place = Namespace(**vars(options), storage=storage, output=folder / f"{kind}-{storage}")
-        writing.write_split(kind, "train", pictures, tuple(size for size, _ in PHASES), place)
-    loader_rows.write_plain(folder / "ffcv-raw", folder / "plain", [size for size, _ in PHASES])
+        writing.write_split(kind, "train", pictures, SIZES, place)
+    loader_rows.write_plain(folder / "ffcv-raw", folder / "plain", SIZES)
 
 
-def rows_of(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device, count: int) -> tuple:
+def rows_of(folder: Path, size, resolution: int, augment, batch_size: int, workers: int, device: torch.device, count: int):
     """(name -> a function that takes `count` batches, name -> seconds from the loader's making to its first batch, name ->
     why a loader is left out). Every loader has had a pass."""
-    facts = (size, 3, resolution, AUGMENT, device, workers)
+    facts = (size, 3, resolution, augment, device, workers)
     jpeg, raw, tars = (folder / name for name in ("ffcv-jpeg", "ffcv-raw", "webdataset-jpeg"))
 
     def ours(kind, read, place):
@@ -106,7 +110,7 @@ def rows_of(folder: Path, size, resolution: int, batch_size: int, workers: int, 
     if loaders.available("dali"):
         making[f"dali jpeg {'mixed' if device.type == 'cuda' else 'cpu'}"] = lambda: ours(Dali, shards.read, tars)
     for name, make in loader_rows.OTHERS.items():
-        making[name] = partial(make, folder, size, resolution, batch_size, workers, device)
+        making[name] = partial(make, folder, size, resolution, batch_size, workers, device, augment is None)
     rows, first, absent = {}, {}, {}
     for name, make in making.items():
         began = time.perf_counter()
@@ -130,7 +134,7 @@ def cpu_seconds() -> float:
 def main() -> int:
     p = measure.arguments(__doc__.splitlines()[0])
     p.add_argument("--data", metavar="PATH", help="an image folder, or tars of one")
-    p.add_argument("--limit", type=int, help="images (default 500, with --quick 160)")
+    p.add_argument("--limit", type=int, help="images (default 1000, with --quick 160)")
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--workers", type=int, default=cores())
     p.add_argument("--repetitions", type=int, help="default 5, with --quick 3")
@@ -139,7 +143,7 @@ def main() -> int:
 
 def run(arguments: Namespace) -> int:
     device = distributed.pick_device(arguments.device)
-    limit = arguments.limit or (160 if arguments.quick else 500)
+    limit = arguments.limit or (160 if arguments.quick else 1000)
     if limit < arguments.batch_size:
         raise ConfigError(f"--limit must be at least the batch size of {arguments.batch_size}")
     repetitions = arguments.repetitions or (3 if arguments.quick else 5)
@@ -151,9 +155,10 @@ def run(arguments: Namespace) -> int:
         images = count * arguments.batch_size
         result: dict = {"images": images, "of": what, "batch_size": arguments.batch_size, "workers": arguments.workers}
         table, result["rows"] = [], {}
-        for size, resolution in PHASES:
+        for size, resolution, augment in PHASES:
+            phase = f"{size} → {resolution}" + ("" if augment else ", middle")
             facts = arguments.batch_size, arguments.workers, device, count
-            rows, first, absent = rows_of(folder, size, resolution, *facts)
+            rows, first, absent = rows_of(folder, size, resolution, augment, *facts)
             result["left_out"] = absent
             used: dict[str, list[float]] = {name: [] for name in rows}
 
@@ -170,12 +175,12 @@ def run(arguments: Namespace) -> int:
                 ratios = {f"over_{other}": measure.ratio(times[other], t) for other in COMPARED if other in times}
                 per_core = images / statistics.median(a * b for a, b in zip(t, used[name], strict=True))
                 facts = {"cores": busy, "a_core": per_core, "first_batch": first[name]}
-                result["rows"][f"{size} to {resolution}, {name}"] = rate | ratios | facts
-                cells = [f"{size} → {resolution}", name, f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"]
+                result["rows"][f"{phase.replace('→', 'to')}, {name}"] = rate | ratios | facts
+                cells = [phase, name, f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})"]
                 cells += [f"{ratios[f'over_{other}']:.2f}" if other in times else "" for other in COMPARED]
                 table.append([*cells, f"{busy:.2f}", f"{per_core:,.0f}", f"{first[name]:.1f}"])
             for name, why in absent.items():
-                table.append([f"{size} → {resolution}", name, f"left out: {why[:60]}", *5 * [""]])
+                table.append([phase, name, f"left out: {why[:60]}", *5 * [""]])
         columns = ["size", "loader", "images/s, median (min to max)", *(f"× {other}" for other in COMPARED)]
         columns += ["cores busy", "images/s a core", "first batch, s"]
         measure.report(f"loader, {what}", columns, table, result, arguments.json, device)

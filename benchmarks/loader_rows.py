@@ -1,7 +1,7 @@
 """The loaders of others that `benchmarks.loader` compares with: each is a function of the folder of files, the stored size,
-the resolution, the batch size, the number of threads and the device, and gives a function: a number of batches -> these; or
-raises ImportError. All draw random-resized crops and flips, and give uint8 batches. Their JPEGs are plain ones: the restart
-markers of ours would cost them 8 to 11 %."""
+the resolution, the batch size, the number of threads, the device and whether it takes the squares in the images' middles
+instead of random-resized crops and flips, and gives a function: a number of batches -> these; or raises ImportError. They
+give uint8 batches. Their JPEGs are plain ones: the restart markers of ours would cost them 8 to 11 %."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # GNU OpenMP ends w
 AHEAD = 2  # batches that DALI has ready
 
 
-def ffcv(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device):
+def ffcv(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device, middle: bool):
     """FFCV's own Loader."""
     from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
+    from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
 
     to = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
-    decode = [RandomResizedCropRGBImageDecoder((resolution, resolution)), RandomHorizontalFlip(), ToTensor()]
-    pipelines = {"image": [*decode, *to, ToTorchImage()], "label": [IntDecoder(), ToTensor(), *to]}
+    decode = [RandomResizedCropRGBImageDecoder((resolution, resolution)), RandomHorizontalFlip()]
+    decode = [CenterCropRGBImageDecoder((resolution, resolution), ratio=1)] if middle else decode
+    pipelines = {"image": [*decode, ToTensor(), *to, ToTorchImage()], "label": [IntDecoder(), ToTensor(), *to]}
     threads = torch.get_num_threads()
     options = {"order": OrderOption.RANDOM, "os_cache": True, "drop_last": True, "pipelines": pipelines}
     batches = Loader(str(folder / "plain" / f"train_{size}.beton"), batch_size, workers, **options)
@@ -39,7 +40,7 @@ def ffcv(folder: Path, size, resolution: int, batch_size: int, workers: int, dev
     return passes(batches)
 
 
-def dali_reader(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device):
+def dali_reader(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device, middle: bool):
     """DALI's own pipeline: its reader of the shards, shuffled, its fused decoder of random crops."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
@@ -57,10 +58,16 @@ def dali_reader(folder: Path, size, resolution: int, batch_size: int, workers: i
         reader = {"paths": shards, "ext": ["jpg", "cls"], "random_shuffle": True, "initial_fill": 512, "name": "shards"}
         files, labels = fn.readers.webdataset(missing_component_behavior="error", **reader)
         area, ratio = [0.08, 1.0], [3 / 4, 4 / 3]
-        options = {"random_area": area, "random_aspect_ratio": ratio, "output_type": types.RGB}
-        images = fn.decoders.image_random_crop(files, device="mixed" if gpu else "cpu", **options)
-        images = fn.resize(images, size=[float(resolution)] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
-        return fn.flip(images, horizontal=fn.random.coin_flip()), fn.pad(labels, fill_value=0)
+        place, linear = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}, types.INTERP_LINEAR
+        labels = fn.pad(labels, fill_value=0)
+        if middle:
+            images = fn.resize(
+                fn.decoders.image(files, **place), resize_shorter=resolution, interp_type=linear, antialias=True
+            )
+            return fn.crop(images, crop=(resolution, resolution)), labels
+        images = fn.decoders.image_random_crop(files, random_area=area, random_aspect_ratio=ratio, **place)
+        images = fn.resize(images, size=[float(resolution)] * 2, interp_type=linear, antialias=True)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
     iterator = DALIGenericIterator(pipeline(), ["images", "labels"], size=-1, auto_reset=True)
 
@@ -77,12 +84,11 @@ def data_loader(read):
     """torch's DataLoader on an image folder; `read` gives a function from an image file to a uint8 H x W x 3 array or an
     image of torchvision's, and says whether RandomResizedCrop works on tensors."""
 
-    def make(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device):
+    def make(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device, middle: bool):
         torchvision = import_torchvision()
         transforms = torchvision.transforms
         open_file, tensors = read()
-        steps = [transforms.RandomResizedCrop(resolution, antialias=True), transforms.RandomHorizontalFlip()]
-        steps += [] if tensors else [transforms.PILToTensor()]
+        steps = steps_of(transforms, resolution, middle) + ([] if tensors else [transforms.PILToTensor()])
         data = torchvision.datasets.ImageFolder(
             str(folder / "plain" / f"{size}"), transforms.Compose(steps), loader=open_file
         )
@@ -90,6 +96,26 @@ def data_loader(read):
         return passes(torch.utils.data.DataLoader(data, batch_size, shuffle=True, **options), device)
 
     return make
+
+
+def steps_of(transforms, resolution: int, middle: bool) -> list:
+    if middle:
+        return [transforms.Resize(resolution, antialias=True), transforms.CenterCrop(resolution)]
+    return [transforms.RandomResizedCrop(resolution, antialias=True), transforms.RandomHorizontalFlip()]
+
+
+def webdataset(folder: Path, size, resolution: int, batch_size: int, workers: int, device: torch.device, middle: bool):
+    """The WebDataset library on the tars, decoded by simplejpeg. Each worker reads whole tars: here all of them read all."""
+    import webdataset as wds
+    from simplejpeg import decode_jpeg
+
+    change = import_torchvision().transforms.Compose(steps_of(import_torchvision().transforms, resolution, middle))
+    tars = [str(file) for file in sorted((folder / "plain").glob(f"train_{size}-*.tar"))]
+    data = wds.WebDataset(tars, shardshuffle=False, workersplitter=None, nodesplitter=None, empty_check=False)
+    data = data.shuffle(512).to_tuple("jpg", "cls")
+    data = data.map_tuple(lambda jpeg: change(tensor(decode_jpeg(jpeg, "RGB", fastdct=True))), int)
+    options = {"num_workers": workers, "pin_memory": device.type == "cuda", "drop_last": True}
+    return passes(torch.utils.data.DataLoader(data, batch_size, **options), device)
 
 
 def by_pillow():
@@ -157,6 +183,7 @@ OTHERS = {
     "DataLoader, decode_jpeg": data_loader(by_torchvision),
     "DataLoader, simplejpeg": data_loader(by_simplejpeg),
     "DataLoader, PyTurboJPEG": data_loader(by_pyturbojpeg),
+    "WebDataset, simplejpeg": webdataset,
 }
 
 

@@ -114,6 +114,7 @@ def need(loader: str) -> None:
     """The test is skipped where this loader cannot run."""
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
+        pytest.importorskip("numba")
     if loader == "ffcv":
         try:
             functions()

@@ -49,6 +49,7 @@ MODELS = {
     "preact_resnet18_w16": "fastrobust.models.preact_resnet:preact_resnet18_w16",
     "preact_resnet18_paper": "fastrobust.models.paper_preact_resnet:preact_resnet18_paper",
     "preact_resnet18_wong2020": "fastrobust.models.paper_preact_resnet:preact_resnet18_wong2020",
+    "patch_resnet14": "fastrobust.models.patch_resnet:patch_resnet14",
     "cifar_resnet18": "fastrobust.models.cifar_resnet:cifar_resnet18",
     "cifar_resnet50": "fastrobust.models.cifar_resnet:cifar_resnet50",
     "wide_resnet28_10": "fastrobust.models.wide_resnet:wide_resnet28_10",

@@ -91,9 +91,10 @@ def test_loaders(call, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTROBUST_DATA", str(tmp_path / "absent"))
     result = call(loader, "--limit", 16, "--batch-size", 8, "--repetitions", 1, "--workers", 1)
     assert (result["images"], result["of"]) == (16, "generated images of 500 x 375")
-    for size, crop in loader.PHASES:
-        assert result["rows"][f"{size} to {crop}, DataLoader"]["over_DataLoader"] == 1
-        assert result["rows"][f"{size} to {crop}, torch shards jpeg"]["median"] > 0
+    for size, crop, augment in loader.PHASES:
+        phase = f"{size} to {crop}" + ("" if augment else ", middle")
+        assert result["rows"][f"{phase}, DataLoader"]["over_DataLoader"] == 1
+        assert result["rows"][f"{phase}, torch shards jpeg"]["median"] > 0
 
 
 def test_a_wrong_option_is_one_line(monkeypatch, capsys, tmp_path):

@@ -96,7 +96,7 @@ def test_ratios_in_the_records_are_those_of_the_files():
         assert float(told) == pytest.approx(figure, abs=0.0051), words
     loaders = json.loads((RESULTS / "loader_cpu.json").read_text())["rows"]
     for size, name, rate, ratio in re.findall(
-        r"^\| (\w+ → \d+) \| ([^|]+?) \| ([\d,]+) \| ([\d.]+) \|", RECORDS, re.MULTILINE
+        r"^\| (\w+ → \d+(?:, middle)?) \| ([^|]+?) \| ([\d,]+) \| ([\d.]+) \|", RECORDS, re.MULTILINE
     ):
         row = loaders[f"{size.replace('→', 'to')}, {name}"]
         assert float(rate.replace(",", "")) == pytest.approx(row["median"], abs=0.51)

@@ -49,6 +49,13 @@ def by_opencv(data: bytes) -> np.ndarray:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
 
 
+def cut(data: bytes, *box: int):
+    pytest.importorskip("numba")
+    from fastrobust.data.loaders.cut import part
+
+    return part(data, box, np.zeros(len(data), np.uint8))
+
+
 @pytest.mark.parametrize("decode", [by_pillow, by_simplejpeg, by_opencv])
 @pytest.mark.parametrize("size", [(160, 213), (97, 64), (16, 16), (1, 1), (33, 5), (300, 17)], ids=str)
 def test_a_part_has_the_pixels_of_the_whole(decode, size):
@@ -60,7 +67,7 @@ def test_a_part_has_the_pixels_of_the_whole(decode, size):
     for _ in range(60):
         top, left = random.integers(0, size[1]), random.integers(0, size[0])
         height, width = random.integers(1, size[1] - top + 1), random.integers(1, size[0] - left + 1)
-        part, y, x = regions.cut(data, *map(int, (top, left, height, width)))
+        part, y, x = cut(data, *map(int, (top, left, height, width)))
         pixels = decode(bytes(part))
         assert 0 <= top - y <= 16 and 0 <= left - x <= 16 and len(pixels) - (top - y) - height <= 16
         box = pixels[top - y : top - y + height, left - x : left - x + width]
@@ -71,10 +78,10 @@ def test_a_part_has_the_pixels_of_the_whole(decode, size):
 
 def test_what_was_not_made_for_it_is_decoded_whole(monkeypatch):
     image = photo(160, 100)
-    assert regions.cut(plain(image, 90), 3, 3, 9, 9) == (plain(image, 90), 0, 0)
+    assert cut(plain(image, 90), 3, 3, 9, 9) == (plain(image, 90), 0, 0)
     monkeypatch.setattr(regions, "MOST", 69)  # one MCU fewer than it has
     assert regions.encode(image, 90) == plain(image, 90)
-    assert regions.cut(b"", 0, 0, 1, 1) == (b"", 0, 0)
+    assert cut(b"", 0, 0, 1, 1) == (b"", 0, 0)
 
 
 def test_the_decoder_of_ffcv_reads_it():
@@ -94,7 +101,7 @@ def test_shrinking_gives_opencvs_bits(mirror):
     need("ffcv")
     import cv2
 
-    from fastrobust.data.loaders.area import shrink
+    from fastrobust.data.loaders.resize import shrink
 
     random = np.random.default_rng(2)
     image = random.integers(0, 256, (333, 412, 3), np.uint8)
@@ -106,10 +113,83 @@ def test_shrinking_gives_opencvs_bits(mirror):
             top, left = (
                 int(random.integers(0, size - n + 1)) for size, n in zip(image.shape, (height, width), strict=False)
             )
-            shrink(image, top, left, height, width, out, mirror)
+            shrink(image, top, left, height, width, mirror, out)
             box = image[top : top + height, left : left + width]
             expected = cv2.resize(box, (side, side), interpolation=cv2.INTER_AREA)
             assert np.array_equal(out, expected[:, ::-1] if mirror else expected), (side, height, width)
+
+
+def by_triangles(image: np.ndarray, top: int, left: int, height: int, width: int, side: int) -> np.ndarray:
+    """The slow way: every pixel of the image has its weight for every pixel of the result."""
+
+    def weights(start: int, length: int, size: int) -> np.ndarray:
+        reach = max(1.0, length / side)
+        centres = start + (np.arange(side)[:, None] + 0.5) * length / side - 0.5
+        places = np.arange(-size, 2 * size)  # those outside have the colour of the edge
+        each = np.maximum(0, 1 - abs(places - centres) / reach)
+        inside = np.zeros((side, size))
+        np.add.at(inside, (slice(None), places.clip(0, size - 1)), each / each.sum(1, keepdims=True))
+        return inside
+
+    rows, columns = weights(top, height, image.shape[0]), weights(left, width, image.shape[1])
+    return np.einsum("yi,xj,ijc->yxc", rows, columns, image.astype(float), optimize=True)
+
+
+BOXES = [(20, 30, 100, 120), (0, 0, 160, 213), (5, 9, 150, 60), (40, 50, 20, 11), (159, 212, 1, 1)]
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("side", [3, 64, 100])
+def test_smoothing_is_the_sum_of_all_pixels(mirror, side):
+    pytest.importorskip("numba")
+    from fastrobust.data.loaders.resize import smooth
+
+    image, out = np.random.default_rng(2).integers(0, 256, (160, 213, 3), np.uint8), np.empty((side, side, 3), np.uint8)
+    for box in BOXES:
+        smooth(image, *box, mirror, out)
+        found = out[:, ::-1] if mirror else out
+        assert abs(found - by_triangles(image, *box, side)).max() < 0.501
+
+
+def test_smoothing_is_what_dali_does_on_a_gpu():
+    """Of the same function of DALI's, here on the CPU."""
+    need("dali")
+    from fastrobust.data.loaders.dali import dali, resized
+    from fastrobust.data.loaders.resize import smooth
+
+    fn, _, Pipeline = dali()
+    image = np.random.default_rng(2).integers(0, 256, (160, 213, 3), np.uint8)
+    corners = np.array([[box[:2], np.add(box[:2], box[2:])] for box in BOXES], np.float32)
+    corners[::2, :, 1] = corners[::2, ::-1, 1]  # mirrored
+    for side in (3, 64, 100):
+        pipeline, out = Pipeline(len(BOXES), 1, None), np.empty((side, side, 3), np.uint8)
+        with pipeline:
+            inputs = fn.external_source(
+                source=lambda: ([image] * len(BOXES), list(corners[:, 0]), list(corners[:, 1])), num_outputs=3
+            )
+            pipeline.set_outputs(resized(*inputs, side))
+        pipeline.build()
+        for k, box in enumerate(BOXES):
+            smooth(image, *box, k % 2 == 0, out)
+            difference = abs(out.astype(int) - np.array(pipeline.run()[0].at(k)))
+            assert difference.max() <= 1 and difference.mean() < 0.1  # halves are rounded up there, and to even here
+
+
+def test_odd_lengths_of_mcus_are_not_believed():
+    """The image is decoded whole then; no byte beyond the file is read, none beyond the buffer is written."""
+    pytest.importorskip("numba")
+    from fastrobust.data.loaders.cut import part
+
+    image = photo(160, 100)
+    good = regions.encode(image, 90)
+    end = regions.PLACE + 2 + int.from_bytes(good[regions.PLACE + 2 : regions.PLACE + 4], "big")
+    random = np.random.default_rng(3)
+    for _ in range(300):
+        data, room = bytearray(good), np.zeros(2 * len(good), np.uint8)
+        for place in random.integers(regions.PLACE + 2, min(end + 20, len(good)), 3):
+            data[place] = random.integers(256)
+        found, *_ = part(bytes(data[: random.integers(10, len(data) + 1)]), (5, 40, 60, 70), room[: len(good)])
+        assert len(found) <= len(good) and not room[len(good) :].any()
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +239,7 @@ def test_the_files_hold_what_can_be_cut(both, photos, kind):
     descriptors = found.open()
     for i, file in enumerate(sorted((photos / "train").rglob("*.jpg"))):
         data = found.read(descriptors, i)
-        assert len(regions.cut(data, 0, 0, 1, 1)[0]) < len(data)
+        assert len(cut(data, 0, 0, 1, 1)[0]) < len(data)
         assert np.array_equal(by_pillow(data), by_pillow(plain(upright(file), 90)))
     for descriptor in descriptors:
         os.close(descriptor)

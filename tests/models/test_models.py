@@ -9,8 +9,10 @@ from torch import nn
 
 from fastrobust import models
 from fastrobust.models.paper_preact_resnet import PaperPreActBlock
+from fastrobust.models.patch_resnet import PatchResNet14
 from fastrobust.models.preact_resnet import PreActResNet18
 from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.operations import Operations
 from fastrobust.runtime.torchvision_compat import import_torchvision
 
 CIFAR = {"channels": 3, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
@@ -80,6 +82,34 @@ def test_preact_resnet18_is_the_network_of_he_et_al():
     assert out.shape == (2, 32, 4, 4)
     out = norm_relu(out, weights, "bn").mean((2, 3)) @ weights["linear.weight"].T + weights["linear.bias"]
     torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+
+
+def test_patch_resnet14_is_the_last_stages_of_preact_resnet18():
+    """Of twice the width, on the same weights: its stem is a convolution over the patches, written out with `unfold`."""
+    model, whole = PatchResNet14(3, 10, width=8), PreActResNet18(3, 10, width=8)
+    weights = unlike_at_the_start(model)
+    whole.blocks = whole.blocks[:6]  # of 8, 16 and 32 channels
+    whole.bn, whole.linear, whole.conv = nn.BatchNorm2d(32), nn.Linear(32, 10), nn.Identity()
+    whole.load_state_dict({name: t for name, t in weights.items() if name != "conv.weight"})
+    x = torch.rand(2, 3, 32, 32)
+    patches = F.unfold(F.pad(x, (1, 1, 1, 1)), 4, stride=2)  # N x 48 x 256
+    stem = (weights["conv.weight"].flatten(1) @ patches).unflatten(2, (16, 16))
+    torch.testing.assert_close(model(x), whole.eval()(stem), rtol=1e-4, atol=1e-4)
+
+
+def test_patch_resnet14_has_a_fifth_of_the_operations():
+    """Counted, and by the formula: a convolution takes 2 x inputs x outputs x its area for each place that it gives."""
+    model, widths = create("patch_resnet14").eval(), (64, 128, 256)
+    assert parameters(model) == 2_778_250
+    with Operations() as counted, torch.no_grad():
+        model(torch.rand(1, 3, 32, 32))
+    total, inputs = 2 * 3 * 64 * 16 * 16**2, 64
+    for stage, width in enumerate(widths):
+        places = (16 // 2**stage) ** 2
+        total += 2 * places * (9 * inputs * width + 27 * width * width + (inputs * width if stage else 0))
+        inputs = width
+    assert counted.number == total + 2 * 256 * 10
+    assert counted.number == pytest.approx(0.19 * 1.11e9, rel=0.01)
 
 
 # ---- the layout of the paper's published code

@@ -29,7 +29,7 @@ from fastrobust.runtime.errors import ConfigError, DataError
 
 READERS = {"ffcv": beton.read, "webdataset": shards.read}  # of each kind of prepared files
 FAST = ("simplejpeg", "cv2", "numba")
-PREPARED = {"ffcv": ("ffcv", FAST), "dali": ("webdataset", ("nvidia.dali",))}  # loader: its files, its packages
+PREPARED = {"ffcv": ("ffcv", FAST), "dali": ("webdataset", ("nvidia.dali", "numba"))}  # loader: its files, its packages
 
 
 def resolve(config: Config, device: torch.device) -> Config:

@@ -20,7 +20,6 @@ from torch import Tensor
 from fastrobust.data.batch import Batch
 from fastrobust.data.loaders import prefetch
 from fastrobust.data.loaders.base import Job, Loader
-from fastrobust.data.prepared import regions
 from fastrobust.data.prepared.records import Records
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
 
@@ -29,17 +28,18 @@ DEPTH = 2  # batches that the threads work on, and batches that wait
 
 @cache
 def functions():
-    """(simplejpeg's decode_jpeg, cv2, `area.shrink`). Raises ConfigError where a package is absent or does not load."""
+    """(simplejpeg's decode_jpeg, cv2, our `part` and `shrink`). Raises ConfigError where a package does not load."""
     try:
         import cv2
         from simplejpeg import decode_jpeg
 
-        from fastrobust.data.loaders.area import shrink
+        from fastrobust.data.loaders.cut import part
+        from fastrobust.data.loaders.resize import shrink
     except ImportError as error:
         advice = "`pip install 'fastrobust[ffcv]'`, or set `loader: torch`"
         raise ConfigError(f"loader: ffcv needs a package that does not load ({first_line(error)}); {advice}") from None
     cv2.setNumThreads(1)  # the loader has threads of its own
-    return decode_jpeg, cv2, shrink
+    return decode_jpeg, cv2, part, shrink
 
 
 class Ffcv(Loader):
@@ -48,7 +48,7 @@ class Ffcv(Loader):
         super().__init__(records, *arguments, **options)
         self.pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ffcv")
         self.local = threading.local()
-        self.largest = int((records.height * records.width).max()) * 3
+        self.largest, self.longest = int((records.height * records.width).max()) * 3, int(records.length.max())
 
     def decoded(self, jobs) -> Iterator[Batch]:
         return prefetch.on_device(prefetch.ahead(self._batches(jobs), DEPTH), self.device)
@@ -84,15 +84,16 @@ class Ffcv(Loader):
 
     def _decode(self, index: np.ndarray, boxes: np.ndarray, flips: np.ndarray, out: np.ndarray) -> None:
         """Fill out, B x resolution x resolution x 3. Decoding and resizing release the interpreter."""
-        _, cv2, shrink = functions()
+        _, cv2, _, shrink = functions()
         side = self.resolution
         if not hasattr(self.local, "pixels"):
             self.local.pixels, self.local.mirrored = np.empty(self.largest, np.uint8), np.empty((side, side, 3), np.uint8)
+            self.local.part = np.empty(self.longest, np.uint8)
         for k, (i, (top, left, height, width), flip) in enumerate(zip(index.tolist(), boxes.tolist(), flips, strict=True)):
             image, y, x = self._image(i, top, left, height, width)
             top, left = top - y, left - x
             if min(height, width) >= side and (height % side or width % side):
-                shrink(image, top, left, height, width, out[k], flip)
+                shrink(image, top, left, height, width, flip, out[k])
                 continue
             target, box = self.local.mirrored if flip else out[k], image[top : top + height, left : left + width]
             cv2.resize(box, (side, side), dst=target, interpolation=cv2.INTER_AREA)
@@ -106,8 +107,9 @@ class Ffcv(Loader):
         if records.raw[i]:
             return np.frombuffer(data, np.uint8, shape[0] * shape[1] * 3).reshape(shape), 0, 0
         try:
-            data, y, x = regions.cut(data, *box)
-            return functions()[0](data, "RGB", fastdct=True, buffer=self.local.pixels), y, x
+            decode_jpeg, _, part, _ = functions()
+            data, y, x = part(data, box, self.local.part)
+            return decode_jpeg(data, "RGB", fastdct=True, buffer=self.local.pixels), y, x
         except ValueError:
             raise DataError(f"image {i} of {records.files[0]} is damaged: write the file again") from None
 

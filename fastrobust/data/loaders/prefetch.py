@@ -49,7 +49,10 @@ def ahead(batches: Iterable[Batch], depth: int) -> Iterator[Batch]:
             if item is None:
                 return
             if isinstance(item, BaseException):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item  # it knows this frame: as a circle, a DALI pipeline in it would live on into forked workers
             yield item
     finally:
         stop.set()
