@@ -57,9 +57,10 @@ def rows_at(around, points: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-def program(around, row: torch.Tensor, pattern=None) -> float:
+def program(around, row: torch.Tensor, pattern=None, ends=None) -> float:
     """The least value of a row over the box by a linear program: the triangle relaxation of every ReLU, or, with a pattern
-    (+1 or -1 for each), the exact network where the ReLUs have these signs. inf where there is no such point."""
+    (+1 or -1 for each), the exact network where the ReLUs have these signs. ends: inputs that are held at -1 or 1 (0: none
+    of both). inf where there is no such point."""
     count, inputs = len(around.lower), around.inputs
     weights, low, high = around.weights.numpy(), around.lower.numpy(), around.upper.numpy()
     z, one = np.delete(weights, inputs, 1), weights[:, inputs]
@@ -74,7 +75,7 @@ def program(around, row: torch.Tensor, pattern=None) -> float:
         rows = [np.where(on[:, None], -z, z), np.where(on[:, None], r - z, r), np.where(on[:, None], z - r, -r)]
         limits = [np.where(on, one, -one), np.where(on, one, 0), np.where(on, -one, 0)]
         spans = [(None, None)] * count
-    box = [(-1, 1)] * inputs
+    box = [(e, e) if e else (-1, 1) for e in (ends.tolist() if ends is not None else [0] * inputs)]
     cost = np.delete(row.numpy(), inputs)
     found = linprog(cost, np.vstack(rows), np.concatenate(limits), bounds=box + spans, method="highs")
     return found.fun + row[inputs].item() if found.status == 0 else np.inf

@@ -35,20 +35,30 @@ def relu_lines(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Domains:
-    """N domains. rows: the question of each, float64 N x (D + 1 + U); target: its number, int64 N. signs: int8 N x U, +1
-    fixed active, -1 fixed inactive, 0 free. span: bounds on the inputs of the last layer's ReLUs that hold in the domain
-    wherever its row does not exceed the tolerance, float64 N x 2 x (size of that layer). low, push: slopes of the lower
-    lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64 N. depth: int64 N.
+    """N domains. rows: the question of each, float64 N x (D + 1 + U); target: its number, int64 N. signs: int8 N x U,
+    positive fixed active, negative fixed inactive (1 by a split, 2 by a bound), 0 free. ends: int8 N x D, the end of each
+    input's range that is meant, 0 for all of it. span: bounds on the inputs of the ReLUs, float64 N x 2 x U. low, push:
+    slopes of the lower lines and multipliers of the fixed signs, float32 N x U. bound: the best lower bounds found, float64
+    N. depth: int64 N. known: how much was settled when all spans were last renewed, int64 N.
+
+    Signs, ends and spans hold for the points of the domain where the row is least in the whole box, if it does not exceed
+    the tolerance there. Nothing else matters for the question whether there is a point where it does not.
     """
 
     rows: Tensor
     target: Tensor
     signs: Tensor
+    ends: Tensor
     span: Tensor
     low: Tensor
     push: Tensor
     bound: Tensor
     depth: Tensor
+    known: Tensor
+
+    def settled(self) -> Tensor:
+        """How many signs and ends are fixed, int64 N."""
+        return (self.signs != 0).sum(1) + (self.ends != 0).sum(1)
 
     def __len__(self) -> int:
         return len(self.bound)
@@ -67,12 +77,15 @@ def join(*parts: Domains) -> Domains:
 
 @dataclass
 class Lines:
-    """A ReLU over z lies under slope * z + offset and over low * z; N x U each. signs: as in Domains."""
+    """A ReLU over z lies under slope * z + offset and over low * z; N x U each. signs: -1, 0 or 1. ends, free: N x D, as in
+    Domains, and 1 where that is 0."""
 
     slope: Tensor
     offset: Tensor
     low: Tensor
     signs: Tensor
+    ends: Tensor
+    free: Tensor
 
 
 class Adam:
@@ -97,26 +110,25 @@ class Bounder:
     def __init__(self, reduced: Reduced, deadline: float = math.inf):
         self.reduced, self.deadline = reduced, deadline
         self.last = reduced.layers[-1] if reduced.layers else slice(0, 0)
-        self.tensors = {
-            dtype: tuple(t.to(dtype) for t in (reduced.weights, reduced.lower, reduced.upper))
-            for dtype in (torch.float32, torch.float64)
-        }
+        self.weights = {dtype: reduced.weights.to(dtype) for dtype in (torch.float32, torch.float64)}
+        self.sizes = reduced.weights.abs()
+        self.parts: dict = {}  # what single ReLUs depend on (narrowing)
 
     # Of the operations on N x U numbers below, those on truth values (where, masks) would take ten times as long as sums
     # and products do on a CPU.
 
-    def lines(self, signs: Tensor, span: Tensor, low: Tensor, dtype: torch.dtype) -> Lines:
-        _, lower, upper = self.tensors[dtype]
-        count, before, signs = len(signs), slice(0, self.last.start), signs.to(dtype)
+    def lines(self, domains: Domains, low: Tensor, dtype: torch.dtype) -> Lines:
+        signs, ends = domains.signs.sign().to(dtype), domains.ends.to(dtype)
         active, fixed = signs.clamp(min=0), signs.abs()
-        low_z = torch.cat([lower[before].expand(count, -1), span[:, 0].to(dtype)], 1).mul_(1 - active)
-        high_z = torch.cat([upper[before].expand(count, -1), span[:, 1].to(dtype)], 1).mul_(1 - fixed + active)
-        return Lines(*relu_lines(low_z, high_z), torch.lerp(low.to(dtype), active, fixed), signs)
+        low_z = domains.span[:, 0].to(dtype) * (1 - active)
+        high_z = domains.span[:, 1].to(dtype) * (1 - fixed + active)
+        low = torch.lerp(low.to(dtype), active, fixed)
+        return Lines(*relu_lines(low_z, high_z), low, signs, ends, 1 - ends.abs())
 
     def below(self, rows: Tensor, lines: Lines, push: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(lower bounds, N; coefficients of the ReLUs' outputs, N x U; coefficients of the inputs, N x D), in the precision
         of `rows`."""
-        weights, size = self.tensors[rows.dtype][0], lines.signs.shape[1]
+        weights, size = self.weights[rows.dtype], lines.signs.shape[1]
         r = self.reduced.inputs + 1  # where the ReLUs begin
         coefficients = rows[:, r:].clone()
         passed = torch.empty_like(coefficients)  # what goes back through the inputs of the ReLUs
@@ -130,16 +142,17 @@ class Bounder:
             back = mine.clamp(min=0).mul_(lines.low[:, layer]).addcmul_(negative, lines.slope[:, layer])
             torch.sub(back, pushed[:, layer], out=passed[:, layer])
             total += negative.mul_(lines.offset[:, layer]).sum(1)
-        ends = torch.addmm(rows[:, :r], passed, weights[:, :r])
-        total += ends[:, r - 1] - ends[:, : r - 1].abs().sum(1)
-        return total, coefficients, ends[:, : r - 1]
+        back = torch.addmm(rows[:, :r], passed, weights[:, :r])
+        x = back[:, : r - 1]
+        total += back[:, r - 1] + torch.addcmul(x * lines.ends, x.abs(), lines.free, value=-1).sum(1)
+        return total, coefficients, x
 
     def point(self, lines: Lines, coefficients: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Where the relaxation behind such a bound is least: ([x, 1, r], N x (D + 1 + U); inputs of the ReLUs, N x U)."""
-        weights = self.tensors[x.dtype][0]
+        weights = self.weights[x.dtype]
         r = self.reduced.inputs + 1
         known = x.new_empty(len(x), weights.shape[1])
-        known[:, : r - 1], known[:, r - 1] = -x.sign(), 1
+        known[:, : r - 1], known[:, r - 1] = lines.ends - x.sign() * lines.free, 1
         z, lowest = torch.empty_like(coefficients), coefficients.sign().add_(1).mul_(0.5)
         for layer in self.reduced.layers:
             mine = z[:, layer]
@@ -148,17 +161,37 @@ class Bounder:
             known[:, r + layer.start : r + layer.stop] = above.lerp_(lines.low[:, layer] * mine, lowest[:, layer])
         return known, z
 
+    def descend(self, rows: Tensor, x: Tensor, steps: int) -> Tensor:
+        """Inputs (float32 N x D in [-1, 1]) from which each row is at its least after so many steps down its slope."""
+        weights, r = self.weights[torch.float32], self.reduced.inputs + 1
+        rows, known = rows.float(), x.new_ones(len(x), weights.shape[1])
+        least, best = torch.full((len(x),), torch.inf), x
+        for step in range(steps):
+            known[:, : r - 1] = x
+            for layer in self.reduced.layers:
+                z = known[:, : r + layer.start] @ weights[layer, : r + layer.start].T
+                known[:, r + layer.start : r + layer.stop] = z.clamp(min=0)
+            value = (known * rows).sum(1)
+            best = torch.where((value < least)[:, None], x, best)
+            least = torch.minimum(value, least)
+            on = (known[:, r:] > 0).float()
+            exact = Lines(on, torch.zeros_like(on), on, on, torch.zeros_like(x), torch.ones_like(x))
+            slope = self.below(rows, exact, torch.zeros_like(on))[2]
+            rate = 0.7 * 0.8**step / slope.abs().mean(1, keepdim=True).clamp(min=1e-12)
+            x = (x - rate * slope).clamp(-1, 1)
+        return best
+
     def root(self, rows: Tensor) -> Domains:
         """One domain per row (N x (D + 1 + U)), nothing fixed."""
-        _, lower, upper = self.tensors[torch.float64]
+        lower, upper = self.reduced.lower, self.reduced.upper
         count = len(rows)
         low = (upper > -lower).float().expand(count, -1).contiguous()  # whichever leaves the smaller triangle
         signs = torch.zeros_like(low, dtype=torch.int8)
-        span = torch.stack([self.reduced.lower[self.last], self.reduced.upper[self.last]]).expand(count, -1, -1).contiguous()
+        span = torch.stack([lower, upper]).expand(count, -1, -1).contiguous()
+        ends = torch.zeros(count, self.reduced.inputs, dtype=torch.int8)
         bound = torch.full((count,), -torch.inf, dtype=torch.float64)
-        return Domains(
-            rows, torch.arange(count), signs, span, low, torch.zeros_like(low), bound, torch.zeros(count, dtype=torch.int64)
-        )
+        zeros = torch.zeros(count, dtype=torch.int64)
+        return Domains(rows, torch.arange(count), signs, ends, span, low, torch.zeros_like(low), bound, zeros, zeros.clone())
 
     def tighten(self, domains: Domains, steps: int, rate: float = 0.1, enough: float = torch.inf) -> Domains:
         """Optimise slopes and multipliers with Adam; what reaches `enough` needs no more. The better of the new bound, in
@@ -172,8 +205,8 @@ class Bounder:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(bounds in double precision, slopes, multipliers, multipliers of what is given: N x 1). given: rows that are at
         most 0 wherever the bound has to hold."""
-        rows, free = domains.rows.float(), 1 - domains.signs.abs().float()
-        lines = self.lines(domains.signs, domains.span, domains.low, torch.float32)
+        rows, free = domains.rows.float(), (domains.signs == 0).float()
+        lines = self.lines(domains, domains.low, torch.float32)
         parameters = [lines.low, domains.push.clone(), torch.zeros(len(rows), 1)]
         best = [p.clone() for p in parameters]
         if steps > 0:
@@ -197,33 +230,51 @@ class Bounder:
                     moving.climb(slope, rate * 0.97**step * (FASTER if most == torch.inf else 1))
                     moving.parameter.clamp_(0, most)
         asked = domains.rows if given is None else domains.rows + best[2].double() * given
-        lines = self.lines(domains.signs, domains.span, best[0], torch.float64)
+        lines = self.lines(domains, best[0], torch.float64)
         return (self.below(asked, lines, best[1])[0], *best)
 
     def rebound(self, domains: Domains, tolerance: float, steps: int, rate: float = 0.1) -> Domains:
         """Bounds on the inputs of the last layer's ReLUs, for each domain where its row is at most `tolerance`: nothing else
         matters for the question whether there is such a place (Kotha et al., 2023). A domain without one gets the bound
         infinity."""
-        lines = self.lines(domains.signs, domains.span, domains.low, torch.float32)
+        lines = self.lines(domains, domains.low, torch.float32)
         coefficients = self.below(domains.rows.float(), lines, domains.push)[1][:, self.last]
         cost = -coefficients * lines.offset[:, self.last] * (domains.signs[:, self.last] == 0)
         least = cost.topk(min(COSTLY, cost.shape[1]), dim=1).values[:, -1:]
         owners, places = ((cost > 0) & (cost >= least)).nonzero(as_tuple=True)
-        span, signs = domains.span.clone(), domains.signs.clone()
+        given = domains.rows.clone()
+        given[:, self.reduced.inputs] -= tolerance
+        return self.spanned(domains, owners, places + self.last.start, steps, rate, given)
+
+    def spanned(
+        self,
+        domains: Domains,
+        owners: Tensor,
+        places: Tensor,
+        steps: int = 0,
+        rate: float = 0.1,
+        given: Tensor | None = None,
+    ) -> Domains:
+        """With bounds on the inputs of the ReLUs `places` in the domains `owners`. given: rows, one for each domain, that
+        are at most 0 where the bounds have to hold."""
+        span = domains.span.clone()
         for owner, place in zip(owners.split(ROWS // 2), places.split(ROWS // 2), strict=True):
-            z, given = self.reduced.weights[self.last][place], domains.rows[owner].repeat(2, 1)
-            given[:, self.reduced.inputs] -= tolerance
-            asked = replace(domains.take(owner.repeat(2)), rows=torch.cat([z, -z]))
-            found, *_, weight = self.optimise(asked, given, steps, rate)
+            z, both = self.reduced.weights[place], owner.repeat(2)
+            asked = replace(domains.take(both), rows=torch.cat([z, -z]))
+            found, *_, weight = self.optimise(asked, None if given is None else given[both], steps, rate)
             widened = torch.from_numpy(slack(found.numpy())) * (1 + weight[:, 0].double())
             low, high = (found - widened).reshape(2, -1)
             span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
             span[owner, 1, place] = torch.minimum(span[owner, 1, place], -high)
-        free = signs[:, self.last] == 0
-        signs[:, self.last][free & (span[:, 0] >= 0)] = 1
-        signs[:, self.last][free & (span[:, 1] <= 0)] = -1
-        empty = (free & (span[:, 0] > span[:, 1])).any(1)
-        return replace(domains, span=span, signs=signs, bound=torch.where(empty, torch.inf, domains.bound))
+        return with_signs(replace(domains, span=span))
+
+
+def with_signs(domains: Domains) -> Domains:
+    """With the signs that follow from the spans; a domain whose spans leave nothing gets the bound infinity."""
+    low, high = domains.span[:, 0], domains.span[:, 1]
+    signs = torch.where(low >= 0, 2, torch.where(high <= 0, -2, domains.signs)).to(torch.int8)
+    empty = ((low > high) | (signs * domains.signs.sign() < 0)).any(1)
+    return replace(domains, signs=signs, bound=torch.where(empty, torch.inf, domains.bound))
 
 
 def surround(network: Network, box: tuple[Tensor, Tensor], steps: int = 0, deadline: float = math.inf) -> Reduced:

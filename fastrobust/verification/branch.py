@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from fastrobust.verification import milp
-from fastrobust.verification.bounds import Bounder, Domains, Lines, join
+from fastrobust.verification.bounds import Bounder, Domains, join
+from fastrobust.verification.narrowing import follow, narrow, pays, renew
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
 BATCH = 256  # domains that are split at once
 CANDIDATES = 5  # ReLUs that are tried before one is chosen for a split
 STEPS, RATE = 10, 0.05  # of the optimiser, for the bound of a domain
-MORE, NEAR = 20, 2.0  # further steps where a bound is nearer than that to a proof: it saves all that would grow from there
+MORE, NEAR = 20, 0.05  # further steps where so much is left of what the first bound lacked: nothing grows from a proof
 END_STEPS = 100  # where nothing is left to split: a linear program takes HiGHS half a second
-ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where the last layer is bounded anew
+ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where ReLUs are bounded anew
+DESCENTS, DOWN = 32, 10  # corners from which the row is followed downwards, the worst of a batch; steps
 MOST = 500_000  # domains, for the sake of memory
 
 
@@ -26,12 +28,12 @@ def split(bounder: Bounder, domains: Domains) -> tuple[Tensor, Tensor]:
     corners of the box where the relaxations are least, N x D). The ReLUs whose triangles cost a bound most are candidates;
     both children of each are tried with the slopes of their parent (filtered smart branching, De Palma et al., 2021)."""
     rows, everyone = domains.rows.float(), torch.arange(len(domains))
-    lines = bounder.lines(domains.signs, domains.span, domains.low, torch.float32)
+    lines = bounder.lines(domains, domains.low, torch.float32)
     value, coefficients, x = bounder.below(rows, lines, domains.push)
     cost = torch.where(domains.signs == 0, -coefficients.clamp(max=0) * lines.offset, -1)
     gains, picks = [], cost.topk(min(CANDIDATES, cost.shape[1]), dim=1).indices
     for pick in picks.T:
-        fixed = Lines(lines.slope.clone(), lines.offset.clone(), lines.low.clone(), lines.signs)
+        fixed = replace(lines, slope=lines.slope.clone(), offset=lines.offset.clone(), low=lines.low.clone())
         fixed.offset[everyone, pick] = 0
         rises = []
         for slope in (1, 0):
@@ -42,7 +44,7 @@ def split(bounder: Bounder, domains: Domains) -> tuple[Tensor, Tensor]:
         costly = cost[everyone, pick]
         gain = torch.minimum(*rises) + 0.2 * torch.maximum(*rises) + 0.01 * costly
         gains.append(torch.where(costly > 0, gain, -torch.inf))
-    corners = -x.sign().double()
+    corners = (lines.ends - x.sign() * lines.free).double()
     if not gains:
         return torch.full((len(domains),), -1), corners
     best = torch.stack(gains, 1).max(1)
@@ -99,22 +101,28 @@ def decide(
     """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
     adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
     deadline is one of time.monotonic()."""
-    roots = bounder.tighten(bounder.root(rows), 4 * STEPS, enough=2 * TOLERANCE)
+    roots = bounder.tighten(follow(bounder, bounder.root(rows), TOLERANCE), 4 * STEPS, enough=2 * TOLERANCE)
     open_ = Open(rows, roots.take(roots.bound <= TOLERANCE))
     visited, stuck = len(roots), set()
     while True:
         if not len(open_) or time.monotonic() > deadline or visited > MOST:
             return sorted(stuck | open_.targets()), None, visited
         worst = open_.worst(BATCH)
-        renew = torch.isin(worst.depth, torch.tensor(ANEW))
-        if renew.any():
-            deep = bounder.rebound(worst.take(renew), TOLERANCE, ANEW_STEPS)
-            deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
-            worst = join(worst.take(~renew), deep)
+        again = torch.isin(worst.depth, torch.tensor(ANEW))
+        if again.any():
+            told = again & pays(worst)
+            worst.put(told, narrow(bounder, renew(bounder, worst.take(told), TOLERANCE)))
+            deep = worst.take(again & (worst.bound <= TOLERANCE))
+            if len(deep):
+                deep = bounder.rebound(deep, TOLERANCE, ANEW_STEPS)
+                deep = bounder.tighten(deep, STEPS, RATE, enough=2 * TOLERANCE)
+            worst = join(worst.take(~again), deep)
             worst = worst.take(worst.bound <= TOLERANCE)
             if not len(worst):
                 continue
         pick, corners = split(bounder, worst)
+        near = worst.bound.topk(min(DESCENTS, len(worst)), largest=False).indices
+        corners[near] = bounder.descend(worst.rows[near], corners[near].float(), DOWN).double()
         hit = broken(corners)
         if hit.any():
             return [], corners[hit][0], visited
@@ -124,7 +132,7 @@ def decide(
             if target in stuck or seconds < 0:
                 stuck.add(target)
                 continue
-            kind, point = milp.decide(bounder.reduced, ends.rows[i], TOLERANCE, seconds, ends.signs[i])
+            kind, point = milp.decide(bounder.reduced, ends.rows[i], TOLERANCE, seconds, ends.signs[i], ends.ends[i])
             if kind == "point" and broken(point[None]).item():
                 return [], point, visited
             if kind != "verified":
@@ -134,8 +142,9 @@ def decide(
         if not going.any():
             continue
         worst, pick = worst.take(going), pick[going]
-        fresh = bounder.tighten(children(worst, pick), STEPS, RATE, enough=2 * TOLERANCE)
-        near = (fresh.bound <= TOLERANCE) & (fresh.bound > -NEAR)
+        fresh = follow(bounder, children(worst, pick), TOLERANCE)
+        fresh = bounder.tighten(fresh.take(fresh.bound <= TOLERANCE), STEPS, RATE, enough=2 * TOLERANCE)
+        near = (fresh.bound <= TOLERANCE) & (fresh.bound > NEAR * roots.bound[fresh.target])
         if near.any():
             fresh = join(fresh.take(~near), bounder.tighten(fresh.take(near), MORE, RATE, enough=2 * TOLERANCE))
         visited += len(fresh)

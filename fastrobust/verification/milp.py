@@ -17,15 +17,22 @@ from fastrobust.verification.reduced import Reduced
 
 
 def decide(
-    reduced: Reduced, row: Tensor, tolerance: float, seconds: float, signs: Tensor | None = None
+    reduced: Reduced,
+    row: Tensor,
+    tolerance: float,
+    seconds: float,
+    signs: Tensor | None = None,
+    ends: Tensor | None = None,
 ) -> tuple[str, Tensor | None]:
     """("verified", None), ("point", an input at which HiGHS finds the row at most the tolerance) or ("timeout", None).
-    signs: int8 U, +1 or -1 for a ReLU that is active or inactive in the part of the box that is asked about, else 0."""
+    signs: int8 U, positive or negative for a ReLU that is active or inactive in the part of the box that is asked about,
+    else 0. ends: int8 D, -1 or 1 for an input that is at that end of its range there, else 0."""
     count, inputs = len(reduced.lower), reduced.inputs
     part = lambda rows: (np.delete(rows.numpy(), inputs, -1), rows[..., inputs].numpy())  # (of [x, r], constants)
     (weights, shift), (row, constant) = part(reduced.weights), part(row)
     low, high = reduced.lower.numpy(), reduced.upper.numpy()
-    ones, signs = np.ones(inputs), np.zeros(count) if signs is None else signs.numpy()
+    signs = np.zeros(count) if signs is None else signs.numpy()
+    ends = np.zeros(inputs) if ends is None else ends.numpy()
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
     wide = sparse.hstack([sparse.csr_array((count, inputs)), eye])
     diagonal = lambda values: sparse.dia_array((values[None], [0]), shape=(count, count))
@@ -42,8 +49,8 @@ def decide(
     lp = highspy.HighsLp()
     lp.num_row_, lp.num_col_ = matrix.shape
     lp.col_cost_, lp.offset_ = objective, float(constant)
-    lp.col_lower_ = np.concatenate([-ones, np.zeros(count), np.where(signs > 0, 0, low), signs > 0])
-    lp.col_upper_ = np.concatenate([ones, high, np.where(signs < 0, 0, high), signs >= 0])
+    lp.col_lower_ = np.concatenate([np.where(ends == 0, -1, ends), np.zeros(count), np.where(signs > 0, 0, low), signs > 0])
+    lp.col_upper_ = np.concatenate([np.where(ends == 0, 1, ends), high, np.where(signs < 0, 0, high), signs >= 0])
     lp.row_lower_ = np.concatenate([*(b[1] for b in blocks), [-np.inf]])
     lp.row_upper_ = np.concatenate([*(b[2] for b in blocks), [tolerance - constant]])
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise

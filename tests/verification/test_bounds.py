@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ from small_networks import SHAPE, images, program, rows_at, scaled, tiny
 
 from fastrobust.verification import bounds, branch, network
 from fastrobust.verification.decide import Decider
+from fastrobust.verification.narrowing import local, narrow, renew
 
 
 def corners(decider: Decider, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +154,8 @@ def test_where_a_relaxation_is_least_gives_its_value_and_its_slopes(seed):
     decider = Decider(tiny(seed), SHAPE, 0.1)
     _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(0), 0)
     domains = partly_fixed(bounder, questions[0], torch.rand(1, bounder.reduced.inputs, dtype=torch.float64) * 2 - 1, seed)
-    double = lambda low: bounder.lines(domains.signs, domains.span, low, torch.float64)
+    domains.ends[0, ::3] = 1
+    double = lambda low: bounder.lines(domains, low, torch.float64)
     low, push = domains.low.double(), domains.push.double()
     value, coefficients, x = bounder.below(questions[:1], double(low), push)
     known, z = bounder.point(double(low), coefficients, x)
@@ -182,10 +187,72 @@ def test_bounds_renewed_in_a_domain_hold_wherever_its_row_is_small_there(seed):
         here = ((torch.cat(z, 1) * domains.signs >= 0).all(1)) & (margins <= tolerance)
         assert here.any() and renewed.bound.item() < torch.inf
         mine = z[-1][here]
-        assert (mine >= renewed.span[0, 0]).all() and (mine <= renewed.span[0, 1]).all()
+        span, before = renewed.span[0, :, bounder.last], domains.span[0, :, bounder.last]
+        assert (mine >= span[0]).all() and (mine <= span[1]).all()
         fixed = renewed.signs[:, bounder.last]
         assert (mine * fixed >= 0).all() and (fixed * domains.signs[:, bounder.last] >= 0).all()
-        assert (renewed.span[0, 0] >= domains.span[0, 0]).all() and (renewed.span[0, 1] <= domains.span[0, 1]).all()
+        assert (span[0] >= before[0]).all() and (span[1] <= before[1]).all()
+
+        tighter = renew(bounder, domains, tolerance)
+        mine = torch.cat(z, 1)[here]
+        assert (mine >= tighter.span[0, 0]).all() and (mine <= tighter.span[0, 1]).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_input_of_a_relu_gets_further_than_the_room_around_a_corner_allows(seed):
+    _, bounder, questions = Decider(tiny(seed), SHAPE, 0.1).margins(images(1, seed)[0].float() / 255, torch.tensor(0), 0)
+    around, generator = bounder.reduced, torch.Generator().manual_seed(seed)
+    cost = torch.rand(1, around.inputs, generator=generator, dtype=torch.float64) - 0.5
+    away = torch.rand(20_000, around.inputs, generator=generator, dtype=torch.float64) * 2  # from the corner
+    away[::2] = (away[::2] > 1.9) * 2.0
+    spent = away @ cost[0].abs()
+    room = spent.sort().values[2000:2001]
+    points = (away[spent <= room] - 1) * cost.sign()
+    z = torch.cat(rows_at(around, around.images(points)), 1)
+    shrunk = 0
+    for place in range(len(around.lower)):
+        ask = lambda room, p=place: local(bounder, p).around(bounder.root(questions[:1]), torch.tensor([0]), cost, room)
+        low, high = ask(room)
+        assert (z[:, place] >= low).all() and (z[:, place] <= high).all()
+        shrunk += (low > ask(room + 1e6)[0] + 1e-3).item()
+    assert shrunk > 5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ends_signs_and_spans_of_a_domain_keep_the_point_where_its_row_is_least(seed):
+    """Every pattern of signs by its own linear program, with the ends and without them."""
+    for epsilon in (0.05, 0.03, 0.02, 0.01):
+        decider = Decider(tiny(seed, deep=seed % 2 == 0), SHAPE, epsilon)
+        _, bounder, questions = decider.margins(images(1, seed)[0].float() / 255, torch.tensor(seed % 3), 0)
+        if len(bounder.reduced.lower) <= 7:
+            break
+    around, question = bounder.reduced, questions[1]
+    patterns = torch.tensor(list(itertools.product((-1, 1), repeat=len(around.lower))), dtype=torch.int8)
+    values = torch.tensor([program(around, question, p.numpy()) for p in patterns])
+    best = patterns[values.argmin()]
+    for fixed in range(3):  # nothing, and then some of the signs that the least point has
+        domains = bounder.root(question[None])
+        domains.signs[0] = best * (torch.rand(len(best), generator=torch.Generator().manual_seed(fixed)) < fixed / 3)
+        at_most = lambda t, d=domains: narrow(bounder, renew(bounder, narrow(bounder, d), t))
+        for narrowed in (at_most(values.min().item() + 1e-4), at_most(1e3)):
+            assert narrowed.bound.item() < torch.inf and (narrowed.ends != 0).sum() > 5
+            left = [p for p in patterns if (p * narrowed.signs[0] >= 0).all()]
+            least = min(program(around, question, p.numpy(), narrowed.ends[0]) for p in left)
+            assert least == pytest.approx(values.min().item(), abs=1e-7)
+
+        points = torch.rand(5_000, around.inputs, dtype=torch.float64) * 2 - 1
+        points[::2] = points[::2].sign()
+        points = torch.where(narrowed.ends == 0, points, narrowed.ends.double())
+        z = torch.cat(rows_at(around, around.images(points)), 1)
+        mine = z[(z * domains.signs >= 0).all(1)]
+        assert (mine >= narrowed.span[0, 0]).all() and (mine <= narrowed.span[0, 1]).all()
+        assert (narrowed.span[0, 0] >= domains.span[0, 0]).all() and (narrowed.span[0, 1] <= domains.span[0, 1]).all()
+        assert ((narrowed.signs != 0) >= (domains.signs != 0)).all()
+
+    nothing = lambda points: torch.zeros(len(points), dtype=torch.bool)
+    for above in (-1e-3, 1e-3):  # the answer turns where the least value passes the tolerance
+        question[around.inputs] += branch.TOLERANCE + above - program(around, question, best.numpy())
+        assert branch.decide(bounder, question[None], time.monotonic() + 30, nothing)[0] == ([] if above > 0 else [0])
 
 
 def test_a_domain_in_which_the_row_cannot_be_small_is_proved_by_renewed_bounds():
@@ -227,3 +294,16 @@ def test_open_domains_come_out_worst_first_whatever_comes_in_between():
         assert torch.equal(taken.rows, questions[taken.target])
     waiting.drop({0, 1})
     assert waiting.targets() == {d.target.item() for d in slow} - {0, 1}
+
+
+def test_corners_followed_downwards_never_end_higher_and_stay_in_the_box():
+    _, bounder, questions = Decider(tiny(0), SHAPE, 0.1).margins(images(1)[0].float() / 255, torch.tensor(0), 0)
+    around, x = bounder.reduced, torch.rand(50, bounder.reduced.inputs) * 2 - 1
+
+    def value(x):
+        z = rows_at(around, around.images(x.double()))
+        return torch.cat([x.double(), torch.ones(len(x), 1), *(t.clamp(min=0) for t in z)], 1) @ questions[0]
+
+    found = bounder.descend(questions[:1].expand(50, -1), x, 10)
+    assert (value(found) <= value(x) + 1e-5).all() and value(found).mean() < value(x).mean() - 0.1
+    assert found.abs().max() <= 1

@@ -61,9 +61,9 @@ def test_linear_programs_answer_where_the_optimiser_does_not(answers, monkeypatc
         monkeypatch.setattr(branch, name, 0)
     asked, ask = [], milp.decide
 
-    def decide(reduced, row, tolerance, seconds, signs):
+    def decide(reduced, row, tolerance, seconds, *part):
         asked.append(row)
-        return ask(reduced, row, tolerance, seconds, signs) if answers else ("timeout", None)
+        return ask(reduced, row, tolerance, seconds, *part) if answers else ("timeout", None)
 
     monkeypatch.setattr(branch.milp, "decide", decide)
     verdicts = []
