@@ -21,15 +21,18 @@ def asked_for(directory: Path, config: Config, file: str | None, overrides: list
     lines = reading.differences(config, given, ("before", "now"))
     if refused := [line for line in lines if not reading.may_change(line)]:
         raise RunError(refusal(directory, config, given, file, overrides, refused))
-    if (directory / SUMMARY).exists() and given.evaluation != config.evaluation:
+    evaluation = given.evaluation
+    if evaluation.precision == "auto":  # the run's choice
+        evaluation = evaluation.model_copy(update={"precision": config.evaluation.precision})
+    if (directory / SUMMARY).exists() and evaluation != config.evaluation:
         raise RunError(
             f"{directory} is finished, and keeps its evaluation. For another one:\n"
-            + "\n".join(f"  {command}" for command in evaluations(directory, config.evaluation, given.evaluation))
+            + "\n".join(f"  {command}" for command in evaluations(directory, config.evaluation, evaluation))
         )
     chosen = {key: getattr(given.data, key) or getattr(config.data, key) for key in ("prepared", "channels")}
     data = given.data.model_copy(update=chosen)
     engine = config.engine if given.engine == "auto" else given.engine  # auto: the run's choice
-    update = {"evaluation": given.evaluation, "device": given.device, "data": data, "engine": engine}
+    update = {"evaluation": evaluation, "device": given.device, "data": data, "engine": engine}
     return config.model_copy(update=update), lines
 
 
@@ -60,7 +63,7 @@ def evaluations(directory: Path, before: Evaluation, now: Evaluation) -> list[st
     """The evaluate commands that attack with the settings `now`."""
     common = [
         word
-        for key in ("steps", "restarts", "batch_size", "limit")
+        for key in ("steps", "restarts", "batch_size", "precision", "limit")
         if (value := getattr(now, key)) != getattr(before, key) and value is not None
         for word in (f"--{key.replace('_', '-')}", value)
     ]

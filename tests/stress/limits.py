@@ -224,5 +224,5 @@ def out_of_memory(folder: Path, megabytes: int = 200) -> dict:
                 return {"wrong": [f"{child.ended_by(ended.status)}: {ended.output[-800:]}"]}
             batch = fitted = int(message.rpartition("phases.0.batch_size=")[2])
         elif ended.status != 0:
-            wrong.append(f"a batch of {batch} does not fit after all: {ended.output[-500:]}")
+            wrong.append(f"a batch of {batch} does not fit after all, {child.ended_by(ended.status)}: {ended.output[-500:]}")
     return {"limit_megabytes": megabytes, "asked": 64, "named": fitted, "wrong": wrong}

@@ -49,6 +49,7 @@ def write_config(folder: Path, data: Path, name: str = "tiny", **changes) -> Pat
     """A YAML file of the tiny run `name`, which goes to folder/runs/name."""
     config = copy.deepcopy(CONFIG) | {"name": name, "output": str(folder / "runs")} | changes
     config["data"]["path"] = str(data)
+    config["evaluation"] = {"precision": "fp32"} | config["evaluation"]
     file = folder / f"{name}.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
