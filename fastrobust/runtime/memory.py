@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 
@@ -22,8 +23,14 @@ PLENTY = 4  # times what is needed: blocks of many sizes leave gaps between them
 def keep_freed(needed: float) -> None:
     """From here on this process keeps the memory that it frees, if there is plenty beside the `needed` bytes. glibc gives
     large blocks, such as the activations of a batch, back to the system at once, which clears every page before it gives it
-    out again. Nothing changes with another libc, or where the environment says how glibc's allocator is to work."""
+    out again. Nothing changes on another system, under a limit of address space, or where the environment says how glibc's
+    allocator is to work."""
+    if sys.platform != "linux":
+        return
+    import resource
+
     told = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    told = told or resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
     if told or PLENTY * needed > limits.available_memory() or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
     libc.mallopt(MMAP_MAX, 0)
