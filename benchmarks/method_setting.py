@@ -60,7 +60,7 @@ FORWARD = {  # forward passes of an update: a forward pass is 1, gradients of ac
     "free": lambda m: 3,
     "awp": lambda m: passes(m.of) + (6 if m.of.name == "trades" else 3),
 }
-OF_MACHINE = ("name", "output", "seed", "device", "engine", "loader", "logging")  # keys that do not belong to the setting
+OF_MACHINE = ("name", "output", "seed", "device", "engine", "precision", "loader", "logging")  # not of the setting
 OF_DATA = ("path", "prepared", "workers", "download")
 
 
@@ -119,4 +119,5 @@ def digest(config: Config) -> str:
     digest. It changes with every new key, so it is computed and not stored."""
     content = {key: value for key, value in config.to_dict().items() if key not in OF_MACHINE}
     content["data"] = {key: value for key, value in content["data"].items() if key not in OF_DATA}
+    content["evaluation"] = {key: value for key, value in content["evaluation"].items() if key != "precision"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
