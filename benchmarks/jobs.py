@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -44,6 +45,14 @@ class Deadline:
     @property
     def over(self) -> bool:
         return self.end is not None and time.monotonic() >= self.end
+
+
+def add_options(p: argparse.ArgumentParser) -> None:
+    """What every command of such work takes."""
+    p.add_argument("--minutes", type=float, help="stop after so long; the run at work can go on later")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--data", help="where the data set lies (default: the usual places)")
+    p.add_argument("--show", action="store_true", help="train nothing: print what the result files hold")
 
 
 def check(minutes: float | None) -> None:

@@ -116,9 +116,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--scale", choices=list(setting.FILES), default="full")
     p.add_argument("--methods", nargs="+", metavar="METHOD", default=list(METHODS), help=f"of {', '.join(METHODS)}")
     p.add_argument("--seeds", type=count, default=1)
-    p.add_argument("--minutes", type=float, help="stop after so long; the run at work can go on later")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--data", help="where the data set lies (default: the usual places)")
+    jobs.add_options(p)
     p.add_argument(
         "--results",
         metavar="FOLDER",
@@ -127,7 +125,6 @@ def parser() -> argparse.ArgumentParser:
         help="of the result files: all are read, new ones go to the first (default: %(default)s)",
     )
     p.add_argument("--costs", action="store_true", help="train nothing: measure seconds and memory of a step, in turn")
-    p.add_argument("--show", action="store_true", help="train nothing: print what the result files hold")
     return p
 
 

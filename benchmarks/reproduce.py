@@ -105,14 +105,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("what", nargs="*", help=f"{', '.join(paper.ROWS['full'])} (default: all that the scale has)")
     p.add_argument("--only", metavar="ROW", nargs="+", help="train these rows alone, by the names of their result files")
     p.add_argument("--scale", choices=["full", "small"], default="full")
-    p.add_argument("--minutes", type=float, help="stop after so long; the run at work can go on later")
     p.add_argument("--seeds", type=count, default=1)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--data", help="where the data set lies (default: the usual places)")
+    jobs.add_options(p)
     p.add_argument(
         "--results", metavar="FOLDER", default=str(paper.RUNS / "results"), help="of the result files (default: %(default)s)"
     )
-    p.add_argument("--show", action="store_true", help="train nothing: print what the result files hold")
     return p
 
 

@@ -60,7 +60,9 @@ def rows(found: dict[str, list[tuple[str, Result]]]) -> list[list[str]]:
         ends = [statistics.fmean(one.evaluation()["robust_interval"][k] for one in results) for k in (0, 1)]
         each = ", ".join(f"{100 * value:.2f}" for value in robust)
         mean = statistics.fmean(robust)
-        times = "; ".join(sorted({f"{duration(one.seconds)} on {one.hardware}" for one in results}))
+        times = "; ".join(
+            sorted({f"{duration(one.seconds)} on {one.hardware}, {one.config['precision']}" for one in results})
+        )
         made.append(
             [
                 min(date for date, _ in runs),
@@ -90,13 +92,10 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.speedrun", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--seeds", type=count, default=3)
-    p.add_argument("--minutes", type=float, help="stop after so long; the run at work can go on later")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--data", help="where the data set lies (default: the usual places)")
+    jobs.add_options(p)
     p.add_argument(
         "--results", metavar="FOLDER", default=str(RUNS / "results"), help="of the result files (default: %(default)s)"
     )
-    p.add_argument("--show", action="store_true", help="train nothing: print what the result files hold")
     return p
 
 

@@ -28,14 +28,14 @@ class PreActBlock(nn.Module):
         return self.conv2(out), shortcut
 
 
-class PreActResNet18(nn.Module):
-    """Four stages of two blocks. `width` is the number of channels of the first stage: 64 gives 11.17 M parameters."""
+class PreActResNet(nn.Module):
+    """Stages of two blocks behind a first convolution. `width` is the number of channels of the first stage."""
 
-    def __init__(self, channels: int = 3, classes: int = 10, width: int = 64):
+    def __init__(self, stem: nn.Conv2d, classes: int, width: int, stages: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.conv = stem
         blocks, inputs = [], width
-        for stage in range(4):
+        for stage in range(stages):
             outputs = width * 2**stage
             blocks += [PreActBlock(inputs, outputs, 1 if stage == 0 else 2), PreActBlock(outputs, outputs, 1)]
             inputs = outputs
@@ -46,6 +46,13 @@ class PreActResNet18(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _, out = norm_relu(self.bn, *self.blocks((self.conv(x), None)))
         return self.linear(out.mean((2, 3)))
+
+
+class PreActResNet18(PreActResNet):
+    """Four stages. A `width` of 64 gives 11.17 M parameters."""
+
+    def __init__(self, channels: int = 3, classes: int = 10, width: int = 64):
+        super().__init__(nn.Conv2d(channels, width, 3, 1, 1, bias=False), classes, width, stages=4)
 
 
 def preact_resnet18(channels: int = 3, classes: int = 10) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastrobust import models
 from fastrobust.models.paper_preact_resnet import PaperPreActBlock
-from fastrobust.models.patch_resnet import PatchResNet14
+from fastrobust.models.patch_resnet import patch_resnet14
 from fastrobust.models.preact_resnet import PreActResNet18
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.operations import Operations
@@ -86,7 +86,7 @@ def test_preact_resnet18_is_the_network_of_he_et_al():
 
 def test_patch_resnet14_is_the_last_stages_of_preact_resnet18():
     """Of twice the width, on the same weights: its stem is a convolution over the patches, written out with `unfold`."""
-    model, whole = PatchResNet14(3, 10, width=8), PreActResNet18(3, 10, width=8)
+    model, whole = patch_resnet14(3, 10, width=8), PreActResNet18(3, 10, width=8)
     weights = unlike_at_the_start(model)
     whole.blocks = whole.blocks[:6]  # of 8, 16 and 32 channels
     whole.bn, whole.linear, whole.conv = nn.BatchNorm2d(32), nn.Linear(32, 10), nn.Identity()
