@@ -60,7 +60,7 @@ FORWARD = {  # forward passes of an update: a forward pass is 1, gradients of ac
     "free": lambda m: 3,
     "awp": lambda m: passes(m.of) + (6 if m.of.name == "trades" else 3),
 }
-OF_MACHINE = ("name", "output", "seed", "device", "engine", "precision", "loader", "logging")  # not of the setting
+OF_MACHINE = ("name", "output", "seed", "device", "engine", "loader", "logging")  # keys that do not belong to the setting
 OF_DATA = ("path", "prepared", "workers", "download")
 
 
@@ -116,8 +116,15 @@ def cost(method, epochs: int) -> float:
 
 def digest(config: Config) -> str:
     """Of all that a run was made with, but for its seed and what belongs to the machine: means are taken over runs of one
-    digest. It changes with every new key, so it is computed and not stored."""
+    digest. It changes with every new key, so it is computed and not stored. The evaluation's precision is left out: what
+    breaks an image is decided in fp32 with any."""
     content = {key: value for key, value in config.to_dict().items() if key not in OF_MACHINE}
     content["data"] = {key: value for key, value in content["data"].items() if key not in OF_DATA}
     content["evaluation"] = {key: value for key, value in content["evaluation"].items() if key != "precision"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digests(config: Config) -> set[str]:
+    """Of the runs that the config makes: of each precision that `auto` may stand for."""
+    chosen = ("fp32", "bf16", "fp16") if config.precision == "auto" else (config.precision,)
+    return {digest(config.model_copy(update={"precision": precision})) for precision in chosen}

@@ -112,7 +112,7 @@ def read_all(folders: Sequence[Path]) -> list[Result]:
 def of_today(scale: str, result: Result) -> bool:
     """Whether it was made with the setting that the scale has today."""
     job = result.job
-    return job.method in METHODS and result.setting == setting.digest(setting.config_of(scale, job))
+    return job.method in METHODS and result.setting in setting.digests(setting.config_of(scale, job))
 
 
 def pareto(points: dict) -> set:

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import jobs, paper, reproduce
-from benchmarks.method_setting import digest
+from benchmarks.method_setting import digest, digests
 from benchmarks.tables import MISSING, Result, attack_of, cell, file_of, read_result
 from fastrobust.__main__ import count
 from fastrobust.config import reading
@@ -110,8 +110,8 @@ def start(arguments: argparse.Namespace) -> int:
     left_open: list[str] = []
     if not arguments.show:
         settings = (folder, arguments.device, arguments.data)
-        today = digest(reproduce.config_of(ROW, 0, RUNS.name, *settings[1:]))
-        there = {one.config["seed"] for _, one in read_all(folder).get(today, [])}
+        today, found = digests(reproduce.config_of(ROW, 0, RUNS.name, *settings[1:])), read_all(folder)
+        there = {one.config["seed"] for key in today for _, one in found.get(key, [])}
         todo = [seed for seed in range(arguments.seeds) if seed not in there]
         left_open = jobs.work([(f"seed {seed}", partial(run, seed, *settings)) for seed in todo], arguments.minutes)
     print(as_markdown(read_all(folder)))

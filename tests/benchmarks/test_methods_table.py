@@ -49,6 +49,11 @@ def test_all_methods_of_the_package_are_compared_with_one_recipe(scale):
 
 
 def test_the_digest_is_of_what_decides_a_result():
+    auto, half, other = (setting.base("small", "fgsm", (f"precision={p}",)) for p in ("auto", "bf16", "fp32"))
+    assert setting.digest(half) != setting.digest(other), "means are of one precision"
+    assert {setting.digest(half), setting.digest(other)} < setting.digests(auto) and setting.digests(half) == {
+        setting.digest(half)
+    }
     make = lambda *changes: setting.digest(setting.base("small", "fgsm", changes))
     usual = make()
     assert usual == make("seed=5", "name=x", "device=cpu", "data.path=/elsewhere", "data.workers=3", "output=/tmp")
