@@ -1,5 +1,5 @@
-"""What must hold where a row is least in its box: inputs that are at an end of their range, and bounds on the inputs of the
-ReLUs that follow from these ends and from how little room a bound on the row leaves."""
+"""What must hold at the point of a box where a row is least: some inputs are at an end of their range, and the inputs of the
+ReLUs lie within bounds (spans). These follow from the fixed inputs, and from how much the row may exceed its lower bound."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fastrobust.verification.network import ROUNDING
 from fastrobust.verification.reduced import Reduced
 
 PRICES = torch.tensor([[0.5], [1], [2], [4]], dtype=torch.float64)  # of the room in a bound, as multiples of the mean
-NEWS, ROUNDS = 0.02, 2  # signs and ends that are new, as a share of all, before spans are renewed; how often at once
-ENDS = 0.01  # share of the inputs whose ends are known, below which spans are not renewed
+NEWS, ROUNDS = 0.02, 2  # spans are renewed if so large a share of signs and ends is newly fixed; so often in a row at most
+ENDS = 0.01  # spans are renewed only if so large a share of the inputs is fixed at an end
 
 
 def follow(bounder: Bounder, domains: Domains, tolerance: float) -> Domains:
-    """Inputs at their ends, and spans that follow, as long as there is much news."""
+    """Fix inputs at ends of their ranges, and renew the spans that depend on them, until little changes."""
     domains = narrow(bounder, domains)
     for _ in range(ROUNDS):
         size = domains.signs.shape[1] + domains.ends.shape[1]
@@ -32,7 +32,7 @@ def follow(bounder: Bounder, domains: Domains, tolerance: float) -> Domains:
 
 
 def pays(domains: Domains) -> Tensor:
-    """Which domains know enough ends that new spans are worth their time, N."""
+    """In which domains enough inputs are fixed for new spans to be worth their time, bool N."""
     return (domains.ends != 0).double().mean(1) > ENDS
 
 
