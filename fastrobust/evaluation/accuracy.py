@@ -20,7 +20,7 @@ from fastrobust.data import sets
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
 from fastrobust.models.weights import weights_digest
-from fastrobust.runtime import half, memory
+from fastrobust.runtime import half, memory, trial
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import Overall, Progress
 
@@ -88,10 +88,11 @@ def searched_in(asked: str, model: nn.Module, images: Tensor) -> str:
     if asked == "fp32" or images.device.type != "cpu" or not half.has_bf16():
         return "fp32"
     if asked == "auto":
-        labels = torch.zeros(half.IMAGES, dtype=torch.int64)
+        x, labels = to_unit(images[: trial.IMAGES]), torch.zeros(trial.IMAGES, dtype=torch.int64)
         with evaluating(model):
-            ratio = half.speed(model, to_unit(images[: half.IMAGES]), lambda x: input_gradient(model, x, labels[: len(x)]))
-        return "bf16" if ratio is not None and ratio >= half.SURE else "fp32"
+            search = lambda x: input_gradient(model, x, labels[: len(x)])
+            ratio = trial.speed(model, x, search, half.FP32, half.BF16)
+        return "bf16" if ratio is not None and ratio >= trial.SURE else "fp32"
     return asked
 
 

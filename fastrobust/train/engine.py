@@ -1,5 +1,5 @@
 """How a training step is run: eagerly, compiled, or captured whole as one CUDA graph; `fused` means kernels of our own
-(`models/fused.py`, `shadow.py`). The step is the same function.
+(`models/fused.py`, `shadow.py`), `winograd` convolutions of our own (`models/winograd.py`). The step is the same function.
 
 A step takes a batch and changes tensors in place; nothing else leaves it. So it can be run on static buffers,
 recorded once on a CUDA stream, and replayed: learning rate, loss scale, random numbers and sums are device tensors that
@@ -30,12 +30,16 @@ def choose(engine: str, device: torch.device) -> str:
         return "cuda_graph" if device.type == "cuda" else "eager"
     if "cuda_graph" in engine and device.type != "cuda":
         raise ConfigError(f"engine: {engine} needs a CUDA device, this is {device}; use auto, eager or compile")
+    if engine == "winograd" and device.type != "cpu":
+        raise ConfigError(f"engine: winograd is for a CPU, this is {device}; use auto")
     return engine
 
 
 def available(engine: str, device: torch.device) -> str:
     """The engine of a run that is resumed on this device: a run begun on a GPU goes on without graphs on a CPU."""
-    return engine.replace("+cuda_graph", "").replace("cuda_graph", "eager") if device.type != "cuda" else engine
+    if device.type == "cuda":
+        return engine.replace("winograd", "eager")
+    return engine.replace("+cuda_graph", "").replace("cuda_graph", "eager")
 
 
 def wants_kernels(engine: str, device: torch.device) -> bool:

@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from fastrobust.attack.gradient import frozen
 from fastrobust.models import fused
+from fastrobust.models.winograd import Filtering
 from fastrobust.runtime import cuda_graph
 from fastrobust.train.alignment import EVERY, UNKNOWN, alignment
 from fastrobust.train.averaging import Average
@@ -49,7 +50,7 @@ class Learner:
     epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
     uses our own; reads_weights, whether the method reads the model's weights itself; in_parts, whether some updates are
     made of the gradients of several parts of a batch (`part`); watched, whether the alignment of the attack's gradients
-    is noted (`alignment.py`); the others as in a config.
+    is noted (`alignment.py`); filtering, whether convolutions are those of `models/winograd.py`; the others as in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -76,8 +77,9 @@ class Learner:
         reads_weights: bool = False,
         in_parts: bool = False,
         watched: bool = False,
+        filtering: bool = False,
     ):
-        self.model, self.part = model, Part()
+        self.model, self.part, self.filtering = model, Part(), filtering
         self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
         self.around_update = lambda learner, x, y, loss: contextlib.nullcontext()  # a context in which updates are made
         self.device = next(model.parameters()).device
@@ -122,8 +124,9 @@ class Learner:
             self.shared = ddp(_Forward(self), gradient_as_bucket_view=True, **{no_buffers: False})  # torch 2.13 renamed it
         self.shared._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timing of every 100th pass would end a capture
 
-    def forward(self, x: Tensor) -> Tensor:
-        with self.autocast:
+    def forward(self, x: Tensor, twice: bool = False) -> Tensor:
+        """The logits at x. twice: they can be differentiated twice."""
+        with self.autocast, Filtering() if self.filtering and not twice else contextlib.nullcontext():
             if self.moved is not None:
                 return functional_call(self.model, self.moved, x).float()
             return (self.shadow or self.model)(x).float()
@@ -159,7 +162,7 @@ class Learner:
         nothing, held = contextlib.nullcontext(), twice or (keep and (mode or self.batchnorm_in_attack) == "eval")
         plain = fused.without_kernels(self.model) if held else nothing
         with self._attacking(mode), plain, nothing if later else self._frozen():
-            logits = self.forward(x)
+            logits = self.forward(x, twice) if self.filtering else self.forward(x)
             found = (loss or self.loss)(logits, y)
             (gradient,) = torch.autograd.grad(found, x, self.scale_of(found), retain_graph=later, create_graph=twice)
         looks = self.due() if self.looks is None else self.looks

@@ -28,7 +28,7 @@ from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
-from fastrobust.train import changes, curves, engine, precision, selection, work
+from fastrobust.train import changes, curves, engine, precision, selection, trials, work
 from fastrobust.train.plan import show_plan
 from fastrobust.train.training import Training, summarize
 
@@ -76,7 +76,7 @@ def resolve(config: Config, device: torch.device, world: World, network=None) ->
     """The config with what `auto` stands for here; the same in all processes. Raises ConfigError or DataError."""
     config = world.first(lambda: loaders.resolve(config, device))
     config = world.first(lambda: precision.choose(config, device, network))
-    return config.model_copy(update={"engine": engine.choose(config.engine, device)})
+    return config.model_copy(update={"engine": world.first(lambda: trials.engine_for(config, device, network))})
 
 
 def run(

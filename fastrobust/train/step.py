@@ -19,7 +19,7 @@ from fastrobust.models.pixels import Sees
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.errors import ConfigError, first_line
-from fastrobust.train import engine, precision, schedules
+from fastrobust.train import engine, precision, schedules, trials
 from fastrobust.train.learner import DTYPES, Learner, Part
 from fastrobust.train.methods.base import Inputs, Method, Shapes
 
@@ -134,6 +134,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
     check_model(model, config, loader.channels, len(loader.classes))
     kernels = engine.wants_kernels(config.engine, device)
     chosen = precision.choose(config, device, network).precision if config.precision == "auto" else config.precision
+    chosen_engine = trials.engine_for(config.model_copy(update={"precision": chosen}), device, network)
     sees = Sees(model.mean, model.std, DTYPES[chosen])
     learner = Learner(
         model.train(),
@@ -149,6 +150,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         reads_weights=config.method.reads_weights,
         in_parts=any(phase.accumulate > 1 for phase in config.phases),
         watched=config.guard.action != "off",
+        filtering=chosen_engine == "winograd",
     )
     if world.joined:
         learner.share_gradients()
@@ -167,7 +169,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         augment=config.data.augment,
         crop=not loader.crops,
         alternation=alternation,
-        engine=engine.choose(config.engine, device),
+        engine=chosen_engine,
         seed=config.seed,
     )
     phase = config.phases[0]

@@ -83,6 +83,8 @@ def test_choose():
     assert engine.choose("compile", cpu) == "compile"
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         engine.choose("compile+cuda_graph", cpu)
+    with pytest.raises(ConfigError, match="winograd is for a CPU"):
+        engine.choose("winograd", cuda)
 
 
 @pytest.mark.parametrize(
@@ -93,13 +95,14 @@ def test_choose():
         ("compile", "compile"),
         ("eager", "eager"),
         ("fused+cuda_graph", "fused"),
+        ("winograd", "winograd"),
     ],
 )
 def test_a_run_that_was_begun_on_a_gpu_has_an_engine_on_a_cpu(begun, on_a_cpu):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert engine.available(begun, cpu) == on_a_cpu
     assert engine.choose(engine.available(begun, cpu), cpu) == on_a_cpu
-    assert engine.available(begun, cuda) == begun
+    assert engine.available(begun, cuda) == begun.replace("winograd", "eager")
     assert engine.choose(engine.available("auto", cpu), cpu) == "eager"
 
 

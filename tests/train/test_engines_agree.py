@@ -3,17 +3,19 @@ interpreter: there, and on a GPU, `fused` runs its kernels; elsewhere it is torc
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor, nn
 from training_runs import Steps, on_noise, run_steps
 from triton_kernels import CUDA, DEVICE, missing
 
-from fastrobust.models import fused
+from fastrobust.models import fused, winograd
 from fastrobust.train import engine
 from tests.gpusim import sim
 
-KERNELS = missing() is None
+KERNELS, NUMBA = missing() is None, importlib.util.find_spec("numba") is not None
 METHODS = ["standard", "fgsm", "fgsm-previous", "n_fgsm", "pgd", "free", "class_uap", "rs_cs", "gradalign", "awp"]
 INTERPRETED = [("fgsm", "fp16"), ("free", "fp16"), ("gradalign", "fp32")]  # of which a few cost a minute
 CASES = [(m, p) for m in METHODS for p in ("fp32", "fp16", "bf16")] if CUDA or not KERNELS else INTERPRETED
@@ -41,6 +43,7 @@ def steps(method: str, precision: str, name: str) -> Steps:
     noise = on_noise(method, precision, DEVICE.type, engine="eager" if name == "static" else name, network=Small())
     if name == "static":
         return run_steps(noise, 4, lambda step, batch: engine.StaticStep(step.take, batch))
+    assert noise.step.learner.filtering is (name == "winograd")
     if "fused" in name:
         assert noise.step.threat.kernels == KERNELS and (noise.step.learner.shadow is None) == (
             precision == "fp32" or noise.step.method.reads_weights
@@ -52,9 +55,11 @@ def steps(method: str, precision: str, name: str) -> Steps:
 
 @pytest.mark.skipif(sim.HERE, reason="the simulated GPU computes nothing")
 @pytest.mark.parametrize(("method", "precision"), CASES)
-def test_engines_agree(method, precision):
+def test_engines_agree(method, precision, monkeypatch):
+    monkeypatch.setattr(winograd, "CHANNELS", 8)
     plain = steps(method, precision, "eager")
-    for name in ("static", "fused", *(("cuda_graph", "fused+cuda_graph") if CUDA else ())):
+    others = ["cuda_graph", "fused+cuda_graph"] if CUDA else ["winograd"] if precision == "fp32" and NUMBA else []
+    for name in ("static", "fused", *others):
         found = steps(method, precision, name)
         assert found.rates == plain.rates and len(set(plain.rates)) == 4, name
         assert found.losses == pytest.approx(plain.losses, rel=TOLERANCE[precision]), name

@@ -10,7 +10,7 @@ from training_runs import CPU
 
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
-from fastrobust.runtime import half, limits, run_directory
+from fastrobust.runtime import half, limits, run_directory, trial
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.train import precision, step
 
@@ -75,8 +75,8 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
             now[0] += (2.0 if passes[-1] else 5.0) + (100.0 if len(passes) < 5 else 0.0)
             return self.layer(x.flatten(1))
 
-    monkeypatch.setattr(half.time, "process_time", lambda: now[0])
-    monkeypatch.setattr(half, "ENOUGH", 2 * 28 * 28 * 3 * 10)
+    monkeypatch.setattr(trial.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(trial, "ENOUGH", 2 * 28 * 28 * 3 * 10)
     network, before, threads = Network(), torch.get_rng_state(), torch.get_num_threads()
     weights = network.layer.weight.clone()
     assert precision.speed(given(), network) == 2.5
@@ -84,7 +84,7 @@ def test_the_trial_times_both_and_leaves_no_trace(given, monkeypatch):
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(network.layer.weight, weights)
     assert network.layer.weight.grad is None
-    monkeypatch.setattr(half, "ENOUGH", 2 * 28 * 28 * 3 * 10 + 1)
+    monkeypatch.setattr(trial, "ENOUGH", 2 * 28 * 28 * 3 * 10 + 1)
     assert precision.speed(given(), network) is None
 
 
@@ -106,12 +106,12 @@ def test_a_trial_takes_no_memory_that_is_not_there(given, monkeypatch):
             images.append(len(x))
             return self.layer(x.flatten(1))
 
-    monkeypatch.setattr(half, "ENOUGH", 1)
+    monkeypatch.setattr(trial, "ENOUGH", 1)
     each = 4 * 28 * 28 * 3
-    for fit, trial in ((100, 16), (5.5, 5), (2, 2)):
+    for fit, size in ((100, 16), (5.5, 5), (2, 2)):
         monkeypatch.setattr(limits, "available_memory", lambda fit=fit: 2 * fit * each)
         images.clear()
-        assert precision.speed(given(), Network()) > 0 and images == [1, 1] + 8 * [trial]
+        assert precision.speed(given(), Network()) > 0 and images == [1, 1] + 8 * [size]
     monkeypatch.setattr(limits, "available_memory", lambda: 3 * each)
     images.clear()
     assert precision.speed(given(), Network()) is None and images == [1, 1]

@@ -7,8 +7,8 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from fastrobust.data.loaders.compiled import compiled
 from fastrobust.data.prepared.regions import EOI, NUMBERS, PLACE, RESTART, SIGN
+from fastrobust.runtime.compiled import compiled
 
 MARK = tuple(SIGN)
 BYTES = types.Array(types.uint8, 1, "C", readonly=True)

@@ -10,7 +10,7 @@ import math
 import numpy as np
 from numba import types
 
-from fastrobust.data.loaders.compiled import compiled
+from fastrobust.runtime.compiled import compiled
 
 
 @compiled()

@@ -1,0 +1,71 @@
+"""Trials of a config's model, before its run begins: which way of making passes is faster on this processor."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastrobust.config.schema import Config
+from fastrobust.models import winograd
+from fastrobust.models.weights import build_model
+from fastrobust.runtime import half, trial
+from fastrobust.runtime.errors import ConfigError, first_line
+from fastrobust.train import engine
+
+Passes = Callable[[Tensor], object]
+FILTERED = 32  # images of a trial of convolutions, where filters are transformed once for all of them
+
+
+def speed(config: Config, network: nn.Module | None = None) -> float | None:
+    """`trial.speed` of bf16 over fp32."""
+    with passes(config, network, trial.IMAGES) as made:
+        return trial.speed(*made, half.FP32, half.BF16)
+
+
+def engine_for(config: Config, device: torch.device, network: nn.Module | None = None) -> str:
+    """The engine of a config whose precision is chosen. On a CPU, in fp32, `auto` is what a trial of the model finds faster:
+    `eager` or `winograd`; it says what it found. Raises ConfigError where the engine that is named cannot be had, or the
+    model cannot take the images."""
+    if device.type != "cpu" or config.engine not in ("auto", "winograd"):
+        return engine.choose(config.engine, device)
+    named, trouble, ratio = config.engine == "winograd", None, None
+    if config.precision != "fp32":
+        trouble = f"it computes in fp32, and precision is {config.precision}"
+    elif network is not None and winograd.trouble(network):
+        trouble = winograd.trouble(network)
+    elif named or not config.deterministic:  # deterministic: a trial may end otherwise next time
+        with passes(config, network, FILTERED) as (model, x, run):
+            trouble = winograd.trouble(model)
+            if trouble is None and not named:
+                ratio = trial.speed(model, x, run, contextlib.nullcontext, winograd.Filtering)
+    if named and trouble:
+        raise ConfigError(f"engine: winograd cannot be had: {trouble}. Use auto")
+    if ratio is None:
+        return engine.choose(config.engine, device)
+    chosen = "winograd" if ratio >= trial.SURE else "eager"
+    print(f"engine: {chosen}, in a trial Winograd's convolutions were {ratio:.2f} times as fast as plain ones", flush=True)
+    return chosen
+
+
+@contextlib.contextmanager
+def passes(config: Config, network: nn.Module | None, most: int) -> Iterator[tuple[nn.Module, Tensor, Passes]]:
+    """A copy of the config's model, random images (at most so many) of its largest phase, and the passes of a training on
+    some of them. Nothing changes, nor do random numbers that come later. Raises ConfigError if the model cannot take the
+    images."""
+    phase, state = max(config.phases, key=lambda phase: phase.resolution), torch.get_rng_state()
+    shape = min(most, phase.batch_size), len(config.model.mean), phase.resolution, phase.resolution
+    try:
+        model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last).train()
+        loss = lambda x: F.cross_entropy(model(x).float(), torch.zeros(len(x), dtype=torch.int64))
+        x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
+        yield model, x, lambda x: loss(x).backward()
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError) as error:
+        pixels = f"{phase.resolution} x {phase.resolution} pixels"
+        raise ConfigError(f"model.name: {config.model.name} cannot take {pixels} ({first_line(error)})") from None
+    finally:
+        torch.set_rng_state(state)
