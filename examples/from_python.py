@@ -35,10 +35,10 @@ class Net(nn.Module):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    test = squares(200, seed=1)
+    test = squares(100, seed=1)
     run = fastrobust.fit(
         Net(),
-        squares(2000, seed=0),
+        squares(1000, seed=0),
         test=test,
         classes=["small", "large"],
         epsilon=8 / 255,

@@ -18,27 +18,35 @@ from fastrobust.attack.pgd import StaticAttack
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.data.batch import Batch
+from fastrobust.models.preact_resnet import PreActResNet
 
 # of a step on 16 images of 8 x 8 pixels (`fgsm-ibp`: 28 x 28), by method and precision: operators, MB
 CEILINGS = {
-    "standard": {"fp32": (755, 48.5), "bf16": (915, 48.5), "fp16": (935, 51.3)},
-    "fgsm": {"fp32": (1258, 75.1), "bf16": (1474, 66.8), "fp16": (1494, 69.6)},
-    "fgsm-previous": {"fp32": (1255, 75.0), "bf16": (1471, 66.8), "fp16": (1491, 69.6)},
+    "standard": {"fp32": (439, 18.2), "bf16": (529, 10.9), "fp16": (549, 11.1)},
+    "fgsm": {"fp32": (730, 35.6), "bf16": (856, 20.6), "fp16": (876, 20.8)},
+    "fgsm-previous": {"fp32": (727, 35.5), "bf16": (853, 20.5), "fp16": (873, 20.7)},
     "fgsm-ibp": {"fp32": (827, 110.5), "bf16": (911, 104.8), "fp16": (931, 105.5)},
-    "n_fgsm": {"fp32": (1257, 75.1), "bf16": (1473, 66.8), "fp16": (1493, 69.6)},
-    "pgd": {"fp32": (1768, 101.5), "bf16": (2040, 85.0), "fp16": (2060, 87.8)},
-    "free": {"fp32": (1532, 98.1), "bf16": (1864, 98.2), "fp16": (1904, 103.8)},
-    "fgsm_uap": {"fp32": (1375, 75.1), "bf16": (1591, 66.8), "fp16": (1611, 69.6)},
-    "class_uap": {"fp32": (1866, 108.0), "bf16": (2199, 100.4), "fp16": (2219, 103.2)},
-    "liet": {"fp32": (2479, 118.9), "bf16": (2868, 110.2), "fp16": (2888, 113.0)},
-    "fgsm_pgi": {"fp32": (1894, 108.5), "bf16": (2227, 100.9), "fp16": (2247, 103.7)},
-    "trades": {"fp32": (2549, 152.3), "bf16": (3048, 137.7), "fp16": (3068, 140.5)},
-    "n_aaer": {"fp32": (1370, 75.1), "bf16": (1586, 66.8), "fp16": (1606, 69.6)},
-    "rs_cs": {"fp32": (1882, 107.7), "bf16": (2215, 100.1), "fp16": (2235, 102.9)},
-    "gradalign": {"fp32": (4579, 225.3), "bf16": (5051, 169.0), "fp16": (5071, 171.8)},
-    "sora": {"fp32": (1290, 75.5), "bf16": (1512, 67.3), "fp16": (1532, 70.1)},
-    "awp": {"fp32": (2782, 189.9), "bf16": (3355, 193.5), "fp16": (3375, 196.3)},
+    "n_fgsm": {"fp32": (729, 35.6), "bf16": (855, 20.6), "fp16": (875, 20.8)},
+    "pgd": {"fp32": (1028, 52.8), "bf16": (1190, 30.1), "fp16": (1210, 30.3)},
+    "free": {"fp32": (900, 37.5), "bf16": (1092, 23.0), "fp16": (1132, 23.4)},
+    "fgsm_uap": {"fp32": (847, 35.6), "bf16": (973, 20.6), "fp16": (993, 20.8)},
+    "class_uap": {"fp32": (1132, 47.6), "bf16": (1325, 27.9), "fp16": (1345, 28.1)},
+    "liet": {"fp32": (1541, 52.1), "bf16": (1770, 30.6), "fp16": (1790, 30.7)},
+    "fgsm_pgi": {"fp32": (1160, 48.0), "bf16": (1353, 28.4), "fp16": (1373, 28.5)},
+    "trades": {"fp32": (1489, 74.9), "bf16": (1778, 43.3), "fp16": (1798, 43.5)},
+    "n_aaer": {"fp32": (842, 35.6), "bf16": (968, 20.6), "fp16": (988, 20.8)},
+    "rs_cs": {"fp32": (1148, 47.2), "bf16": (1341, 27.6), "fp16": (1361, 27.7)},
+    "gradalign": {"fp32": (2588, 120.1), "bf16": (2866, 68.1), "fp16": (2886, 68.3)},
+    "sora": {"fp32": (762, 36.0), "bf16": (894, 21.0), "fp16": (914, 21.2)},
+    "awp": {"fp32": (1662, 67.7), "bf16": (1985, 41.4), "fp16": (2005, 41.6)},
 }
+
+
+def network(method: str) -> PreActResNet | None:
+    """Two stages, which have every kind of block: fewer operators than four."""
+    return None if method == "fgsm-ibp" else PreActResNet(torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), 10, 16, stages=2)
+
+
 SLACK = 1.05  # torch's versions differ by a little; a ceiling further above what is found must be lowered
 VIEWS = {
     "alias", "as_strided", "detach", "empty", "empty_like", "expand", "new_empty", "permute", "select", "slice", "squeeze",
@@ -77,7 +85,7 @@ def on_fakes(noise: Noise, take) -> Count:
 @pytest.mark.parametrize("method", STEP_METHODS)
 def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
     """An ordinary step: at one of eight the alignment of the attack's gradients comes on top."""
-    noise = on_noise(method, precision)
+    noise = on_noise(method, precision, network=network(method))
     noise.step.learner.looks = False
     count = on_fakes(noise, noise.step.take)
     found = count.operators, round(count.bytes / 1e6, 1)
@@ -89,7 +97,7 @@ def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
 def test_a_step_that_notes_the_alignment_waits_for_nothing_either():
     counts = []
     for looks in (False, True):
-        noise = on_noise("fgsm")
+        noise = on_noise("fgsm", network=network("fgsm"))
         noise.step.learner.looks = looks
         counts.append(on_fakes(noise, noise.step.take))
     assert 10 < counts[1].operators - counts[0].operators < 40 and counts[1].bytes < 1.03 * counts[0].bytes
@@ -97,7 +105,7 @@ def test_a_step_that_notes_the_alignment_waits_for_nothing_either():
 
 @pytest.mark.parametrize("option", STEP_OPTIONS)
 def test_options_wait_for_nothing(option):
-    noise = on_noise(more=STEP_OPTIONS[option])
+    noise = on_noise(more=STEP_OPTIONS[option], network=network("fgsm"))
     assert on_fakes(noise, noise.step.take).operators > CEILINGS["fgsm"]["fp32"][0] / SLACK
 
 
