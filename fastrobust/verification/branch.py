@@ -95,13 +95,28 @@ def children(domains: Domains, pick: Tensor) -> Domains:
     return pair
 
 
+def rooted(bounder: Bounder, rows: Tensor) -> Domains:
+    """A domain for each row, bounded as well as it can be before any split."""
+    return bounder.tighten(follow(bounder, bounder.root(rows), TOLERANCE), 4 * STEPS, enough=2 * TOLERANCE)
+
+
+def program(bounder: Bounder, row: Tensor, seconds: float) -> tuple[str, Tensor | None]:
+    """The answer of HiGHS (`milp.decide`) to a row, with all that is known of its least point without a split."""
+    root = rooted(bounder, row[None])
+    if root.bound <= TOLERANCE:
+        root = bounder.tighten(bounder.rebound(root, TOLERANCE, ANEW_STEPS), STEPS, RATE, enough=2 * TOLERANCE)
+    if root.bound > TOLERANCE:
+        return "verified", None
+    return milp.decide(bounder.reduced, row, TOLERANCE, seconds, root.signs[0], root.ends[0], root.span[0])
+
+
 def decide(
     bounder: Bounder, rows: Tensor, deadline: float, broken: Callable[[Tensor], Tensor]
 ) -> tuple[list[int], Tensor | None, int]:
     """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
     adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
     deadline is one of time.monotonic()."""
-    roots = bounder.tighten(follow(bounder, bounder.root(rows), TOLERANCE), 4 * STEPS, enough=2 * TOLERANCE)
+    roots = rooted(bounder, rows)
     open_ = Open(rows, roots.take(roots.bound <= TOLERANCE))
     visited, stuck = len(roots), set()
     while True:

@@ -15,6 +15,8 @@ from torch import Tensor
 from fastrobust.verification.network import DTYPE
 from fastrobust.verification.reduced import Reduced
 
+BROKEN = 1e-3  # a row this far below 0 is broken after rounding too
+
 
 def decide(
     reduced: Reduced,
@@ -23,14 +25,18 @@ def decide(
     seconds: float,
     signs: Tensor | None = None,
     ends: Tensor | None = None,
+    span: Tensor | None = None,
 ) -> tuple[str, Tensor | None]:
     """("verified", None), ("point", an input at which HiGHS finds the row at most the tolerance) or ("timeout", None).
     signs: int8 U, positive or negative for a ReLU that is active or inactive in the part of the box that is asked about,
-    else 0. ends: int8 D, -1 or 1 for an input that is at that end of its range there, else 0."""
+    else 0. ends: int8 D, -1 or 1 for an input that is at that end of its range there, else 0. span: 2 x U, bounds on the
+    inputs of the other ReLUs there."""
     count, inputs = len(reduced.lower), reduced.inputs
     part = lambda rows: (np.delete(rows.numpy(), inputs, -1), rows[..., inputs].numpy())  # (of [x, r], constants)
     (weights, shift), (row, constant) = part(reduced.weights), part(row)
     low, high = reduced.lower.numpy(), reduced.upper.numpy()
+    if span is not None:
+        low, high = (np.where(signs.numpy() == 0, new, old) for new, old in zip(span.numpy(), (low, high), strict=True))
     signs = np.zeros(count) if signs is None else signs.numpy()
     ends = np.zeros(inputs) if ends is None else ends.numpy()
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
@@ -65,7 +71,7 @@ def decide(
         "time_limit": max(0.1, seconds),
         "primal_feasibility_tolerance": 1e-9,
         "mip_feasibility_tolerance": 1e-9,
-        "objective_target": tolerance,  # any such input will do
+        "objective_target": -BROKEN,  # any such input will do
     }
     for name, value in options.items():
         solver.setOptionValue(name, value)

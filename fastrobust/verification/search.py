@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastrobust.verification import bounds, branch, milp
+from fastrobust.verification import bounds, branch
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.network import Network, Sum
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
+FEW, FIRST = 200, 1 / 3  # open ReLUs, up to which branch and bound has this share of the time alone, and HiGHS the rest
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ def decide(
 
     points_of = lambda corners: rounded(bounder.reduced.images(corners))
     adversarial = lambda corners: confirmed(points_of(corners))
-    left, corner, domains = branch.decide(bounder, questions[todo], deadline, adversarial)
+    began, few = time.monotonic(), len(bounder.reduced.lower) <= FEW
+    until = began + FIRST * (deadline - began) if few else deadline
+    left, corner, domains = branch.decide(bounder, questions[todo], until, adversarial)
     if corner is not None:
         return Found(FAILS, "branch and bound", domains, points_of(corner[None])[0])
     for target in todo[left].tolist():
         if time.monotonic() > deadline:
             return Found(OPEN, "branch and bound", domains)
-        kind, corner = milp.decide(bounder.reduced, questions[target], branch.TOLERANCE, deadline - time.monotonic())
+        kind, corner = branch.program(bounder, questions[target], deadline - time.monotonic())
         if kind == "point" and adversarial(corner[None]).item():  # counts only if a forward pass agrees
             return Found(FAILS, "mixed-integer program", domains, points_of(corner[None])[0])
         if kind != "verified":

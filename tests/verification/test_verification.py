@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.models import create
-from fastrobust.verification import branch, milp
+from fastrobust.verification import branch, milp, search
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
 from fastrobust.verification.lowering import lower_model
@@ -51,6 +52,65 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         kind, point = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
         assert {"verified": "verified", "point": "broken"}[kind] == truth
         assert point is None or wrong(point[None] * (1 - 1e-12)).all()
+
+
+def test_the_program_at_the_end_agrees_with_brute_force(monkeypatch):
+    """What branch and bound leaves is given to HiGHS with all that is known of the least point: signs, ends and spans. With
+    these its answer is that of every pattern of signs, and it looks for a point that rounding leaves broken."""
+    verdicts, known = [], []
+    ask = milp.decide
+
+    def noted(reduced, row, tolerance, seconds, signs, ends, span):
+        tighter = (span[0] > reduced.lower) | (span[1] < reduced.upper)
+        known.append((int((signs != 0).sum()), int((ends != 0).sum()), int(tighter.sum())))
+        return ask(reduced, row, tolerance, seconds, signs, ends, span)
+
+    monkeypatch.setattr(milp, "decide", noted)
+    for name in ("STEPS", "ANEW_STEPS"):
+        monkeypatch.setattr(branch, name, 1)
+    for seed in range(24):
+        decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
+        x = images(1, 100 + seed)[0].float() / 255
+        label = decider.model(x[None]).argmax()
+        _, bounder, questions = decider.margins(x, label, 5)
+        for question in questions:
+            least = brute_force(bounder.reduced, question)
+            kind, point = branch.program(bounder, question, 30)
+            assert kind == ("verified" if least > branch.TOLERANCE else "point")
+            if point is not None and least < -2 * milp.BROKEN:
+                r = bounder.reduced.inputs
+                outputs = torch.cat(rows_at(bounder.reduced, bounder.reduced.images(point[None])), 1).clamp(min=0)[0]
+                value = question[:r] @ point + question[r] + question[r + 1 :] @ outputs
+                assert value < -milp.BROKEN / 2
+            verdicts.append(kind)
+    assert min(verdicts.count(kind) for kind in ("verified", "point")) > 5
+    assert all(sum(count) > 0 for count in zip(*known, strict=True))
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_few_open_relus_leave_two_thirds_of_the_time_to_the_program(monkeypatch, few):
+    model, now, told = tiny(0, scale=6.0), [0.0], {}
+
+    def branched(bounder, rows, until, broken):
+        told["branch and bound"] = until - now[0]
+        now[0] = until
+        return list(range(len(rows))), None, 7
+
+    def program(bounder, row, seconds):
+        told["program"] = seconds
+        return "verified", None
+
+    monkeypatch.setattr(search, "FEW", 10**6 if few else 0)
+    monkeypatch.setattr(branch, "decide", branched)
+    monkeypatch.setattr(branch, "program", program)
+    monkeypatch.setattr(Decider, "attack", lambda self, x, *_, **__: (torch.zeros(len(x), dtype=torch.bool), x))
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    decider, x = Decider(model, SHAPE, 0.3), images(1)[0].float() / 255
+    _, bounder, questions = decider.margins(x, model(x[None]).argmax(1)[0], 0)
+    nothing = lambda todo: torch.zeros(0)
+    found = search.decide(torch.full((2,), -1.0), bounder, questions, 60.0, nothing, nothing, nothing)
+    assert told == ({"branch and bound": 20.0, "program": 40.0} if few else {"branch and bound": 60.0, "program": 0.0})
+    assert (found.answer, found.by, found.domains) == (search.HOLDS, "mixed-integer program", 7)
 
 
 @pytest.mark.parametrize("answers", [True, False])
