@@ -61,11 +61,11 @@ def passes(config: Config, network: nn.Module | None, most: int) -> Iterator[tup
     some of them. Nothing changes, nor do random numbers that come later. Raises ConfigError if the model cannot take the
     images."""
     phase, state = max(config.phases, key=lambda phase: phase.resolution), torch.get_rng_state()
-    shape = min(most, phase.batch_size), len(config.model.mean), phase.resolution, phase.resolution
     try:
         model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last).train()
         loss = lambda x: F.cross_entropy(model(x).float(), torch.zeros(len(x), dtype=torch.int64))
-        x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
+        x = torch.rand(min(most, phase.batch_size), model.mean.numel(), phase.resolution, phase.resolution)
+        x = x.contiguous(memory_format=torch.channels_last)
         yield model, x, lambda x: loss(x).backward()
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError) as error:
         pixels = f"{phase.resolution} x {phase.resolution} pixels"
