@@ -24,7 +24,7 @@ FILTERED = 32  # images of a trial of convolutions, where filters are transforme
 def speed(config: Config, network: nn.Module | None = None) -> float | None:
     """`trial.speed` of bf16 over fp32."""
     with passes(config, network, trial.IMAGES) as made:
-        return trial.speed(*made, half.FP32, half.BF16)
+        return trial.speed(*made, half.FP32, half.BF16) if made else None
 
 
 def engine_for(config: Config, device: torch.device, network: nn.Module | None = None) -> str:
@@ -39,9 +39,10 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     elif network is not None and winograd.trouble(network):
         trouble = winograd.trouble(network)
     elif named or not config.deterministic:  # deterministic: a trial may end otherwise next time
-        with passes(config, network, FILTERED) as (model, x, run):
-            trouble = winograd.trouble(model)
-            if trouble is None and not named:
+        with passes(config, network, FILTERED) as made:
+            trouble = winograd.trouble(made[0]) if made else None
+            if made and trouble is None and not named:
+                model, x, run = made
                 size = max(phase.batch_size for phase in config.phases)
                 memory.keep_freed(memory.of_a_pass(model.eval(), x[:1]) * size)  # as the run will: new memory hides the gain
                 model.train()
@@ -56,13 +57,18 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
 
 
 @contextlib.contextmanager
-def passes(config: Config, network: nn.Module | None, most: int) -> Iterator[tuple[nn.Module, Tensor, Passes]]:
+def passes(config: Config, network: nn.Module | None, most: int) -> Iterator[tuple[nn.Module, Tensor, Passes] | None]:
     """A copy of the config's model, random images (at most so many) of its largest phase, and the passes of a training on
-    some of them. Nothing changes, nor do random numbers that come later. Raises ConfigError if the model cannot take the
-    images."""
+    some of them. Nothing changes, nor do random numbers that come later. None for a network that cannot be copied. Raises
+    ConfigError if the model cannot take the images."""
+    try:
+        network = copy.deepcopy(network)
+    except Exception:  # a network of someone's own may hold anything
+        yield None
+        return
     phase, state = max(config.phases, key=lambda phase: phase.resolution), torch.get_rng_state()
     try:
-        model = build_model(config, ("0", "1"), copy.deepcopy(network)).to(memory_format=torch.channels_last).train()
+        model = build_model(config, ("0", "1"), network).to(memory_format=torch.channels_last).train()
         loss = lambda x: F.cross_entropy(model(x).float(), torch.zeros(len(x), dtype=torch.int64))
         x = torch.rand(min(most, phase.batch_size), model.mean.numel(), phase.resolution, phase.resolution)
         x = x.contiguous(memory_format=torch.channels_last)

@@ -105,3 +105,11 @@ def test_a_real_trial_times_both(given, monkeypatch):
         )
         assert trial.speed(model, x, run, trials.contextlib.nullcontext, winograd.Filtering) > 0
     assert used[-2:] == [0, 1]
+
+
+def test_a_network_that_cannot_be_copied_is_trained_without_a_trial(given, monkeypatch):
+    asked, network = ratio_of(monkeypatch, 9.0), Network()
+    network.scale = network.layers[0].weight.sum()  # part of a graph: torch copies no such tensor
+    assert trials.engine_for(given(engine="auto"), CPU, network) == "eager" and not asked
+    assert trials.engine_for(given(engine="winograd"), CPU, network) == "winograd"
+    assert trials.speed(given(), network) is None
