@@ -34,6 +34,7 @@ OPTIMIZERS = {
     "sgd": "fastrobust.train.optimizers:Sgd",
     "adam": "fastrobust.train.optimizers:Adam",
     "adamw": "fastrobust.train.optimizers:AdamW",
+    "muon": "fastrobust.train.muon:Muon",
 }
 SCHEDULES = {
     "cyclic": "fastrobust.train.schedules:Cyclic",
