@@ -9,7 +9,6 @@ where there are many channels. Sums are rounded at other places than in a plain 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-CHANNELS = 64  # of inputs and outputs, from which it pays
+from fastrobust.runtime.errors import first_line
+
+CHANNELS, MANY = 64, 256  # of inputs and outputs: from which it pays, and of the largest layer for a whole model to gain
 PLACES = 36  # of a tile of 6 x 6 pixels
 _FILTER = [
     [1 / 4, 0, 0],
@@ -128,11 +129,13 @@ def fits(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, 
     return plain and alike and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS
 
 
-def trouble(model: nn.Module) -> str | None:
-    """Why a model cannot gain, or None."""
+def trouble(model: nn.Module, channels: int = CHANNELS) -> str | None:
+    """Why a model cannot gain, or None: it has no layer of so many channels, or there is no numba here."""
     layers = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
-    if not any(m.kernel_size == (3, 3) and m.stride == (1, 1) and min(m.weight.shape[:2]) >= CHANNELS for m in layers):
-        return f"the model has no convolution of 3 x 3 pixels, stride 1 and {CHANNELS} channels or more"
-    if importlib.util.find_spec("numba") is None:
-        return "it needs numba: pip install numba"
+    if not any(m.kernel_size == (3, 3) and m.stride == (1, 1) and min(m.weight.shape[:2]) >= channels for m in layers):
+        return f"the model has no convolution of 3 x 3 pixels, stride 1 and {channels} channels or more"
+    try:
+        _kernels()
+    except (ImportError, OSError, MemoryError) as error:  # OSError: LLVM does not fit under a limit of memory
+        return f"it needs numba (pip install numba): {first_line(error)}"
     return None

@@ -34,13 +34,14 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     if device.type != "cpu" or config.engine not in ("auto", "winograd"):
         return engine.choose(config.engine, device)
     named, trouble, ratio = config.engine == "winograd", None, None
+    channels = winograd.CHANNELS if named else winograd.MANY
     if config.precision != "fp32":
         trouble = f"it computes in fp32, and precision is {config.precision}"
-    elif network is not None and winograd.trouble(network):
-        trouble = winograd.trouble(network)
+    elif network is not None and winograd.trouble(network, channels):
+        trouble = winograd.trouble(network, channels)
     elif named or not config.deterministic:  # deterministic: a trial may end otherwise next time
         with passes(config, network, FILTERED) as made:
-            trouble = winograd.trouble(made[0]) if made else None
+            trouble = winograd.trouble(made[0], channels) if made else None
             if made and trouble is None and not named:
                 model, x, run = made
                 size = max(phase.batch_size for phase in config.phases)
@@ -70,8 +71,8 @@ def passes(config: Config, network: nn.Module | None, most: int) -> Iterator[tup
     try:
         model = build_model(config, ("0", "1"), network).to(memory_format=torch.channels_last).train()
         loss = lambda x: F.cross_entropy(model(x).float(), torch.zeros(len(x), dtype=torch.int64))
-        x = torch.rand(min(most, phase.batch_size), model.mean.numel(), phase.resolution, phase.resolution)
-        x = x.contiguous(memory_format=torch.channels_last)
+        shape = min(most, phase.batch_size), model.mean.numel(), phase.resolution, phase.resolution
+        x = torch.rand(shape).contiguous(memory_format=torch.channels_last)
         yield model, x, lambda x: loss(x).backward()
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError) as error:
         pixels = f"{phase.resolution} x {phase.resolution} pixels"

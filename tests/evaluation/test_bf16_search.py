@@ -19,7 +19,7 @@ from fastrobust.attack.verdicts import breaks, classified, evaluating
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import accuracy
 from fastrobust.evaluation.accuracy import report, run_attacks, searched_in
-from fastrobust.runtime import half
+from fastrobust.runtime import half, trial
 from fastrobust.runtime.errors import ConfigError
 
 
@@ -167,12 +167,13 @@ def test_other_attacks_search_in_fp32(model, data, monkeypatch):
 def test_auto_is_what_a_trial_of_an_attacks_passes_finds(model, data, monkeypatch, ratio, found):
     tried = []
 
-    def speed(model, x, passes):
+    def speed(model, x, passes, usual, other):
+        assert (usual, other) == (half.FP32, half.BF16)
         tried.append((model.training, x.shape, any(p.requires_grad for p in model.parameters())))
         passes(x)
         return ratio
 
-    monkeypatch.setattr(half, "speed", speed)
+    monkeypatch.setattr(trial, "speed", speed)
     assert searched_in("auto", model, data.images) == found
     assert tried == [(False, (16, *data.images.shape[1:]), False)]
     assert searched_in("bf16", model, data.images) == "bf16" and searched_in("fp32", model, data.images) == "fp32"

@@ -17,13 +17,17 @@ pytest.importorskip("numba")
 
 
 class Network(nn.Module):
-    def __init__(self, channels: int = 64):
+    def __init__(self, channels: int = 256):
         super().__init__()
         layers = nn.Conv2d(3, channels, 3, 4), nn.Conv2d(channels, channels, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         self.layers = nn.Sequential(*layers, nn.BatchNorm1d(channels), nn.Linear(channels, 10))
 
     def forward(self, x):
         return self.layers(x)
+
+
+def no_numba():
+    raise ImportError("no module")
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_a_trial_decides(given, monkeypatch, capsys, ratio, chosen):
         ({"precision": "bf16"}, Network()),
         ({"deterministic": True}, Network()),
         ({"engine": "eager"}, Network()),
-        ({}, Network(32)),
+        ({}, Network(255)),
         ({}, None),  # the config's, which has no such layer
     ],
 )
@@ -83,9 +87,10 @@ def test_what_cannot_be_had_by_name_is_refused(given, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=f"engine: winograd cannot be had: .*{why}.*Use auto"):
             trials.engine_for(given(engine="winograd", **changes), CPU, network)
-    monkeypatch.setattr(winograd.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install numba"):
+    monkeypatch.setattr(winograd, "_kernels", no_numba)
+    with pytest.raises(ConfigError, match=r"it needs numba \(pip install numba\): no module"):
         trials.engine_for(given(engine="winograd"), CPU, Network())
+    assert trials.engine_for(given(engine="auto"), CPU, Network()) == "eager"
 
 
 def test_the_engine_by_name_means_fp32(given, monkeypatch):
