@@ -31,30 +31,39 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     """The engine of a config whose precision is chosen. On a CPU, in fp32, `auto` is what a trial of the model finds faster:
     `eager` or `winograd`; it says what it found. Raises ConfigError where the engine that is named cannot be had, or the
     model cannot take the images."""
-    if device.type != "cpu" or config.engine not in ("auto", "winograd"):
-        return engine.choose(config.engine, device)
-    named, trouble, ratio = config.engine == "winograd", None, None
-    channels = winograd.CHANNELS if named else winograd.MANY
-    if config.precision != "fp32":
-        trouble = f"it computes in fp32, and precision is {config.precision}"
-    elif network is not None and winograd.trouble(network, channels):
-        trouble = winograd.trouble(network, channels)
-    elif named or not config.deterministic:  # deterministic: a trial may end otherwise next time
-        with passes(config, network, FILTERED) as made:
-            trouble = winograd.trouble(made[0], channels) if made else None
-            if made and trouble is None and not named:
-                model, x, run = made
-                size = max(phase.batch_size for phase in config.phases)
-                memory.keep_freed(memory.of_a_pass(model.eval(), x[:1]) * size)  # as the run will: new memory hides the gain
-                model.train()
-                ratio = trial.speed(model, x, run, contextlib.nullcontext, winograd.Filtering)
-    if named and trouble:
+    if device.type == "cpu" and config.engine == "winograd" and (trouble := trouble_with_winograd(config, network)):
         raise ConfigError(f"engine: winograd cannot be had: {trouble}. Use auto")
+    ratio = None
+    if device.type == "cpu" and config.engine == "auto" and config.precision == "fp32" and not config.deterministic:
+        ratio = speed_of_winograd(config, network)  # deterministic: a trial may end otherwise next time
     if ratio is None:
         return engine.choose(config.engine, device)
     chosen = "winograd" if ratio >= trial.SURE else "eager"
     print(f"engine: {chosen}, in a trial Winograd's convolutions were {ratio:.2f} times as fast as plain ones", flush=True)
     return chosen
+
+
+def trouble_with_winograd(config: Config, network: nn.Module | None) -> str | None:
+    """Why a run cannot have these convolutions, or None."""
+    if config.precision != "fp32":
+        return f"it computes in fp32, and precision is {config.precision}"
+    if network is not None:
+        return winograd.trouble(network)
+    with passes(config, None, 1) as (model, *_):
+        return winograd.trouble(model)
+
+
+def speed_of_winograd(config: Config, network: nn.Module | None) -> float | None:
+    """`trial.speed` of these convolutions over plain ones; None where they cannot gain."""
+    if network is not None and winograd.trouble(network, winograd.MANY):
+        return None
+    with passes(config, network, FILTERED) as made:
+        if made is None or winograd.trouble(made[0], winograd.MANY):
+            return None
+        model, x, run = made
+        size = max(phase.batch_size for phase in config.phases)
+        memory.keep_freed(memory.of_a_pass(model.eval(), x[:1]) * size)  # as the run will: new memory hides the gain
+        return trial.speed(model.train(), x, run, contextlib.nullcontext, winograd.Filtering)
 
 
 @contextlib.contextmanager

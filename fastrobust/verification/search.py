@@ -16,7 +16,7 @@ from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.network import Network, Sum
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
-FEW, FIRST = 300, 1 / 3  # open ReLUs, up to which branch and bound has this share of the time alone, and HiGHS the rest
+FEW, FIRST = 300, 1 / 3  # with at most FEW open ReLUs branch and bound has the share FIRST of the time, and HiGHS the rest
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Images:
 
 
 def test_the_config_is_the_goals():
-    """All training images but those held out, the whole ball, and an evaluation by PGD-50-10 on all test images."""
+    """All training images but those held out, and an evaluation by PGD-50-10 at 8/255 on all test images."""
     c = reading.load(CONFIG)
     assert (c.data.dataset, c.data.limit, c.data.held_out) == ("cifar10", None, 1000)
     e = c.evaluation
