@@ -162,7 +162,7 @@ class Learner:
         nothing, held = contextlib.nullcontext(), twice or (keep and (mode or self.batchnorm_in_attack) == "eval")
         plain = fused.without_kernels(self.model) if held else nothing
         with self._attacking(mode), plain, nothing if later else self._frozen():
-            logits = self.forward(x, twice) if self.filtering else self.forward(x)
+            logits = self.forward(x, twice)
             found = (loss or self.loss)(logits, y)
             (gradient,) = torch.autograd.grad(found, x, self.scale_of(found), retain_graph=later, create_graph=twice)
         looks = self.due() if self.looks is None else self.looks

@@ -27,6 +27,13 @@ def test_orthogonal_keeps_directions_and_evens_their_sizes(shape):
     assert found.diag().min() > 0.65 and found.diag().max() < 1.25
 
 
+def test_sizes_from_a_five_hundredth_of_all_on_become_about_one():
+    for size in torch.logspace(-2.69, 0, 200, dtype=torch.float64).tolist():
+        rest = (1 - size**2) ** 0.5  # both together have the length 1
+        found = orthogonal(torch.diag(torch.tensor([size, rest], dtype=torch.float64))).diag()
+        assert found[0] > 0.68 and found[0] < 1.21
+
+
 def network():
     torch.manual_seed(1)
     layers = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 5, 3, bias=False)
