@@ -129,7 +129,7 @@ def fits(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, 
     return plain and alike and weight.shape[2:] == (3, 3) and min(weight.shape[:2]) >= CHANNELS
 
 
-def trouble(model: nn.Module, channels: int = CHANNELS) -> str | None:
+def trouble(model: nn.Module, channels: int) -> str | None:
     """Why a model cannot gain, or None: it has no layer of so many channels, or there is no numba here."""
     layers = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
     if not any(m.kernel_size == (3, 3) and m.stride == (1, 1) and min(m.weight.shape[:2]) >= channels for m in layers):

@@ -48,9 +48,9 @@ def trouble_with_winograd(config: Config, network: nn.Module | None) -> str | No
     if config.precision != "fp32":
         return f"it computes in fp32, and precision is {config.precision}"
     if network is not None:
-        return winograd.trouble(network)
+        return winograd.trouble(network, winograd.CHANNELS)
     with passes(config, None, 1) as (model, *_):
-        return winograd.trouble(model)
+        return winograd.trouble(model, winograd.CHANNELS)
 
 
 def speed_of_winograd(config: Config, network: nn.Module | None) -> float | None:

@@ -126,11 +126,11 @@ def test_a_second_derivative_is_refused():
 
 
 def test_what_a_model_lacks_is_named(monkeypatch):
-    assert winograd.trouble(Network()) is None
-    assert "no convolution of 3 x 3 pixels, stride 1 and 64 channels" in winograd.trouble(Network(32))
+    assert winograd.trouble(Network(), 64) is None
+    assert "no convolution of 3 x 3 pixels, stride 1 and 64 channels" in winograd.trouble(Network(32), 64)
 
     def no_llvm():
         raise OSError("Could not find libllvmlite.so\nmore")
 
     monkeypatch.setattr(winograd, "_kernels", no_llvm)
-    assert winograd.trouble(Network()) == "it needs numba (pip install numba): Could not find libllvmlite.so"
+    assert winograd.trouble(Network(), 64) == "it needs numba (pip install numba): Could not find libllvmlite.so"
