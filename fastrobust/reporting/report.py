@@ -170,7 +170,7 @@ def curves(runs: list[Run]) -> str:
             found.append(chart(title, lines, x="epoch", percent=accuracy))
     guards = sorted({(one.config.guard.steps, r.guard_images) for one in runs for r in one.history if r.guard_images})
     asked = " or ".join(f"PGD-{steps} on the same {images} training images" for steps, images in guards)
-    note = f"The guard attacks after each epoch: {asked}. These figures are for finding a collapse; they are no results." if asked else ""
+    note = f"The guard attacks after each epoch: {asked}. They show a collapse, if there is one." if asked else ""
     return f'<h2>Training</h2><p class="note">{note}</p><div class="grid">{"".join(found)}</div>' if found else ""
 
 
