@@ -111,6 +111,12 @@ def plain_norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tu
     return z, F.relu(norm(z))
 
 
+def norm_silu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(z, silu(norm(z))) of z = x + add, or of z = x: there is no kernel of it."""
+    z = x if add is None else x + add
+    return z, F.silu(_plain(norm, z))
+
+
 def norm_add_relu(norm: nn.Module, x: Tensor, add: Tensor) -> Tensor:
     """relu(norm(x) + add)."""
     return _kernels(norm, x, add, after=True)[1] if _fits(norm, x, add) else F.relu(_plain(norm, x) + add)

@@ -23,7 +23,9 @@ class Seen(Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
             out = function(*args, **(kwargs or {}))
-            return out.as_subclass(Seen) if function in (Tensor.detach, Tensor.requires_grad_) else out
+            if function is Tensor.requires_grad_:
+                return args[0]  # another view of it would be no leaf: it would get no gradient
+            return out.as_subclass(Seen) if function is Tensor.detach else out
 
 
 class Normalized(nn.Module):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastrobust.models.fused import norm_relu
+from fastrobust.models.fused import norm_relu, norm_silu
+
+ACTIVATIONS = {"relu": norm_relu, "silu": norm_silu}
 
 
 class PreActBlock(nn.Module):
-    """BatchNorm-ReLU-conv twice; a strided or widening block projects its shortcut after the first activation. Input and
-    output are pairs (x, what is to be added to x or None): the next BatchNorm adds."""
+    """BatchNorm-activation-conv twice; a strided or widening block projects its shortcut after the first activation. Input
+    and output are pairs (x, what is to be added to x or None): the next BatchNorm adds."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, stride: int, activation: str = "relu"):
         super().__init__()
+        self.activated = ACTIVATIONS[activation]
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -22,29 +25,32 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, pair: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-        x, out = norm_relu(self.bn1, *pair)
+        x, out = self.activated(self.bn1, *pair)
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        _, out = norm_relu(self.bn2, self.conv1(out))
+        _, out = self.activated(self.bn2, self.conv1(out))
         return self.conv2(out), shortcut
 
 
 class PreActResNet(nn.Module):
-    """Stages of two blocks behind a first convolution. `width` is the number of channels of the first stage."""
+    """Stages of two blocks behind a first convolution. `width` is the number of channels of the first stage; activation:
+    `relu` or `silu`."""
 
-    def __init__(self, stem: nn.Conv2d, classes: int, width: int, stages: int):
+    def __init__(self, stem: nn.Conv2d, classes: int, width: int, stages: int, activation: str = "relu"):
         super().__init__()
+        self.activated = ACTIVATIONS[activation]
         self.conv = stem
         blocks, inputs = [], width
         for stage in range(stages):
             outputs = width * 2**stage
-            blocks += [PreActBlock(inputs, outputs, 1 if stage == 0 else 2), PreActBlock(outputs, outputs, 1)]
+            stride = 1 if stage == 0 else 2
+            blocks += [PreActBlock(inputs, outputs, stride, activation), PreActBlock(outputs, outputs, 1, activation)]
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(inputs)
         self.linear = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        _, out = norm_relu(self.bn, *self.blocks((self.conv(x), None)))
+        _, out = self.activated(self.bn, *self.blocks((self.conv(x), None)))
         return self.linear(out.mean((2, 3)))
 
 

@@ -8,6 +8,8 @@ linear layers) is moved by SGD.
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
@@ -18,19 +20,33 @@ FIFTH = (3.4445, -4.7750, 2.0315)  # of the odd polynomial that each step applie
 STEPS, OTHERS_MOMENTUM = 5, 0.9
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Nearly U V' of the singular value decomposition U S V', by Newton-Schulz steps."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Nearly U V' of the singular value decomposition U S V' of each matrix (K x rows x columns), by Newton-Schulz steps."""
     a, b, c = FIFTH
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-12)
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-12)
     for _ in range(STEPS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x if wide is matrix else x.T
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide is matrices else x.mT
+
+
+def orthogonal_each(weights: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of the weights of convolutions (rows x channels x H x W each), those of one shape together."""
+    found, alike = {}, defaultdict(list)
+    for i, w in enumerate(weights):
+        alike[w.shape].append(i)
+    for (rows, channels, *size), numbers in alike.items():
+        # in the order of channels-last memory, which costs no copy; columns may be in any
+        matrices = torch.stack([weights[i].permute(0, 2, 3, 1).reshape(rows, -1) for i in numbers])
+        made = orthogonal(matrices).unflatten(2, (*size, channels)).permute(0, 1, 4, 2, 3)
+        found |= zip(numbers, made.unbind(), strict=True)
+    return [found[i] for i in range(len(weights))]
 
 
 class Steps(torch.optim.Optimizer):
-    """The optimiser itself. others: the rate of what is no convolution, as a multiple of lr."""
+    """The optimiser itself. others: the rate of what is no convolution, as a multiple of lr. A GPU waits for the launches of
+    so small kernels: what can be done for all weights at once is."""
 
     _step_supports_amp_scaling = True  # or a GradScaler would wait for the device
 
@@ -40,26 +56,41 @@ class Steps(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """With a GradScaler's scale and `found_inf`: nothing is moved by gradients that are not finite."""
-        scale, bad = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                g = p.grad if scale is None else p.grad / scale
-                moved = self.muon(p, g, group) if p.dim() == 4 else self.sgd(p, g, group)
-                for old, new in zip((p, self.state[p]["momentum_buffer"]), moved, strict=True):
-                    old.copy_(new if bad is None else torch.where(bad > 0, old, new))
+            given = [p for p in group["params"] if p.grad is not None]
+            for moved, chosen in ((self.muon, True), (self.sgd, False)):
+                if weights := [p for p in given if (p.dim() == 4) == chosen]:
+                    self.replace(weights, *moved(weights, *self.known(weights), group))
 
-    def muon(self, p: Tensor, g: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-        """(the weights, their momentum) after a step."""
-        momentum = group["momentum"] * self.state[p]["momentum_buffer"] + g
-        ahead = g + group["momentum"] * momentum  # Nesterov's
-        update = orthogonal(ahead.flatten(1)).view_as(p)
-        return p * (len(p) ** 0.5 / (p.norm() + 1e-12)) - group["lr"] * update, momentum
+    def known(self, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """(gradients, momenta)."""
+        gradients, scale = [p.grad for p in weights], getattr(self, "grad_scale", None)
+        gradients = gradients if scale is None else torch._foreach_div(gradients, scale)
+        return gradients, [self.state[p]["momentum_buffer"] for p in weights]
 
-    def sgd(self, p: Tensor, g: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-        momentum = OTHERS_MOMENTUM * self.state[p]["momentum_buffer"] + g + group["weight_decay"] * p
-        return p - group["others"] * group["lr"] * momentum, momentum
+    def replace(self, weights: list[Tensor], moved: list[Tensor], momenta: list[Tensor]) -> None:
+        old, new = [*weights, *(self.state[p]["momentum_buffer"] for p in weights)], [*moved, *momenta]
+        if (bad := getattr(self, "found_inf", None)) is None:
+            torch._foreach_copy_(old, new)
+        else:
+            stays = bad > 0
+            for t, later in zip(old, new, strict=True):
+                torch.where(stays, t, later, out=t)
+
+    def muon(self, weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], group: dict) -> tuple:
+        """(the weights, their momenta) after a step."""
+        momenta = torch._foreach_add(torch._foreach_mul(momenta, group["momentum"]), gradients)
+        ahead = torch._foreach_add(torch._foreach_mul(momenta, group["momentum"]), gradients)  # Nesterov's
+        kept = torch._foreach_reciprocal(torch._foreach_add(torch._foreach_norm(weights), 1e-12))
+        kept = torch._foreach_mul(kept, [len(p) ** 0.5 for p in weights])
+        updates = torch._foreach_mul(orthogonal_each(ahead), group["lr"])
+        return torch._foreach_sub(torch._foreach_mul(weights, kept), updates), momenta
+
+    def sgd(self, weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor], group: dict) -> tuple:
+        momenta = torch._foreach_add(torch._foreach_mul(momenta, OTHERS_MOMENTUM), gradients)
+        momenta = torch._foreach_add(momenta, torch._foreach_mul(weights, group["weight_decay"]))
+        rate = group["others"] * group["lr"]
+        return torch._foreach_sub(weights, torch._foreach_mul(momenta, rate)), momenta
 
 
 class Muon(Optimizer):

@@ -99,6 +99,8 @@ def test_seen_images_pass_and_stay_seen():
     assert torch.equal(out, plain) and type(out) is torch.Tensor
     (gradient,) = torch.autograd.grad(out.sum(), asked)
     assert gradient.shape == x.shape and gradient.any()
+    model(asked).sum().backward()
+    assert torch.equal(asked.grad, gradient)
 
 
 @needs_kernels

@@ -21,7 +21,7 @@ def test_orthogonal_keeps_directions_and_evens_their_sizes(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonal(matrix) @ v.T
+    found = u.T @ orthogonal(matrix[None])[0] @ v.T
     assert s.max() > 1.9 * s.min()
     assert (found - torch.diag(found.diag())).abs().max() < 1e-9
     assert found.diag().min() > 0.65 and found.diag().max() < 1.25
@@ -30,14 +30,16 @@ def test_orthogonal_keeps_directions_and_evens_their_sizes(shape):
 def test_sizes_from_a_five_hundredth_of_all_on_become_about_one():
     for size in torch.logspace(-2.69, 0, 200, dtype=torch.float64).tolist():
         rest = (1 - size**2) ** 0.5  # both together have the length 1
-        found = orthogonal(torch.diag(torch.tensor([size, rest], dtype=torch.float64))).diag()
+        found = orthogonal(torch.diag(torch.tensor([size, rest], dtype=torch.float64))[None])[0].diag()
         assert found[0] > 0.68 and found[0] < 1.21
 
 
 def network():
     torch.manual_seed(1)
-    layers = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 5, 3, bias=False)
-    return nn.Sequential(*layers, nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 6 * 6, 4))
+    layers = []
+    for inputs, outputs, padding in ((3, 12, 1), (12, 12, 1), (12, 12, 1), (12, 5, 0)):  # two of one shape
+        layers += [nn.Conv2d(inputs, outputs, 3, padding=padding, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(5 * 6 * 6, 4))
 
 
 def batches(count=4):
