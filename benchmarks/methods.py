@@ -24,6 +24,7 @@ from benchmarks import method_setting as setting
 from benchmarks.method_setting import METHODS, RUNS, SCHEDULES, Job
 from benchmarks.reproduce import both, source_of
 from fastrobust.__main__ import count
+from fastrobust.attack.base import parse
 from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import attack_names, report, run_attacks
 from fastrobust.evaluation.trained import open_trained
@@ -142,6 +143,8 @@ def start(arguments: argparse.Namespace) -> int:
     if arguments.costs:
         method_costs.measure_all(scale, arguments.methods, folders[0], arguments.device)
     elif not arguments.show:
+        for name in attack_names(ATTACK):
+            parse(name)[0].made_by()  # an error where the package is missing: now, and not after the first training
         settings = (folders[0], scale, arguments.device, arguments.data)
         there = {r.job for r in method_tables.read_all(folders) if method_tables.of_today(scale, r)}
         todo = [job for job in wanted(scale, arguments.methods, arguments.seeds) if job not in there]

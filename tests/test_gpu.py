@@ -74,14 +74,14 @@ def test_options_in_a_graph_give_what_they_give_eagerly(option):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fgsm", "free", "pgd"])
 def test_kernels_in_a_graph_give_the_numbers_of_eager_steps(method, precision, capsys):
-    """The first loss to 0.1 %, in bf16 to 1 % (a rounding there is up to 0.4 %); those of 8 steps to 5 %: errors grow from
-    step to step."""
+    """The first loss to 0.1 %, in half precision to 1 %: rounding changes the signs of small gradients (0.1 to 0.3 % was seen
+    on an H200); those of 8 steps to 5 %: errors grow from step to step."""
     plain = run_steps(on_gpu(method, precision), 8)
     fused = on_noise(method, precision, "cuda", engine="fused+cuda_graph")
     assert fused.step.threat.kernels and "warning" not in capsys.readouterr().err
     mine = run_steps(fused, 8, graph)
     assert mine.rates == plain.rates and mine.tensors.keys() == plain.tensors.keys()
-    assert mine.losses[0] == pytest.approx(plain.losses[0], rel=1e-2 if precision == "bf16" else 1e-3)
+    assert mine.losses[0] == pytest.approx(plain.losses[0], rel=1e-3 if precision == "fp32" else 1e-2)
     assert mine.losses == pytest.approx(plain.losses, rel=5e-2)
     for name, value in plain.tensors.items():
         if "num_batches_tracked" in name or name == "sums.updates":

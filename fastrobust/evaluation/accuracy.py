@@ -145,6 +145,7 @@ def run_attacks(
     check_images(images, labels, ball(norm, epsilon))
     about = {"weights": weights_digest(model), "data": data.checksum()}
     kinds = {name: base.parse(name)[0] for name in names}
+    made_by = {name: kind.made_by() for name, kind in kinds.items()}  # whose package may be missing
     with Progress("clean accuracy", len(labels)) as bar:
         clean = classified(model, images, labels, batch_size, lambda n: bar.advance(n, "" if bar.due() else None))
     for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
@@ -157,7 +158,7 @@ def run_attacks(
             settings["norm"] = norm
         if kinds[name].has_alpha:
             settings["alpha"] = alpha
-        settings |= {"resolution": images.shape[-1], "device": device.type, "made_by": kinds[name].made_by(), **about}
+        settings |= {"resolution": images.shape[-1], "device": device.type, "made_by": made_by[name], **about}
         facts = {
             "settings": settings,
             "seconds": 0.0,

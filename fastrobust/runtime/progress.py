@@ -59,13 +59,15 @@ class Overall:
 
 class Progress:
     """`with Progress("train", total) as bar: bar.advance(n, "loss 0.31")`. `detail` is shown beside the time left, which
-    is judged from the pace since the start of this bar. `bar.line(text)` prints a lasting line."""
+    is judged from the pace since the first piece of this bar: a first step on a GPU can take a thousand times as long as
+    the others. `bar.line(text)` prints a lasting line."""
 
     def __init__(self, label: str, total: int, done: int = 0, overall: Overall | None = None):
         self.label, self.total, self.done, self.first = label, total, done, done
         self.overall = overall if overall is not None and len(overall.works) > 1 else None
         self.console = Console(highlight=False)
         self.began = self.shown = time.monotonic()
+        self.first_piece: tuple[float, int] | None = None  # when it was done, and what was done then
         self.bar = None
         if self.console.is_terminal and sys.stdout.isatty():
             columns = (
@@ -88,16 +90,22 @@ class Progress:
             self.bar.stop()
 
     def due(self) -> bool:
-        """Whether enough time has passed that a new detail is worth the work of making it."""
-        first = self.shown == self.began
+        """Whether enough time has passed that a new detail is worth the work of making it. The first piece alone says
+        little about the time left: a plain line waits for the second, but not for long."""
+        first = self.shown == self.began and self.first_piece is not None
         return time.monotonic() - self.shown > (0.5 if self.bar else PLAIN_FIRST if first else PLAIN_INTERVAL)
 
     def time_left(self) -> str:
-        pace = (time.monotonic() - self.began) / max(1, self.done - self.first)
-        return duration(pace * max(0, self.total - self.done)) if self.done > self.first else "?"
+        since, before = self.first_piece or (self.began, self.first)
+        if self.done == before:
+            since, before = self.began, self.first
+        pace = (time.monotonic() - since) / max(1, self.done - before)
+        return duration(pace * max(0, self.total - self.done)) if self.done > before else "?"
 
     def advance(self, n: int = 1, detail: str | None = None) -> None:
         self.done += n
+        if self.first_piece is None:
+            self.first_piece = time.monotonic(), self.done
         if detail is None:
             return
         self.shown = time.monotonic()

@@ -3,6 +3,7 @@ the tables, the Pareto front and the page say."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import json
 import random
@@ -27,6 +28,17 @@ ROOT = Path(__file__).parents[2]
 SCALES = list(setting.FILES)
 
 # ---- what is compared
+
+
+def test_without_autoattacks_package_nothing_is_trained(monkeypatch, tmp_path, capsys):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    monkeypatch.setattr(methods, "run", lambda *job: pytest.fail("trained"))
+    assert methods.main(["--scale", "small", "--results", str(tmp_path)]) == 2
+    assert "pip install 'fastrobust[autoattack]'" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -103,11 +103,12 @@ def test_four_classes_are_enough_for_autoattack():
     assert 0 < results.worst_case(records).sum() < 12
 
 
-def test_without_the_package_the_extra_is_named(model, data, monkeypatch):
+def test_without_the_package_the_extra_is_named(model, data, monkeypatch, tmp_path):
     def absent(name):
         raise autoattack.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(autoattack.importlib.metadata, "version", absent)
     with pytest.raises(ConfigError, match=r"pip install 'fastrobust\[autoattack\]'"):
-        run(model, data, ["apgd-ce"])
+        run(model, data, ["pgd-1-1", "apgd-ce"], folder=tmp_path)
+    assert not list(tmp_path.iterdir()), "it is said before PGD's work"
     run(model, data, ["pgd-1-1"])

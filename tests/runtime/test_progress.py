@@ -61,3 +61,15 @@ def test_a_bar_and_the_estimate_fit_a_terminal(monkeypatch):
     assert (
         "12345/100000" in shown and "restart 10/10, 10000 robust" in shown and "1 of 12; all:" in shown and "…" not in shown
     )
+
+
+def test_a_long_first_piece_is_no_part_of_the_pace(clock, capsys):
+    """A first step on a GPU captures a graph. What a line says, and when: 5 s after the start, but not of that step alone."""
+    with Progress("train", 100) as bar:
+        for clock[0] in (8.0, 9.0, 10.0):
+            bar.advance(1, "loss 1" if bar.due() else None)
+    assert capsys.readouterr().out == "train 2/100  loss 1  1:38 left\n"
+    with Progress("train", 3) as bar:
+        clock[0] += 45
+        bar.advance(1, "loss 1" if bar.due() else None)
+    assert capsys.readouterr().out == "train 1/3  loss 1  1:30 left\n"
