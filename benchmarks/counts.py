@@ -142,10 +142,14 @@ def compiled() -> list[dict]:
     from fastrobust.models import pixel_kernels as seen
     from fastrobust.train import update_kernels as update
 
-    tile, parts = {"BM": norm.ROWS, "BC": 64}, {"BP": norm.PARTS}
-    jobs = [(norm._statistics, {"ADD": add, **tile, **parts}, 8) for add in (False, True)]
+    def sums(inputs: int) -> dict:
+        rows, stages = norm._ahead(2, inputs)
+        return {"BM": rows, "BC": 64, "BP": norm.PROGRAMS, "STAGES": stages}
+
+    tile = {"BM": norm.ROWS, "BC": 64}
+    jobs = [(norm._statistics, {"ADD": add, **sums(1 + add)}, 8) for add in (False, True)]
     jobs += [(norm._normalise, {"TRAIN": True, "BEFORE": False, "AFTER": after, **tile}, 4) for after in (False, True)]
-    jobs += [(norm._sums_of_gradients, {"TRAIN": True, "AFTER": after, **tile, **parts}, 8) for after in (False, True)]
+    jobs += [(norm._sums_of_gradients, {"TRAIN": True, "AFTER": after, **sums(2 + after)}, 8) for after in (False, True)]
     jobs += [(norm._gradient, {"TRAIN": True, "SUM": add, "AFTER": not add, **tile}, 4) for add in (False, True)]
     jobs += [
         (update._check, {"B": update.BLOCK}, 4),

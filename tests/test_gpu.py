@@ -74,8 +74,8 @@ def test_options_in_a_graph_give_what_they_give_eagerly(option):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fgsm", "free", "pgd"])
 def test_kernels_in_a_graph_give_the_numbers_of_eager_steps(method, precision, capsys):
-    """The first loss to 0.1 %, in half precision to 1 %: rounding changes the signs of small gradients (0.1 to 0.3 % was seen
-    on an H200); those of 8 steps to 5 %: errors grow from step to step."""
+    """The first loss to 0.1 %, in half precision to 1 %: rounding changes the signs of small gradients (an H200 was 0.1 to
+    0.3 % apart). Those of 8 steps to 5 %: errors grow from step to step."""
     plain = run_steps(on_gpu(method, precision), 8)
     fused = on_noise(method, precision, "cuda", engine="fused+cuda_graph")
     assert fused.step.threat.kernels and "warning" not in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 A training pass reads its input twice and writes once, a backward pass reads input and gradient twice and writes once. Sums
 are fp32, of means and squared distances from them (Chan et al., 1979), so that a large mean costs no digits. The programs
-that sum over a part of the rows leave their parts in memory; the last to finish adds all up, always in the same order.
+that sum over a part of the rows leave their parts in memory; the last to finish adds all up, always in the same order. They
+ask for later tiles while they add up one (`STAGES`), and the last one for all parts at once: else they would wait for memory
+most of the time.
 
 Importing this needs Triton; `fastrobust.models.fused` does it where there is one.
 """
@@ -14,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
-ROWS, PARTS = 64, 32  # of a tile of activations, and of partial sums
+PROGRAMS = 128  # at most; one for nearly each of an H100's 132 multiprocessors. A power of two
+ROWS = 64  # of a tile
 
 
 @triton.jit
@@ -31,7 +33,8 @@ def _last(counter, programs):
 @triton.jit
 def _statistics(
     x, add, z, part, counter, mean, rstd, running_mean, running_var,
-    M, C, rows, eps, momentum, unbiased, ADD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    M, C, rows, eps, momentum, unbiased,
+    ADD: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / sqrt(variance + eps) of each channel of M x C numbers, and the step of the running averages. With ADD z =
     x + add is written and used."""
@@ -40,7 +43,7 @@ def _statistics(
     inside, end = c < C, tl.minimum((p + 1) * rows, M)
     # every place of the tile has a mean and squared distances of its own: nothing is exchanged between threads on the way
     means, m2s, tiles = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32), 0.0
-    for m in range(p * rows, end, BM):
+    for m in tl.range(p * rows, end, BM, num_stages=STAGES):
         i = m + tl.arange(0, BM)
         at, ok = i[:, None] * C + c[None, :], (i < end)[:, None] & inside[None, :]
         v = tl.load(x + at, ok, 0.0).to(tl.float32)
@@ -50,7 +53,7 @@ def _statistics(
             v = v.to(tl.float32)
         tiles += 1.0
         distance = tl.where(ok, v - means, 0.0)
-        means += distance / tiles
+        means += distance * (1.0 / tiles)
         m2s += distance * (v - means)
     taken = tl.maximum((end - p * rows - tl.arange(0, BM) + BM - 1) // BM, 0).to(tl.float32)[:, None]
     mu = tl.sum(taken * means, 0) / (end - p * rows)
@@ -58,21 +61,14 @@ def _statistics(
     tl.store(part + 2 * p * C + c, mu, inside)
     tl.store(part + (2 * p + 1) * C + c, m2, inside)
     if _last(counter, programs):
-        mu = tl.zeros([BC], tl.float32)
-        for q in range(0, programs, BP):
-            i = q + tl.arange(0, BP)
-            at, ok = 2 * i[:, None] * C + c[None, :], (i < programs)[:, None] & inside[None, :]
-            n = tl.minimum(rows, M - i * rows).to(tl.float32)[:, None]
-            mu += tl.sum(tl.load(part + at, ok, 0.0, cache_modifier=".cg") * n, 0)
-        mu = mu / M
-        m2 = tl.zeros([BC], tl.float32)
-        for q in range(0, programs, BP):
-            i = q + tl.arange(0, BP)
-            at, ok = 2 * i[:, None] * C + c[None, :], (i < programs)[:, None] & inside[None, :]
-            n = tl.minimum(rows, M - i * rows).to(tl.float32)[:, None]
-            away = tl.where(ok, tl.load(part + at, ok, 0.0, cache_modifier=".cg") - mu[None, :], 0.0)
-            m2 += tl.sum(tl.load(part + at + C, ok, 0.0, cache_modifier=".cg") + n * away * away, 0)
-        var = m2 / M
+        i = tl.arange(0, BP)
+        at, ok = 2 * i[:, None] * C + c[None, :], (i < programs)[:, None] & inside[None, :]
+        n = tl.minimum(rows, M - i * rows).to(tl.float32)[:, None]
+        theirs = tl.load(part + at, ok, 0.0, cache_modifier=".cg")
+        squares = tl.load(part + at + C, ok, 0.0, cache_modifier=".cg")
+        mu = tl.sum(theirs * n, 0) / M
+        away = tl.where(ok, theirs - mu[None, :], 0.0)
+        var = tl.sum(squares + n * away * away, 0) / M
         tl.store(mean + c, mu, inside)
         tl.store(rstd + c, 1.0 / tl.sqrt(var + eps), inside)
         old_mean, old_var = tl.load(running_mean + c, inside), tl.load(running_var + c, inside)
@@ -123,7 +119,8 @@ def _through_relu(v, dy, y, at, ok, a, b, AFTER: tl.constexpr):
 @triton.jit
 def _sums_of_gradients(
     x, dy, y, part, counter, mean, spread, weight, bias, dweight, dbias,
-    M, C, rows, eps, TRAIN: tl.constexpr, AFTER: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    M, C, rows, eps,
+    TRAIN: tl.constexpr, AFTER: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of weight and bias: of each channel the sums of d x̂ and of d, the gradient before the ReLU."""
     p, programs = tl.program_id(0), tl.num_programs(0)
@@ -131,7 +128,7 @@ def _sums_of_gradients(
     inside, end = c < C, tl.minimum((p + 1) * rows, M)
     mu, rs, a, b = _channels(mean, spread, weight, bias, c, inside, eps, TRAIN)
     s, t = tl.zeros([BM, BC], tl.float32), tl.zeros([BM, BC], tl.float32)
-    for m in range(p * rows, end, BM):
+    for m in tl.range(p * rows, end, BM, num_stages=STAGES):
         i = m + tl.arange(0, BM)
         at, ok = i[:, None] * C + c[None, :], (i < end)[:, None] & inside[None, :]
         v = tl.load(x + at, ok, 0.0).to(tl.float32)
@@ -141,14 +138,10 @@ def _sums_of_gradients(
     tl.store(part + 2 * p * C + c, tl.sum(s, 0), inside)
     tl.store(part + (2 * p + 1) * C + c, tl.sum(t, 0) * rs, inside)
     if _last(counter, programs):
-        db, dw = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-        for q in range(0, programs, BP):
-            i = q + tl.arange(0, BP)
-            at, ok = 2 * i[:, None] * C + c[None, :], (i < programs)[:, None] & inside[None, :]
-            db += tl.sum(tl.load(part + at, ok, 0.0, cache_modifier=".cg"), 0)
-            dw += tl.sum(tl.load(part + at + C, ok, 0.0, cache_modifier=".cg"), 0)
-        tl.store(dbias + c, db, inside)
-        tl.store(dweight + c, dw, inside)
+        i = tl.arange(0, BP)
+        at, ok = 2 * i[:, None] * C + c[None, :], (i < programs)[:, None] & inside[None, :]
+        tl.store(dbias + c, tl.sum(tl.load(part + at, ok, 0.0, cache_modifier=".cg"), 0), inside)
+        tl.store(dweight + c, tl.sum(tl.load(part + at + C, ok, 0.0, cache_modifier=".cg"), 0), inside)
 
 
 @triton.jit
@@ -190,9 +183,17 @@ def _shape(x: Tensor) -> tuple[int, int, int]:
     return x.numel() // channels, channels, min(64, max(16, triton.next_power_of_2(channels)))
 
 
-def _split(m: int, columns: int) -> int:
-    """Rows for each program of a sum over m rows: whole tiles, and about PROGRAMS programs."""
-    return ROWS * max(1, triton.cdiv(m, ROWS * max(1, PROGRAMS // columns)))
+def _split(m: int, columns: int, tile: int) -> int:
+    """Rows for each program of a sum over m rows: whole tiles, and at most PROGRAMS programs for all columns."""
+    return tile * max(1, triton.cdiv(m, tile * max(1, PROGRAMS // columns)))
+
+
+def _ahead(size: int, inputs: int) -> tuple[int, int]:
+    """(rows of a tile, stages) of a sum over so many tensors of numbers of `size` bytes: tiles on their way take at most 48
+    kB, which every card has for a program."""
+    if size > 2:
+        return ROWS, 1
+    return (2 * ROWS, 3) if inputs == 1 else (ROWS, 3 if inputs == 2 else 2)
 
 
 @torch.library.custom_op("fastrobust::norm_relu", mutates_args=("running_mean", "running_var"))
@@ -208,12 +209,13 @@ def norm_relu(
     seen = x
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
         if train:
-            rows = _split(m, columns)
+            tile, stages = _ahead(x.element_size(), 1 + before)
+            rows = _split(m, columns, tile)
             grid = triton.cdiv(m, rows), columns
             part = torch.empty(grid[0], 2, c, device=x.device)
             _statistics[grid](
                 x, given, z, part, _counter(x, columns), mean, rstd, running_mean, running_var,
-                m, c, rows, eps, momentum, m / (m - 1), ADD=before, BM=ROWS, BC=bc, BP=PARTS, num_warps=8,
+                m, c, rows, eps, momentum, m / (m - 1), ADD=before, BM=tile, BC=bc, BP=PROGRAMS, STAGES=stages, num_warps=8,
             )  # fmt: skip
             seen = z if before else x
         _normalise[triton.cdiv(m, ROWS), columns](
@@ -244,12 +246,13 @@ def norm_relu_backward(
     dx, dadd, dweight, dbias = _gradients(x, y, sums)
     columns, after = triton.cdiv(c, bc), y is not None
     if sums:
-        rows = _split(m, columns)
+        tile, stages = _ahead(x.element_size(), 2 + after)
+        rows = _split(m, columns, tile)
         grid = triton.cdiv(m, rows), columns
         part = torch.empty(grid[0], 2, c, device=x.device)
         _sums_of_gradients[grid](
             x, dy, y if after else x, part, _counter(x, columns), mean, spread, weight, bias, dweight, dbias,
-            m, c, rows, eps, TRAIN=train, AFTER=after, BM=ROWS, BC=bc, BP=PARTS, num_warps=8,
+            m, c, rows, eps, TRAIN=train, AFTER=after, BM=tile, BC=bc, BP=PROGRAMS, STAGES=stages, num_warps=8,
         )  # fmt: skip
     _gradient[triton.cdiv(m, ROWS), columns](
         x, dy, x if dz is None else dz, y if after else x, dx, dadd, mean, spread, weight, bias, dweight, dbias,

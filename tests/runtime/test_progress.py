@@ -64,7 +64,7 @@ def test_a_bar_and_the_estimate_fit_a_terminal(monkeypatch):
 
 
 def test_a_long_first_piece_is_no_part_of_the_pace(clock, capsys):
-    """A first step on a GPU captures a graph. What a line says, and when: 5 s after the start, but not of that step alone."""
+    """A first step on a GPU captures a graph. A line comes 5 s after the start, but not for that step alone."""
     with Progress("train", 100) as bar:
         for clock[0] in (8.0, 9.0, 10.0):
             bar.advance(1, "loss 1" if bar.due() else None)
