@@ -5,8 +5,16 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastrobust.models.fused import norm_relu, norm_silu
+from fastrobust.runtime.errors import ConfigError
 
 ACTIVATIONS = {"relu": norm_relu, "silu": norm_silu}
+
+
+def after_norm(activation: str):
+    """The BatchNorm with this activation. Raises ConfigError."""
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"activation: there is no '{activation}', only {' and '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation]
 
 
 class PreActBlock(nn.Module):
@@ -15,7 +23,7 @@ class PreActBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, activation: str = "relu"):
         super().__init__()
-        self.activated = ACTIVATIONS[activation]
+        self.activated = after_norm(activation)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -37,7 +45,7 @@ class PreActResNet(nn.Module):
 
     def __init__(self, stem: nn.Conv2d, classes: int, width: int, stages: int, activation: str = "relu"):
         super().__init__()
-        self.activated = ACTIVATIONS[activation]
+        self.activated = after_norm(activation)
         self.conv = stem
         blocks, inputs = [], width
         for stage in range(stages):

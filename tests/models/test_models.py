@@ -97,6 +97,19 @@ def test_patch_resnet14_is_the_last_stages_of_preact_resnet18():
     torch.testing.assert_close(model(x), whole.eval()(stem), rtol=1e-4, atol=1e-4)
 
 
+def test_patch_resnet14_with_silu_is_the_network_with_silu_in_the_place_of_relu(monkeypatch):
+    torch.manual_seed(0)
+    model = patch_resnet14(width=8, activation="silu")
+    plain = patch_resnet14(width=8)
+    plain.load_state_dict(model.state_dict())
+    x = torch.rand(4, 3, 32, 32)
+    out, relu = model(x), plain(x)
+    monkeypatch.setattr("torch.nn.functional.relu", lambda z: z * torch.sigmoid(z))
+    assert torch.allclose(out, plain(x), atol=1e-5) and not torch.allclose(out, relu, atol=1e-2)
+    with pytest.raises(ConfigError, match="there is no 'tanh', only relu and silu"):
+        patch_resnet14(activation="tanh")
+
+
 def test_patch_resnet14_has_a_fifth_of_the_operations():
     """Counted, and by the formula: a convolution takes 2 x inputs x outputs x its area for each place that it gives."""
     model, widths = create("patch_resnet14").eval(), (64, 128, 256)
