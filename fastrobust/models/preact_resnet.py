@@ -5,15 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastrobust.models.fused import norm_relu, norm_silu
-from fastrobust.runtime.errors import ConfigError
 
 ACTIVATIONS = {"relu": norm_relu, "silu": norm_silu}
 
 
 def after_norm(activation: str):
-    """The BatchNorm with this activation. Raises ConfigError."""
+    """The BatchNorm with this activation. Raises ValueError."""
     if activation not in ACTIVATIONS:
-        raise ConfigError(f"activation: there is no '{activation}', only {' and '.join(ACTIVATIONS)}")
+        raise ValueError(f"there is no activation '{activation}', only {' and '.join(ACTIVATIONS)}")
     return ACTIVATIONS[activation]
 
 
