@@ -106,7 +106,7 @@ def test_patch_resnet14_with_silu_is_the_network_with_silu_in_the_place_of_relu(
     out, relu = model(x), plain(x)
     monkeypatch.setattr("torch.nn.functional.relu", lambda z: z * torch.sigmoid(z))
     assert torch.allclose(out, plain(x), atol=1e-5) and not torch.allclose(out, relu, atol=1e-2)
-    with pytest.raises(ConfigError, match="model.options: .* there is no activation 'tanh', only relu and silu"):
+    with pytest.raises(ConfigError, match=r"model\.options: .* there is no activation 'tanh', only relu and silu"):
         create("patch_resnet14", CIFAR | {"options": {"activation": "tanh"}})
 
 
