@@ -6,14 +6,12 @@ from torch import Tensor, nn
 
 from fastrobust.models.fused import norm_relu, norm_silu
 
-ACTIVATIONS = {"relu": norm_relu, "silu": norm_silu}
 
-
-def after_norm(activation: str):
-    """The BatchNorm with this activation. Raises ValueError."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"there is no activation '{activation}', only {' and '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[activation]
+def activated(activation: str):
+    """BatchNorm with this activation. Raises ValueError."""
+    if activation not in ("relu", "silu"):
+        raise ValueError(f"there is no activation '{activation}', only relu and silu")
+    return norm_relu if activation == "relu" else norm_silu
 
 
 class PreActBlock(nn.Module):
@@ -22,7 +20,7 @@ class PreActBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int, activation: str = "relu"):
         super().__init__()
-        self.activated = after_norm(activation)
+        self.activated = activated(activation)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
@@ -44,7 +42,7 @@ class PreActResNet(nn.Module):
 
     def __init__(self, stem: nn.Conv2d, classes: int, width: int, stages: int, activation: str = "relu"):
         super().__init__()
-        self.activated = after_norm(activation)
+        self.activated = activated(activation)
         self.conv = stem
         blocks, inputs = [], width
         for stage in range(stages):

@@ -14,16 +14,18 @@ import importlib.util
 import inspect
 import io
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastrobust.config import parts
 from fastrobust.config.numbers import ball_in_words, describe, radius_in_words
 from fastrobust.models import Normalized
-from fastrobust.models.fused import plain_norm_relu
+from fastrobust.models.fused import plain_norm_relu, plain_norm_silu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known, robustbench
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
@@ -82,16 +84,27 @@ def examples(config):
     return torch.rand(16, len(config.model.mean), side, side, generator=torch.Generator().manual_seed(0))
 
 
+def used_by(function) -> list:
+    """The classes and functions of the module of one of our models, and of our modules from which it takes a network.
+    Functions that make other models are left out."""
+    makers = {path.rpartition(":")[2] for path in parts.MODELS.values()} - {function.__name__}
+    module, found = inspect.getmodule(function), []
+    for name, part in vars(module).items():
+        home = inspect.getmodule(part)
+        if home is module and name not in makers:
+            found.append(part)
+        elif inspect.isclass(part) and issubclass(part, nn.Module) and home.__name__.startswith("fastrobust.models."):
+            found += [one for one in used_by(part) if one not in found]
+    return found
+
+
 def snippet(config, classes: tuple[str, ...]) -> str:
     """The source of model.py."""
     name, channels, source, imports = config.model.name, len(config.model.mean), "", ""
     options = "".join(f", {key}={value!r}" for key, value in (config.model.options or {}).items())
     if name in parts.MODELS:  # ours: the classes and the function that makes the network
         function = parts.find("model.name", parts.MODELS, name)
-        module = inspect.getmodule(function)
-        makers = {path.rpartition(":")[2] for path in parts.MODELS.values()} - {function.__name__}
-        used = [part for key, part in vars(module).items() if inspect.getmodule(part) is module and key not in makers]
-        source = "\n\n".join(map(inspect.getsource, used))
+        source = "\n\n".join(map(inspect.getsource, used_by(function)))
         make = f"{function.__name__}({channels}, {len(classes)}{options})"
     elif ":" in name:
         place, _, function = name.partition(":")
@@ -103,9 +116,10 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
         make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra}{options})"
-    if "norm_relu(" in source:
-        plain = inspect.getsource(plain_norm_relu).replace("plain_norm_relu", "norm_relu")
-        source = f"{plain}\n\n{source}"
+    for plain in (plain_norm_relu, plain_norm_silu):
+        usual = plain.__name__.removeprefix("plain_")
+        if re.search(rf"\b{usual}\b", source):
+            source = f"{inspect.getsource(plain).replace(plain.__name__, usual)}\n\n{source}"
     source = f"{source}\n\n{inspect.getsource(Normalized)}".lstrip()
     return f'''"""{config.name}: {name}, trained with fastrobust. `load()` gives it in eval mode, ready to use:
 

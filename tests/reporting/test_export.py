@@ -98,6 +98,7 @@ def network(channels, classes):
         "mnist_net",
         "preact_resnet18_w16",
         "preact_resnet18_paper",
+        "patch_resnet14",
         "cifar_resnet18",
         "wide_resnet28_10",
         "resnet18",
@@ -110,13 +111,14 @@ def test_every_kind_of_model_is_exported(finished_run, tmp_path, name, capsys, m
         pytest.importorskip("timm")
     (tmp_path / "own_model.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    if name not in ("preact_resnet18_w16", "own_model:network"):
+    if name not in ("preact_resnet18_w16", "patch_resnet14", "own_model:network"):
         monkeypatch.setattr(export, "write_onnx", lambda *arguments: None)  # it takes its time
     _, config, classes = read_weights(finished_run)
     config.model.name = name
+    config.model.options = {"width": 8, "activation": "silu"} if name == "patch_resnet14" else None
     torch.manual_seed(0)
     facts = {"channels": 3, "classes": 10, "mean": config.model.mean, "std": config.model.std}
-    model = create(name, **facts)
+    model = create(name, **facts, options=config.model.options)
     save_weights(tmp_path, model, schema.Config(**config.to_dict()), classes)
     assert cli(["export", str(tmp_path / "model.safetensors"), "--output", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
