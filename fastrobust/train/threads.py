@@ -17,7 +17,7 @@ from fastrobust.train.step import Step
 SMALL = 1.0  # seconds: longer steps gain from every thread
 STATE = 64 << 20  # bytes that a trial may copy
 TRIES = 3  # steps with each number of threads, after one that is not counted
-GAIN = 0.85  # another number must take less than this share of the time: else noise would decide
+GAIN = 0.85  # another number must take less than this share of the time of the present one: else noise would decide
 AGAIN, SHARE = 20.0, 0.02  # seconds after which to look again, and the most of the time that trials may take
 
 
@@ -36,7 +36,7 @@ class Threads:
         if not self.tries or time.monotonic() < self.next:
             return None
         before, began = torch.get_num_threads(), time.monotonic()
-        chosen, seconds = fastest(self.step, batch, self.most)
+        chosen, seconds = fastest(self.step, batch, self.most, before)
         torch.set_num_threads(chosen)
         now = time.monotonic()
         self.next = now + max(AGAIN, (now - began) / SHARE)
@@ -48,8 +48,8 @@ class Threads:
         return f"threads: {chosen} instead of {before} (a step with {found}); OMP_NUM_THREADS fixes it"
 
 
-def fastest(step: Step, batch: Batch, most: int) -> tuple[int, dict[int, float]]:
-    """(the number of threads to take, the seconds of a step with every number that was tried)."""
+def fastest(step: Step, batch: Batch, most: int, now: int) -> tuple[int, dict[int, float]]:
+    """(the number of threads to take, the seconds of a step with every number that was tried). now: the present number."""
     put_back, seconds, count = keep_state(step, batch.images.device), {}, most
     while count >= 1:
         torch.set_num_threads(count)
@@ -63,5 +63,5 @@ def fastest(step: Step, batch: Batch, most: int) -> tuple[int, dict[int, float]]
             break
         count //= 2
     put_back()
-    best = min(seconds, key=seconds.get)
-    return (best if seconds[best] < GAIN * seconds[most] else most), seconds
+    best, stay = min(seconds, key=seconds.get), now if now in seconds else most
+    return (best if seconds[best] < GAIN * seconds[stay] else stay), seconds

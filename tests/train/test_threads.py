@@ -37,13 +37,21 @@ def free(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [({2: 0.02, 1: 0.01}, 1), ({2: 0.01, 1: 0.02}, 2), ({2: 0.010, 1: 0.009}, 2), ({2: 0.010, 1: 0.008}, 1)],
+    ("seconds", "now", "chosen"),
+    [
+        ({2: 0.02, 1: 0.01}, 2, 1),
+        ({2: 0.01, 1: 0.02}, 2, 2),
+        ({2: 0.010, 1: 0.009}, 2, 2),
+        ({2: 0.010, 1: 0.008}, 2, 1),
+        ({2: 0.010, 1: 0.009}, 1, 1),  # not back to more that take longer
+        ({2: 0.009, 1: 0.010}, 1, 1),
+        ({2: 0.008, 1: 0.010}, 1, 2),
+    ],
 )
-def test_what_is_chosen(small, monkeypatch, seconds, chosen):
+def test_what_is_chosen(small, monkeypatch, seconds, now, chosen):
     made, (batch, *_) = small
     clock(monkeypatch, seconds)
-    assert threads.fastest(made, batch, 2)[0] == chosen
+    assert threads.fastest(made, batch, 2, now)[0] == chosen
 
 
 def test_a_trial_puts_everything_back(small, monkeypatch):
