@@ -143,7 +143,7 @@ def compiled() -> list[dict]:
     from fastrobust.train import update_kernels as update
 
     def sums(inputs: int) -> dict:
-        rows, stages = norm._ahead(2, inputs)
+        rows, stages = norm.AHEAD[inputs]
         return {"BM": rows, "BC": 64, "BP": norm.PROGRAMS, "STAGES": stages}
 
     tile = {"BM": norm.ROWS, "BC": 64}

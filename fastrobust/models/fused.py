@@ -112,12 +112,7 @@ def plain_norm_relu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tu
 
 
 def norm_silu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(z, silu(norm(z))) of z = x + add, or of z = x: there is no kernel of it."""
-    return plain_norm_silu(partial(_plain, norm), x, add)
-
-
-def plain_norm_silu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(z, silu(norm(z))) of z = x + add, or of z = x, by torch's operations."""
+    """(z, silu(norm(z))) of z = x + add, or of z = x. There is no kernel of it."""
     z = x if add is None else x + add
     return z, F.silu(norm(z))
 

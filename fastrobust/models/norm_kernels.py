@@ -18,6 +18,8 @@ from torch import Tensor
 
 PROGRAMS = 128  # at most; one for nearly each of an H100's 132 multiprocessors. A power of two
 ROWS = 64  # of a tile
+# of a sum over so many tensors of half precision: rows of a tile, and tiles on their way: 48 kB, which every card has
+AHEAD = {1: (128, 3), 2: (64, 3), 3: (64, 2)}
 
 
 @triton.jit
@@ -188,14 +190,6 @@ def _split(m: int, columns: int, tile: int) -> int:
     return tile * max(1, triton.cdiv(m, tile * max(1, PROGRAMS // columns)))
 
 
-def _ahead(size: int, inputs: int) -> tuple[int, int]:
-    """(rows of a tile, stages) of a sum over so many tensors of numbers of `size` bytes: tiles on their way take at most 48
-    kB, which every card has for a program."""
-    if size > 2:
-        return ROWS, 1
-    return (2 * ROWS, 3) if inputs == 1 else (ROWS, 3 if inputs == 2 else 2)
-
-
 @torch.library.custom_op("fastrobust::norm_relu", mutates_args=("running_mean", "running_var"))
 def norm_relu(
     x: Tensor, add: Tensor | None, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
@@ -209,7 +203,7 @@ def norm_relu(
     seen = x
     with torch.cuda.device_of(x):  # Triton launches on the current device, wherever the tensors are
         if train:
-            tile, stages = _ahead(x.element_size(), 1 + before)
+            tile, stages = AHEAD[1 + before] if x.element_size() == 2 else (ROWS, 1)
             rows = _split(m, columns, tile)
             grid = triton.cdiv(m, rows), columns
             part = torch.empty(grid[0], 2, c, device=x.device)
@@ -246,7 +240,7 @@ def norm_relu_backward(
     dx, dadd, dweight, dbias = _gradients(x, y, sums)
     columns, after = triton.cdiv(c, bc), y is not None
     if sums:
-        tile, stages = _ahead(x.element_size(), 2 + after)
+        tile, stages = AHEAD[2 + after] if x.element_size() == 2 else (ROWS, 1)
         rows = _split(m, columns, tile)
         grid = triton.cdiv(m, rows), columns
         part = torch.empty(grid[0], 2, c, device=x.device)

@@ -25,7 +25,7 @@ from torch import nn
 from fastrobust.config import parts
 from fastrobust.config.numbers import ball_in_words, describe, radius_in_words
 from fastrobust.models import Normalized
-from fastrobust.models.fused import plain_norm_relu, plain_norm_silu
+from fastrobust.models.fused import norm_silu, plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known, robustbench
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
@@ -116,7 +116,7 @@ def snippet(config, classes: tuple[str, ...]) -> str:
         imports = "import torchvision\n"
         extra = ", aux_logits=False, init_weights=True" if name in ("googlenet", "inception_v3") else ""
         make = f"torchvision.models.get_model({name!r}, weights=None, num_classes={len(classes)}{extra}{options})"
-    for plain in (plain_norm_relu, plain_norm_silu):
+    for plain in (plain_norm_relu, norm_silu):
         usual = plain.__name__.removeprefix("plain_")
         if re.search(rf"\b{usual}\b", source):
             source = f"{inspect.getsource(plain).replace(plain.__name__, usual)}\n\n{source}"

@@ -58,12 +58,11 @@ class Steps(torch.optim.Optimizer):
         """With a GradScaler's scale and `found_inf`: nothing is moved by gradients that are not finite."""
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
-            for moved, chosen in ((self.muon, True), (self.sgd, False)):
-                if weights := [p for p in given if (p.dim() == 4) == chosen]:
-                    self.replace(weights, *moved(weights, *self.known(weights), group))
+            for rule, of_convolutions in ((self.muon, True), (self.sgd, False)):
+                if weights := [p for p in given if (p.dim() == 4) == of_convolutions]:
+                    self.replace(weights, *rule(weights, *self.gradients_and_momenta(weights), group))
 
-    def known(self, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(gradients, momenta)."""
+    def gradients_and_momenta(self, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         gradients, scale = [p.grad for p in weights], getattr(self, "grad_scale", None)
         gradients = gradients if scale is None else torch._foreach_div(gradients, scale)
         return gradients, [self.state[p]["momentum_buffer"] for p in weights]
