@@ -1,6 +1,7 @@
 """What only a GPU can check: graphs equal eager steps, survive phases and resuming, and half precisions train. On the
 simulated GPU (tests/gpusim) everything runs up to the comparison of numbers, and no call may be made that CUDA forbids."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from training_runs import STEP_METHODS, STEP_OPTIONS, on_noise, run_steps, same
 
-from fastrobust.attack.verdicts import classified
+from fastrobust.attack.verdicts import classified, plain_fp32
 from fastrobust.data import sets
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models.weights import read_weights
@@ -74,15 +75,16 @@ def test_options_in_a_graph_give_what_they_give_eagerly(option):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fgsm", "free", "pgd"])
 def test_kernels_in_a_graph_give_the_numbers_of_eager_steps(method, precision, capsys):
-    """The first loss to 0.1 %, in half precision to 1 %: rounding changes the signs of small gradients (an H200 was 0.1 to
-    0.3 % apart). Those of 8 steps to 5 %: errors grow from step to step."""
-    plain = run_steps(on_gpu(method, precision), 8)
-    fused = on_noise(method, precision, "cuda", engine="fused+cuda_graph")
-    assert fused.step.threat.kernels and "warning" not in capsys.readouterr().err
-    mine = run_steps(fused, 8, graph)
+    """The first loss to 0.1 %, in half precision to 1 %, as `test_engines_agree` has it (an H200 was 0.1 to 0.3 % apart). Those
+    of 8 steps to 3 %: errors grow from step to step. fp32 is without TF32, whose 10 bits are half precision too."""
+    with plain_fp32() if precision == "fp32" else contextlib.nullcontext():
+        plain = run_steps(on_gpu(method, precision), 8)
+        fused = on_noise(method, precision, "cuda", engine="fused+cuda_graph")
+        assert fused.step.threat.kernels and "warning" not in capsys.readouterr().err
+        mine = run_steps(fused, 8, graph)
     assert mine.rates == plain.rates and mine.tensors.keys() == plain.tensors.keys()
     assert mine.losses[0] == pytest.approx(plain.losses[0], rel=1e-3 if precision == "fp32" else 1e-2)
-    assert mine.losses == pytest.approx(plain.losses, rel=5e-2)
+    assert mine.losses == pytest.approx(plain.losses, rel=3e-2)
     for name, value in plain.tensors.items():
         if "num_batches_tracked" in name or name == "sums.updates":
             assert torch.equal(mine.tensors[name], value), name
