@@ -75,8 +75,8 @@ def test_options_in_a_graph_give_what_they_give_eagerly(option):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("method", ["fgsm", "free", "pgd"])
 def test_kernels_in_a_graph_give_the_numbers_of_eager_steps(method, precision, capsys):
-    """The first loss to 0.1 %, in half precision to 1 %, as `test_engines_agree` has it (an H200 was 0.1 to 0.3 % apart). Those
-    of 8 steps to 3 %: errors grow from step to step. fp32 is without TF32, whose 10 bits are half precision too."""
+    """The first loss to 0.1 %, in half precision to 1 %, as `test_engines_agree` has it (an H200 was 0.1 to 0.3 % apart).
+    Those of 8 steps to 3 %: errors grow from step to step. fp32 is without TF32, whose 10 bits are half precision too."""
     with plain_fp32() if precision == "fp32" else contextlib.nullcontext():
         plain = run_steps(on_gpu(method, precision), 8)
         fused = on_noise(method, precision, "cuda", engine="fused+cuda_graph")
