@@ -18,7 +18,7 @@ from fastrobust.config.datasets import DATASETS
 from fastrobust.data import formats, sets
 from fastrobust.data.loaders.ffcv import functions
 from fastrobust.data.prepared import writing
-from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)
 CIFAR = DATASETS["cifar10"].classes
@@ -30,6 +30,14 @@ def real(*parts: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs the real data {'/'.join(parts)} in $FASTROBUST_DATA")
     return path
+
+
+def fashion_mnist() -> str:
+    """The folder of Fashion-MNIST; the test is skipped where there is none."""
+    try:
+        return str(sets.locate("fashion_mnist"))
+    except DataError:
+        pytest.skip("needs Fashion-MNIST")
 
 
 def idx(array: np.ndarray) -> bytes:

@@ -8,6 +8,7 @@ import shutil
 import time
 
 import pytest
+from data_files import fashion_mnist
 
 from benchmarks import paper, reproduce, tables
 from fastrobust.config import reading
@@ -337,10 +338,7 @@ def test_the_miniature_shows_the_order_of_the_methods(tmp_path, monkeypatch, cap
     """Tables 1 to 3 and Figures 1 and 2 in miniature, as the command makes them, without the middle lengths of Figure 2: 9
     runs, minutes. The bounds lie half-way between what seeds 0 to 2 gave (benchmarks/RECORDS.md), and seed 0 on another
     processor (docs/lab_notes.md)."""
-    try:
-        sets.locate("fashion_mnist")
-    except DataError:
-        pytest.skip("needs Fashion-MNIST")
+    fashion_mnist()
     monkeypatch.chdir(tmp_path)
     names = {row.name for rows in paper.ROWS["small"].values() for row in rows}
     middle = {"small_random_10epochs", "small_free_16epochs", "small_pgd_7epochs"}

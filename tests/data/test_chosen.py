@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from data_files import fashion_mnist
 from training_runs import CPU
 
 from fastrobust.data import loaders
@@ -62,6 +63,7 @@ def test_the_order_of_the_names_makes_no_difference():
 
 
 def test_a_real_set_is_balanced_and_says_which_images_it_holds():
+    fashion_mnist()
     whole = load("fashion_mnist", "test")
     assert whole.numbers is None and whole.chosen == "all"
     part = load("fashion_mnist", "test", limit=200)

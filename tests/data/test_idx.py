@@ -4,11 +4,10 @@ import gzip
 import hashlib
 import struct
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import check_form, idx, idx_folder, real
+from data_files import check_form, fashion_mnist, idx, idx_folder, real
 
 from fastrobust.config.datasets import DATASETS
 from fastrobust.data import sets
@@ -142,9 +141,7 @@ def test_real_mnist(split, count, digest):
 
 
 def test_real_fashion_mnist():
-    if not Path(sets._DEBIAN_FASHION).exists():
-        pytest.skip("needs the package dataset-fashion-mnist")
-    result = load("fashion_mnist", "test", sets._DEBIAN_FASHION)
+    result = load("fashion_mnist", "test", fashion_mnist())
     check_form(result, 10000, 1, 28, DATASETS["fashion_mnist"].classes)
     assert result.labels.bincount().tolist() == [1000] * 10
     assert result.labels[0] == 9  # an ankle boot

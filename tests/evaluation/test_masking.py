@@ -1,4 +1,4 @@
-"""Tests of fastrobust.sanity: models whose gradients mislead by construction are flagged, each by the check that is for it;
+"""Checks for masked gradients: models whose gradients mislead by construction are flagged, each by the check that is for it;
 a collapsed FGSM model is, a healthy one is not, both trained here."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from conftest import bar_images
+from data_files import fashion_mnist
 from torch import nn
 
 import fastrobust
@@ -164,6 +165,7 @@ def trained(folder, name, *overrides) -> str:
 
 def test_a_collapsed_fgsm_model_is_flagged_and_a_healthy_one_is_not(tmp_path, capsys, monkeypatch, request):
     """mnist_net on 6,000 images of Fashion-MNIST: FGSM from a zero start at epsilon 0.3, and from a random start at 0.1."""
+    fashion_mnist()
     monkeypatch.chdir(request.config.rootpath)
     collapsed = trained(
         tmp_path, "collapsed", "method.init=zero", "epsilon=0.3", "evaluation.epsilon=0.3", "phases.0.epochs=4"

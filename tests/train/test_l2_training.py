@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from data_files import fashion_mnist
 from method_steps import Slow, as_function, close, make_batch, make_learner, make_model, same_weights, section
 
 from fastrobust.attack.pgd import pgd
@@ -19,7 +19,6 @@ from fastrobust.train.methods.base import Inputs
 from fastrobust.train.methods.fgsm import fgsm
 
 EPSILON = 0.4
-FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 
 def norm(t) -> float:
@@ -118,9 +117,9 @@ def test_interval_bounds_refuse_it_even_without_a_config():
         fgsm(make_learner(make_model()), x, y, None, threat=L2(EPSILON), alpha=EPSILON, ibp_weight=0.1)
 
 
-@pytest.mark.skipif(not FASHION.exists(), reason="needs Fashion-MNIST")
 def test_a_short_l2_training_is_more_robust_in_l2_than_a_standard_one():
-    train, test = (sets.load("fashion_mnist", split, str(FASHION), limit=n) for split, n in (("train", 3000), ("test", 200)))
+    folder = fashion_mnist()
+    train, test = (sets.load("fashion_mnist", split, folder, limit=n) for split, n in (("train", 3000), ("test", 200)))
     robust = {}
     for name in ("fgsm", "standard"):
         config = reading.parse(
