@@ -41,16 +41,19 @@ def evaluate(
     seed: int = 0,
     norm: str = "linf",
     precision: str = "fp32",
+    folder: Path | None = None,
     overall: Overall | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Clean accuracy and accuracy under PGD-`steps`-`restarts` at radius epsilon, each with its 95 % confidence interval.
     Clean accuracy and every success are decided in fp32; `arithmetic` says what the attack's steps computed in, and
-    `precision` asks for it (`searched_in`). epsilon and alpha are in pixels of [0, 1], in the norm `linf` or `l2`. The model
-    may be on any device; its mode and gradients are left as they are."""
+    `precision` asks for it (`searched_in`). With a `folder` an interrupted call goes on where it was (`run_attacks`).
+    epsilon and alpha are in pixels of [0, 1], in the norm `linf` or `l2`. The model may be on any device; its mode and
+    gradients are left as they are."""
     name = f"pgd-{steps}-{restarts}"
     settings = {"norm": norm, "epsilon": epsilon, "alpha": alpha, "batch_size": batch_size, "seed": seed}
-    settings |= {"precision": precision, "overall": overall, "world": world}
+    settings |= {"precision": precision, "folder": folder, "overall": overall, "world": world}
+    settings |= {"notes": {"data": None, "chosen": data.chosen}}
     return report(name, run_attacks(model, data, [name], **settings))
 
 

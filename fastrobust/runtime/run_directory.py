@@ -8,6 +8,7 @@
               checkpoint.previous.pt  the one before
               model.safetensors    the weights; its header holds what is needed to build the model
               model.live.safetensors  with `averaging` and no `selection`: the trained weights, model.safetensors are means
+              evaluations/         what attacks did to each image (`evaluation/results.py`); interrupted ones go on there
               summary.json         what came out
               images.txt.gz        the files that it trains on, in their order, where each image has one
               skipped_images.txt   those that it leaves out, and why (`data.skip_corrupt`)

@@ -19,6 +19,7 @@ from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.schema import Config
 from fastrobust.data import layouts, loaders
 from fastrobust.data.formats import Unusable
+from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights
@@ -256,6 +257,8 @@ def finish(training: Training) -> dict[str, Any]:
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
     common |= {"precision": settings.precision, "norm": config.norm}
+    world.first(lambda: (directory / results.FOLDER).mkdir(exist_ok=True))
+    common |= {"folder": directory / results.FOLDER}
     common |= {"overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
 
     def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
@@ -265,13 +268,13 @@ def finish(training: Training) -> dict[str, Any]:
             for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
         ]
 
-    live = []
-    if average is not None:
+    if average is None:
+        evaluations, live = saved_and_evaluated(run_directory.WEIGHTS), []
+    else:
+        average.swap()
+        evaluations = saved_and_evaluated(run_directory.WEIGHTS)
+        average.swap()
         live = saved_and_evaluated(run_directory.LIVE)
-        average.swap()
-    evaluations = saved_and_evaluated(run_directory.WEIGHTS)
-    if average is not None:
-        average.swap()
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
     if training.selected:

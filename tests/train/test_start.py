@@ -11,7 +11,9 @@ import pytest
 import torch
 from training_runs import CPU, METHODS, same
 
+from fastrobust.attack.pgd import Pgd
 from fastrobust.config import reading
+from fastrobust.evaluation import accuracy
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.distributed import ALONE
@@ -51,7 +53,8 @@ def run(config, **options) -> dict:
 def without_times(summary: dict) -> dict:
     times = ("train_seconds", "seconds_per_epoch", "evaluation_seconds", "name")
     plain = {key: value for key, value in summary.items() if key not in times}
-    return plain | {"evaluations": [{k: v for k, v in e.items() if k != "seconds"} for e in summary["evaluations"]]}
+    lists = {key: value for key, value in plain.items() if key.startswith("evaluations")}
+    return plain | {key: [{k: v for k, v in e.items() if k != "seconds"} for e in found] for key, found in lists.items()}
 
 
 def weights_of(config) -> dict:
@@ -142,6 +145,33 @@ def test_a_stopped_run_is_resumed_to_the_same_end(config, stop_after, capsys, at
     assert f"going on after {at} updates" in capsys.readouterr().out
     assert without_times(found) == without_times(expected)
     assert same(weights_of(config()), weights_of(config("undisturbed")))
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(config, monkeypatch):
+    """Averaged weights first, then the trained ones: no batch is attacked twice."""
+    changes = {"averaging": {"decay": 0.9}, "evaluation": {"steps": 2, "restarts": 3, "batch_size": 5}}
+    attack, calls, stop_at = Pgd.run, [], set()
+
+    def watched(self, x, y, begin):
+        if len(calls) in stop_at:
+            stop_at.discard(len(calls))
+            raise KeyboardInterrupt
+        calls.append(x.clone())
+        return attack(self, x, y, begin)
+
+    monkeypatch.setattr(accuracy, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(Pgd, "run", watched)
+    expected, undisturbed = run(config("undisturbed", **changes)), list(calls)
+    calls.clear()
+    assert len(undisturbed) >= 6
+    stop_at.update({1, len(undisturbed) - 1})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(config(**changes), again=True)
+        assert not (directory_of(config()) / run_directory.SUMMARY).exists()
+    found = run(config(**changes), again=True)
+    assert without_times(found) == without_times(expected)
+    assert len(calls) == len(undisturbed) and all(torch.equal(a, b) for a, b in zip(calls, undisturbed, strict=True))
 
 
 def test_a_run_without_a_checkpoint_starts_from_the_beginning(config, capsys):
