@@ -14,12 +14,14 @@ _PLACES = {  # imported when they are first used, so that `import fastrobust` co
     "adversarial_images": "fastrobust.evaluation.from_python",
     "verify": "fastrobust.verification.from_python",
     "load": "fastrobust.models.weights",
+    "FastrobustError": "fastrobust.runtime.errors",
 }
-__all__ = ["adversarial_images", "evaluate", "fit", "load", "verify"]
+__all__ = ["FastrobustError", "adversarial_images", "evaluate", "fit", "load", "verify"]
 
 if TYPE_CHECKING:
     from fastrobust.evaluation.from_python import adversarial_images, evaluate
     from fastrobust.models.weights import load
+    from fastrobust.runtime.errors import FastrobustError
     from fastrobust.train.from_python import fit
     from fastrobust.verification.from_python import verify
 

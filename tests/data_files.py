@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,14 @@ def png(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def png16(size: int = 32) -> bytes:
+    """A PNG file with 16 bits of red, green and blue, which Pillow reads and does not write."""
+    rows = b"".join(b"\0" + RNG.bytes(6 * size) for _ in range(size))
+    parts = {b"IHDR": struct.pack(">2I5B", size, size, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(rows), b"IEND": b""}
+    chunks = (struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in parts.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def noise_png(size: int = 32) -> bytes:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import bar_images
 from torch import nn
+from torch.utils.data import ConcatDataset, Subset
 
 import fastrobust
 from fastrobust.runtime.errors import FastrobustError
@@ -70,6 +71,17 @@ def test_so_are_those_of_evaluate(run, tmp_path, capsys):
     other.classes[3] = "a"
     with pytest.raises(FastrobustError, match="trained on 10 classes"):
         fastrobust.evaluate(run.model, other, **options)
+
+
+def test_a_subset_has_the_names_of_its_data_set(run, tmp_path):
+    """The classes are in another order: by number nearly all would be wrong."""
+    turned, options = Named(200, 2, NAMES[::-1]), {"epsilon": 0.0, "attack": "pgd-1-1"}
+    part = Subset(turned, range(50))
+    for data in (turned, part, Subset(part, range(30)), ConcatDataset([part, turned])):
+        assert fastrobust.evaluate(run.model, data, **options).clean_accuracy > 0.9
+    assert fit(tmp_path, part).summary["clean_accuracy"] > 0.9
+    with pytest.raises(FastrobustError, match="the parts of the ConcatDataset name other classes"):
+        fastrobust.evaluate(run.model, ConcatDataset([turned, Named(200, 2, NAMES)]), **options)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

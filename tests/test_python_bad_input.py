@@ -46,6 +46,16 @@ class Two(Net):
         return super().forward(x), x
 
 
+class Probabilities(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+class Rounded(Net):
+    def forward(self, x):
+        return super().forward(x).round().detach()
+
+
 class Refuses:
     def __len__(self):
         return 30
@@ -70,6 +80,11 @@ BAD = {
     "one class": (lambda: (Net(), (TRAIN[0], 0 * TRAIN[1])), "all 600 images are of one class"),
     "a data set that raises": (lambda: (Net(), Refuses()), "item 7 of the data set cannot be read: KeyError"),
     "a model of tuples": (lambda: (Two(), TRAIN), "must give logits, N x 10 for 10 classes; for one image it gives a tuple"),
+    "zeros and ones": (lambda: (Net(), (TRAIN[0] // 128, TRAIN[1])), "these are 0 and 1 alone: give them as floats"),
+    "probabilities": (lambda: (Probabilities(), TRAIN), "gives probabilities, and needs to give logits"),
+    "a class": (lambda: (Net, TRAIN), r"must be an nn.Module, .* it is the class Net: give Net\("),
+    "a function": (lambda: (len, TRAIN), "must be an nn.Module, or the name of a model"),
+    "a frozen model": (lambda: (Net().requires_grad_(False), TRAIN), "no parameter of the model requires a gradient"),
     "a function that raises": (
         lambda: ("test_python_bad_input:raises", TRAIN),
         "'test_python_bad_input:raises' raised OSError: no room$",
@@ -94,6 +109,35 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
 def test_evaluate_names_images_that_are_not_finite(value):
     with pytest.raises(DataError, match="1 images have pixels that are no finite numbers, the first is image 3"):
         fastrobust.evaluate(Net(), changed(value), TRAIN[1], epsilon=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "says"),
+    [
+        (Probabilities(), TRAIN[0], "gives probabilities, and needs to give logits"),
+        (Net(), TRAIN[0] // 128, "these are 0 and 1 alone"),
+        (Rounded(), TRAIN[0], "no gradient with respect to its images: attack it by square"),
+    ],
+)
+def test_evaluate_refuses_what_would_give_wrong_accuracies(model, images, says):
+    with pytest.raises(FastrobustError, match=says):
+        fastrobust.evaluate(model, images, TRAIN[1], epsilon=0.1, attack="pgd-1-1")
+
+
+def test_an_output_that_cannot_be_made_and_a_config_that_is_no_dict_are_told(tmp_path):
+    (tmp_path / "file").touch()
+    for options, says in (({"output": tmp_path / "file"}, "cannot be made"), ({"config": ["seed=1"]}, "must be a dict")):
+        with pytest.raises(FastrobustError, match=says):
+            fastrobust.fit(Net(), TRAIN, test=TRAIN, epsilon=0.1, **{"output": tmp_path} | options)
+    with pytest.raises(FastrobustError, match="epsilon is an argument of fit"):
+        fastrobust.fit(Net(), TRAIN, test=TRAIN, epsilon=0.1, output=tmp_path, config={"epsilon": 0.3})
+
+
+def test_arrays_with_channels_last_are_the_same_images():
+    options = {"epsilon": 0.1, "attack": "pgd-1-1"}
+    net, last = Net(), TRAIN[0].permute(0, 2, 3, 1).numpy()
+    expected = fastrobust.evaluate(net, *TRAIN, **options)
+    assert torch.equal(fastrobust.evaluate(net, last, TRAIN[1], **options).robust, expected.robust)
 
 
 @pytest.mark.parametrize(("first", "says"), [(0, "all 20 training images are of class 0"), (1, "no label is 0")])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.attack.threat import Radius, Threat
+from fastrobust.runtime.errors import ConfigError
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # (logits N x K, labels N) -> a loss for each example, N
 
@@ -44,6 +45,8 @@ def input_gradient(model: nn.Module, points: Tensor, y: Tensor, loss: Loss = cro
     """(the logits at the points, the gradient of each point's loss with respect to it). points: float N x C x H x W."""
     z = points.detach().requires_grad_()
     logits = model(z).float()
+    if not logits.requires_grad:
+        raise ConfigError("the model's logits have no gradient with respect to its images: attack it by square")
     (gradient,) = torch.autograd.grad(loss(logits, y).sum(), z)
     return logits.detach(), gradient
 

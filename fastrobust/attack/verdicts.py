@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fastrobust.attack.gradient import frozen
 from fastrobust.attack.threat import Threat
-from fastrobust.data.augment import to_unit
-from fastrobust.runtime.errors import DataError
+from fastrobust.data.augment import ONES_ALONE, to_unit
+from fastrobust.runtime.errors import ConfigError, DataError
 
 
 @contextlib.contextmanager
@@ -42,6 +42,16 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
+def check_logits(logits: Tensor) -> None:
+    """Raise ConfigError for probabilities (N x classes): their gradients vanish where a softmax saturates, so that attacks
+    on them break less than they could, and training on them learns less."""
+    if (logits >= 0).all() and (logits.double().sum(1) - 1).abs().max() < 1e-3:
+        raise ConfigError(
+            "the model gives probabilities, and needs to give logits: leave out the softmax at its end, or give the "
+            "logarithm of what it gives"
+        )
+
+
 def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -> None:
     """Raise DataError unless images are uint8, or float in [0, 1], N x C x H x W, labels int64 N, and the radius is one of
     pixels in [0, 1]."""
@@ -57,6 +67,8 @@ def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -
             raise DataError(f"float images must be pixels in [0, 1], these lie in [{low:.3g}, {high:.3g}]: {hint}")
     elif images.dtype != torch.uint8:
         raise DataError(f"images must be uint8, or float in [0, 1], not {images.dtype}")
+    elif images.max() == 1:
+        raise DataError(ONES_ALONE)
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0:
         found = f"{labels.dtype} {tuple(labels.shape)}, the least {labels.min().item()}" if len(labels) else "none"
         raise DataError(f"labels must be int64, one of at least 0 for each of the {len(images)} images; found {found}")

@@ -367,8 +367,8 @@ def open_upright(member: Member) -> Image.Image:
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()
         with contextlib.suppress(Exception):  # a good picture may have an odd EXIF block: then it is taken as it lies
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(DEEP):  # converting these would clip, not scale
-            raise unusable(member.where, f"its pixels, of mode {image.mode}, have more than 8 bits", CONVERT)
+        if image.mode.startswith(DEEP) or bits_of(content) > 8:  # converting these would clip, not scale
+            raise unusable(member.where, "its pixels have more than 8 bits", CONVERT)
         if image.mode == "P":  # RGBA first, the way for palettes with transparency
             image = image.convert("RGBA")
         if image.mode != "RGB":
@@ -384,6 +384,11 @@ def open_upright(member: Member) -> Image.Image:
         raise unusable(member.where, told, *([CONVERT] if not known and "picture" in kind else [])) from error
     except Exception as error:  # a damaged image can raise anything
         raise unusable(member.where, error) from error
+
+
+def bits_of(content: bytes) -> int:
+    """Of a sample of a PNG file; 8 for other files. Pillow keeps the upper 8 of 16 in RGB without a word."""
+    return content[24] if content.startswith(b"\x89PNG") and len(content) > 24 else 8
 
 
 REPLACE = "put a good copy in its place (a run that was begun goes on with --resume)"

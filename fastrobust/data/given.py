@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
+from fastrobust.data.augment import ONES_ALONE
 from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import DataError, first_line
 from fastrobust.runtime.progress import Progress
@@ -30,7 +32,7 @@ def read(data: Any, classes: Sequence[str] | None = None) -> Given:
     if isinstance(data, tuple | list) and len(data) == 2 and not isinstance(data[0], tuple):
         images, labels = data
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
-        classes = getattr(data, "classes", None) if classes is None else classes
+        classes = names_of(data) if classes is None else classes
         images, labels = _items(data)
     else:
         raise DataError(
@@ -50,9 +52,9 @@ def read(data: Any, classes: Sequence[str] | None = None) -> Given:
 
 
 def read_for(classes: tuple[str, ...], data: Any, whose: str) -> Given:
-    """Images for a model of these classes. A Dataset that names its own (`classes`, as torchvision's do) is matched by name,
-    else labels are indices into `classes`. Raises DataError."""
-    if isinstance(data, tuple | list) or getattr(data, "classes", None) is None:
+    """Images for a model of these classes. A Dataset that names its own (`names_of`) is matched by name, else labels are
+    indices into `classes`. Raises DataError."""
+    if isinstance(data, tuple | list) or names_of(data) is None:
         return read(data, classes)
     found = read(data)
     if not set(found.classes) & set(classes) and len(found.classes) == len(classes):
@@ -64,6 +66,21 @@ def read_for(classes: tuple[str, ...], data: Any, whose: str) -> Given:
     images, labels = torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.from_numpy(found.labels)
     matched = ImageSet(images, labels, found.classes, "the Dataset").labelled_as(classes, whose)
     return found._replace(labels=matched.labels.numpy(), classes=classes)
+
+
+def names_of(data: Any) -> Sequence[str] | None:
+    """The names of a Dataset's classes: its own `classes`, as torchvision's have them, or those below torch's Subset and
+    ConcatDataset. Raises DataError where the parts of one name others."""
+    if getattr(data, "classes", None) is not None:
+        return data.classes
+    if isinstance(data, Subset):
+        return names_of(data.dataset)
+    if isinstance(data, ConcatDataset):
+        found = [names for part in data.datasets if (names := names_of(part)) is not None]
+        if any(list(names) != list(found[0]) for names in found):
+            raise DataError("the parts of the ConcatDataset name other classes: give them one list, in one order")
+        return found[0] if found else None
+    return None
 
 
 def _items(data: Any) -> tuple[list, list]:
@@ -99,18 +116,24 @@ def whole_numbers(labels: Any) -> np.ndarray:
     return found.astype(np.int64)
 
 
+def channels_first(images: Any) -> np.ndarray:
+    """Images that are no tensor as an array N x C x H x W; they may be N x H x W, or N x H x W x C with C 1 or 3."""
+    found = np.asarray(images)
+    found = found[..., None] if found.ndim == 3 else found
+    return found.transpose(0, 3, 1, 2) if found.ndim == 4 and found.shape[3] in (1, 3) else found
+
+
 def to_uint8(images: Any) -> np.ndarray:
     """uint8 N x H x W x C. Floats are rounded to steps of 1/255, which is said where it changes them. Raises DataError."""
-    tensor = isinstance(images, Tensor)
-    found = images.detach().cpu().numpy() if tensor else np.asarray(images)
-    if found.ndim == 3:
-        found = found[..., None]
-    elif found.ndim == 4 and (tensor or found.shape[3] not in (1, 3)):
-        found = found.transpose(0, 2, 3, 1)
+    found = images.detach().cpu().numpy() if isinstance(images, Tensor) else channels_first(images)
+    found = found[:, None] if found.ndim == 3 else found
+    found = found.transpose(0, 2, 3, 1) if found.ndim == 4 else found
     if found.ndim != 4 or found.shape[3] not in (1, 3) or found.shape[1] != found.shape[2] or not len(found):
         shape = tuple(images.shape) if hasattr(images, "shape") else found.shape
         raise DataError(f"images must be N x C x H x W with C 1 or 3, and square; they are {shape}")
     if found.dtype == np.uint8:
+        if found.max() == 1:
+            raise DataError(ONES_ALONE)
         return np.ascontiguousarray(found)
     if found.dtype.kind != "f":
         raise DataError(f"images must be uint8, or floats in [0, 1]; they are {found.dtype}")

@@ -103,14 +103,19 @@ def corrupted(world, arguments, trained: Trained) -> int:
 def opened(arguments, place: str | None, device) -> Trained:
     """The run, or with --model the weights of another program, and the test images of `place`."""
     if arguments.model is None:
-        if given := next((f"--{name}" for name in ("dataset", "resolution") if getattr(arguments, name)), None):
+        theirs = ("dataset", "resolution", "mean", "std")
+        if given := next((f"--{name}" for name in theirs if getattr(arguments, name)), None):
             raise ConfigError(f"{given} belongs to weights of another program: give --model NAME too")
         return open_trained(arguments.run, place, device)
     if arguments.dataset is None or arguments.epsilon is None:
         raise ConfigError("--model needs --dataset NAME (such as cifar10) and --epsilon (such as 8/255)")
     from fastrobust.evaluation.foreign import open_foreign
 
-    options = {"norm": arguments.norm or "linf", "data": place, "resolution": arguments.resolution, "device": device}
+    if (arguments.mean is None) != (arguments.std is None):
+        raise ConfigError("--mean and --std belong together: give both")
+    constants = (arguments.mean, arguments.std) if arguments.mean else None
+    options = {"norm": arguments.norm or "linf", "data": place, "resolution": arguments.resolution}
+    options |= {"constants": constants, "device": device}
     return open_foreign(arguments.run, arguments.model, arguments.dataset, epsilon=arguments.epsilon[0], **options)
 
 

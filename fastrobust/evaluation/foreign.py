@@ -14,10 +14,10 @@ from fastrobust.data import loaders, sets
 from fastrobust.evaluation.trained import Trained
 from fastrobust.models import create, foreign
 from fastrobust.models.weights import weights_digest
+from fastrobust.runtime.errors import ConfigError
 
 PHOTOS = 224  # the side of photographs, unless another is asked for
 TRIAL = 500  # test images that choose the normalisation
-HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MNISTS = ((0.1307,), (0.3081,))
 IMAGENETS = (datasets.DATASETS["imagenet"].mean, datasets.DATASETS["imagenet"].std)
 
@@ -31,11 +31,13 @@ def open_foreign(
     norm: str = "linf",
     data: str | None = None,
     resolution: int | None = None,
+    constants: tuple[list[float], list[float]] | None = None,
     device: torch.device | str = "cpu",
 ) -> Trained:
-    """Open a file of weights for the model of this name and the test set of this data set. A normalisation that the file
-    holds is taken; of a file without one, that of some usual ones is taken with which the model classifies most of 500 test
-    images correctly, and all are printed. Raises RunError, ConfigError or DataError."""
+    """Open a file of weights for the model of this name and the test set of this data set. constants: mean and standard
+    deviation of the model's normalisation, for pixels in [0, 1]. Without them that of the file is taken; of a file without
+    one, that of some usual ones with which the model classifies most of 500 test images correctly: all are printed. Raises
+    RunError, ConfigError or DataError."""
     tensors, section = foreign.read(path)
     config = config_of(path, model, dataset, epsilon, norm, data, resolution)
     classes = config.facts.classes or sets.list_images(dataset, "test", config.data.path).classes
@@ -46,7 +48,9 @@ def open_foreign(
     foreign.assign(network, found)
     network = network.to(device, memory_format=torch.channels_last).eval()
     print(f"weights: {len(found.tensors)} tensors of {path}" + (f", its section {section}" if section else ""), flush=True)
-    if found.mean is not None and found.std is not None:
+    if constants:
+        normalize(network, *(per_channel(values, channels) for values in constants))
+    elif found.mean is not None and found.std is not None:
         normalize(network, found.mean, found.std)
         print(f"normalisation: the file's, {in_words(found.mean, found.std)}")
     else:
@@ -78,6 +82,14 @@ def config_of(
     return loaders.from_source(config, data or (None if config.facts.read else str(sets.locate(dataset))))
 
 
+def per_channel(values: list[float], channels: int) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise ConfigError(
+            f"--mean and --std need one number, or one for each of {channels} channels; there are {len(values)}"
+        )
+    return tuple(values) * (channels // len(values))
+
+
 def normalize(network, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     with torch.no_grad():
         network.mean.copy_(torch.tensor(mean)[:, None, None])
@@ -88,8 +100,10 @@ def best_normalisation(network, config: Config) -> None:
     """Give the model the normalisation with which it is right most often on 500 test images; prints what was tried."""
     facts, test = config.facts, loaders.test_set(config, TRIAL)
     none = (0.0,) * facts.channels, (1.0,) * facts.channels
-    usual = {HALVES: "0.5 and 0.5", IMAGENETS: "ImageNet's"} if facts.channels == 3 else {MNISTS: "0.1307 and 0.3081"}
-    tried = {(facts.mean, facts.std): f"{config.data.dataset}'s"} | usual | {none: "none"}
+    halves, whole = ((0.5,) * facts.channels,) * 2, ((0.0,) * facts.channels, (1 / 255,) * facts.channels)
+    usual = {IMAGENETS: "ImageNet's"} if facts.channels == 3 else {MNISTS: "0.1307 and 0.3081"}
+    tried = {(facts.mean, facts.std): f"{config.data.dataset}'s"} | usual | {halves: "0.5 and 0.5", none: "none"}
+    tried |= {whole: "pixels of 0 to 255"}
     device = next(network.parameters()).device
     right = {}
     for constants in tried:

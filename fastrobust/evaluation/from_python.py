@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrobust.attack.verdicts import check_images, evaluating
+from fastrobust.attack.verdicts import check_images, check_logits, evaluating
 from fastrobust.config.numbers import parse_number
 from fastrobust.data import given
 from fastrobust.data.augment import to_unit
@@ -158,7 +158,8 @@ def image_set(model: nn.Module, images: Any, labels: Any = None) -> ImageSet:
         return ImageSet(
             torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.from_numpy(found.labels), found.classes, ""
         )
-    pixels, numbers = torch.as_tensor(images).detach().cpu(), torch.from_numpy(given.whole_numbers(labels))
+    pixels = torch.as_tensor(images if isinstance(images, Tensor) else given.channels_first(images)).detach().cpu()
+    numbers = torch.from_numpy(given.whole_numbers(labels))
     pixels = pixels.clone() if pixels.is_inference() else pixels
     if pixels.is_floating_point():
         pixels = pixels.float()
@@ -182,3 +183,4 @@ def check_model(model: nn.Module, image: Tensor) -> None:
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ConfigError(f"the model must give logits, N x classes; for one image it gives {found}")
+    check_logits(logits)

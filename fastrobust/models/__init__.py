@@ -39,7 +39,7 @@ def create(
     if name.startswith(GIVEN):
         raise ConfigError(
             f"model.name: the network {name.removeprefix(GIVEN)} was given from Python and is not stored with the run, only "
-            "its weights are: fastrobust.load(RUN, model=NETWORK)"
+            "its weights are. From Python: fastrobust.load(RUN, model=NETWORK); commands: docs/python.md, `model`"
         )
     if name in parts.MODELS or ":" in name:
         make = parts.find("model.name", parts.MODELS, name)

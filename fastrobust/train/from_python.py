@@ -24,6 +24,7 @@ from fastrobust.models import GIVEN
 from fastrobust.models.weights import read_weights
 from fastrobust.runtime import distributed, interrupt, run_directory
 from fastrobust.runtime.errors import ConfigError, DataError, RunError
+from fastrobust.runtime.files import explained
 from fastrobust.train import start
 
 IMAGES = "images.npz"  # in the run directory: the images that the program gave
@@ -78,12 +79,15 @@ def fit(
     SGD with the cyclic schedule. mean, std: normalisation by a first layer before the network; default: none for a network,
     the data set's for a name. resolution: side in pixels, for folders. name, output: the run goes to OUTPUT/NAME.
     resume: go on with the run that is there. config: other keys, such as {"norm": "l2", "phases.0.epochs": 5}; see
-    docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated by itself.
+    docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated later.
 
     Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""
     if isinstance(classes, str) or (classes is not None and len(set(classes)) != len(classes)):
         raise DataError(f"classes must be names, each once; they are {classes!r}")
     network = None if isinstance(model, str) else model
+    if network is not None and not isinstance(network, nn.Module):
+        found = f"the class {model.__name__}: give {model.__name__}(…)" if isinstance(model, type) else f"{model!r:.80}"
+        raise ConfigError(f"the model must be an nn.Module, or the name of a model; it is {found}")
     if isinstance(network, nn.Module) and any(p.is_inference() for p in network.parameters()):
         raise ConfigError("the model was made under torch.inference_mode, where nothing can be trained: make it outside")
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
@@ -92,7 +96,9 @@ def fit(
         name = folder_name(str(name or f"{title}_{kind.rpartition(':')[2]}".lower()))
     except ValueError as error:
         raise ConfigError(f"name: {error}; give name=") from None
-    for key in {"name", "output"} & set(config or {}):
+    if not isinstance(config, dict | None):
+        raise ConfigError(f"config must be a dict of keys and values, such as {{'seed': 1}}; it is {config!r}")
+    for key in {"name", "output", "epsilon"} & set(config or {}):
         raise ConfigError(f"config: {key} is an argument of fit: give {key}=")
     directory = Path(expand(output)) / name
     if (directory / run_directory.CONFIG).exists() and not resume:
@@ -152,7 +158,7 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     if test is None:
         raise DataError("give test=(images, labels) too: robustness is measured on images that were not trained on")
     train = given.read(data, classes)
-    if classes is None and not hasattr(data, "classes") and train.labels.min() > 0:
+    if classes is None and given.names_of(data) is None and train.labels.min() > 0:
         raise DataError(given.FROM_ONE)
     held = given.read(test, train.classes) if classes else given.read_for(train.classes, test, "the model")
     file = directory / IMAGES
@@ -162,7 +168,8 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
             if not all(np.array_equal(a, b) for a, b in zip(stored, (mine.images, mine.labels), strict=True)):
                 raise DataError(f"{directory} was begun with other {split} images: give another name=")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
+        with explained(f"{directory} cannot be made"):
+            directory.mkdir(parents=True, exist_ok=True)
         splits = {"train": (train.images, train.labels), "test": (held.images, held.labels)}
         arrays.write(file, splits, train.classes)
     try:

@@ -52,7 +52,8 @@ class Optimizer(Section, ABC):
             names = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in network.named_parameters()))
             raise ConfigError(f"optimizer.rates: no parameter's name starts with '{unknown[0]}'; they start with: {names}")
         if not found:
-            raise ConfigError("optimizer.rates freezes all parameters: nothing is left to train")
+            cause = "optimizer.rates freezes all parameters" if rates else "no parameter of the model requires a gradient"
+            raise ConfigError(f"{cause}: nothing is left to train")
         order = sorted(found, key=lambda key: (key[1] != 1, key[0] == 0.0 and self.weight_decay > 0, key[1]))
         return [{"params": found[key], "weight_decay": key[0], "factor": key[1]} for key in order]
 

@@ -56,6 +56,9 @@ def command(arguments) -> int:
     with distributed.joined(config.device) as (world, device):
         warn_of_precision(config, device, world)
         if arguments.dry_run:
+            curves.check(config)
+            if config.model.weights:
+                foreign.read(config.model.weights)
             show_plan(resolve(config, device, world), device, world)
             return 0
         if changed:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.attack.threat import Threat, ball
-from fastrobust.attack.verdicts import evaluating
+from fastrobust.attack.verdicts import check_logits, evaluating
 from fastrobust.config.schema import Config
 from fastrobust.config.sections import Augment
 from fastrobust.data.augment import Alternation, augment, mixed, to_unit
@@ -198,6 +198,7 @@ def check_model(model: nn.Module, config: Config, channels: int, classes: int) -
                         f"model.name: {config.model.name} must give logits, N x {classes} for {classes} classes; for one "
                         f"image it gives {found}"
                     )
+                check_logits(logits)
                 config.method.check(model, x)
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(

@@ -27,14 +27,15 @@ from fastrobust.train.step import Step, build
 SPAN = 100.0  # the default range: the config's highest rate divided and multiplied by this
 GIVEN_BACK = 0.5  # of what the loss had gained since the first rates: divergence
 LEAST_RISE = 0.05  # of the first loss: smaller rises are noise
+LEAST_FALL = 0.02  # of the first loss: the rate at the bottom of a smaller fall is chance
 
 
 @dataclass(frozen=True)
 class Found:
-    """`best`: the rate at which the smoothed loss was lowest. `diverged`: where it had given back half of its gain, or
-    None. `smooth` belongs to the rates that were tried."""
+    """`best`: the rate at which the smoothed loss was lowest, None where it hardly fell. `diverged`: where it had given
+    back half of its gain, or None. `smooth` belongs to the rates that were tried."""
 
-    best: float
+    best: float | None
     diverged: float | None
     smooth: list[float]
 
@@ -53,7 +54,7 @@ def judge(rates: list[float], losses: list[float], half: int) -> Found:
     finite = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
     means = smooth(losses[:finite], half)
     if not means:
-        return Found(rates[0], rates[0], [])
+        return Found(None, rates[0], [])
     lowest, end = 0, None
     for i, mean in enumerate(means):
         if mean < means[lowest]:
@@ -63,7 +64,8 @@ def judge(rates: list[float], losses: list[float], half: int) -> Found:
             break
     if end is None and finite < len(losses):
         end = finite
-    return Found(rates[lowest], None if end is None else rates[end], means[: None if end is None else end + 1])
+    best = rates[lowest] if means[0] - means[lowest] >= LEAST_FALL * abs(means[0]) else None
+    return Found(best, None if end is None else rates[end], means[: None if end is None else end + 1])
 
 
 def losses_of(training_step: Step, loader, config: Config, rates: list[float]) -> Iterator[float]:
@@ -113,7 +115,11 @@ def command(arguments) -> int:
     end = f"no divergence up to {high:.3g}: try --high {high * 10:g}"
     if found.diverged:
         end = f"the loss diverged at {found.diverged:.3g}"
-    print(f"recommended learning rate: {found.best:.3g}  ({end}; plot in {arguments.output})")
+    if found.best is None:
+        print(f"no learning rate is recommended: the loss did not fall ({end}; plot in {arguments.output}).")
+        print(f"Take more --steps (now {arguments.steps}), and see whether the config trains at all")
+    else:
+        print(f"recommended learning rate: {found.best:.3g}  ({end}; plot in {arguments.output})")
     if arguments.json:
         result = {"recommended": found.best, "diverged": found.diverged, "rates": rates[: len(losses)], "losses": losses}
         print(json.dumps(result))
@@ -125,8 +131,11 @@ def page_of(config, rates: list[float], losses: list[float], found: Found) -> st
     raw = [(r, min(loss, ceiling)) for r, loss in zip(rates, losses, strict=False)]
     smoothed = list(zip(rates, found.smooth, strict=False))
     lines = [Line("each minibatch", raw, 1, faint=True), Line("smoothed", smoothed)]
-    marks = [(found.best, f"recommended {found.best:.3g}")] + ([(found.diverged, "diverged")] if found.diverged else [])
-    told = f"Recommended learning rate: <b>{found.best:.3g}</b>, where the smoothed loss was lowest. "
+    marks = [(found.diverged, "diverged")] if found.diverged else []
+    told = "No learning rate is recommended: the loss did not fall. "
+    if found.best is not None:
+        marks.insert(0, (found.best, f"recommended {found.best:.3g}"))
+        told = f"Recommended learning rate: <b>{found.best:.3g}</b>, where the smoothed loss was lowest. "
     told += f"It had given back half of its gain at {found.diverged:.3g}." if found.diverged else "It did not diverge."
     about = f"{config.in_words()}; {config.model.name} on {config.data.dataset}, batch {config.phases[0].batch_size}"
     drawn = chart("Training loss", lines, x="learning rate", log_x=True, marks=marks)

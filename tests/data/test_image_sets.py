@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from data_files import CIFAR, RNG, check_form, image_set, noise_png, pixels_of, png, real, tar_bytes, write_files
+from data_files import CIFAR, RNG, check_form, image_set, noise_png, pixels_of, png, png16, real, tar_bytes, write_files
 from PIL import Image, ImageOps
 
 from fastrobust.data import formats
@@ -151,7 +151,8 @@ def test_modes_rotation_and_resizing_match_pillow(tmp_path):
         (b"", "is empty"),
         (b"\0" * 600, r"\(cannot identify image file\): put a good copy"),
         (noise_png()[:12], r"\(cannot identify image file\): put a good copy"),
-        (png(np.zeros((32, 32), np.uint16)), "mode I;16, have more than 8 bits.: convert it to PNG or JPEG with 8 bits, or"),
+        (png(np.zeros((32, 32), np.uint16)), "its pixels have more than 8 bits.: convert it to PNG or JPEG with 8 bits, or"),
+        (png16(), "its pixels have more than 8 bits.: convert it to PNG or JPEG with 8 bits, or"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n", "file: it is an EPS picture.: convert it to PNG or"),
         (b"\0\0\0\x18ftypheic" + bytes(20), "file: it is a HEIC picture.: convert it to PNG or JPEG with 8 bits, or"),
     ],

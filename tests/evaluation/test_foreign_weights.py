@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_the_normalisation_is_found_and_all_that_was_tried_is_shown(theirs, bars
     assert torch.equal(trained.model.mean, load(finished_run).mean)
 
 
+def test_a_normalisation_that_is_given_is_taken(theirs, bars, capsys):
+    options = {"epsilon": 0.05, "data": str(bars), "resolution": 28}
+    trained = open_foreign(theirs, "mnist_net", "image_folder", constants=([0.4], [0.2, 0.3, 0.4]), **options)
+    assert trained.model.mean.flatten().tolist() == pytest.approx([0.4] * 3)
+    assert trained.model.std.flatten().tolist() == pytest.approx([0.2, 0.3, 0.4])
+    assert trained.config.model.std == pytest.approx((0.2, 0.3, 0.4)) and "normalisation" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -60,6 +69,12 @@ def test_the_normalisation_is_found_and_all_that_was_tried_is_shown(theirs, bars
         (["--model", "mnist_net"], "--model needs --dataset NAME"),
         (["--model", "mnist_net", "--dataset", "cifra10", "--epsilon", "0.1"], "did you mean 'cifar10'"),
         (["--model", "preact_resnet18_w16", "--dataset", "image_folder", "--epsilon", "0.1"], "do not fit the model"),
+        (["--mean", "0.5"], "--mean belongs to weights of another program"),
+        (["--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1", "--mean", "0.5"], "give both"),
+        (
+            ["--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1", "--mean", "1", "2", "--std", "1", "2"],
+            "need one number, or one for each of 3 channels; there are 2",
+        ),
         ([], "weights of another program by --model NAME --dataset NAME"),
     ],
 )
@@ -99,3 +114,16 @@ def test_weights_that_do_not_fit_leave_no_run_behind(quick, tmp_path, capsys):
     assert cli(["train", str(quick(model={"name": "mnist_net", "weights": str(tmp_path / "a.pt")}))]) == 2
     assert "do not fit the model" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "bars" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": {"name": "mnist_net", "weights": "nope.pt"}}, "no weights file nope.pt"),
+        ({"logging": ["wandb"]}, "wandb is not"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would_refuse(quick, capsys, monkeypatch, changes, says):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli(["train", str(quick(**changes)), "--dry-run"]) == 2
+    assert says in capsys.readouterr().err

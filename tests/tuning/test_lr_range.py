@@ -59,16 +59,16 @@ def test_smoothing_does_not_lag():
         ([2.3, 2.0, 1.5, 1.0, 1.1, 1.7, 2.3, 2.3], 3, 5),  # back to chance
         ([2.3, 2.0, 1.5, 1.0, 1.1, 1.2, 1.3, 1.3], 3, None),
         ([2.3, 2.0, 1.5, math.nan, 0.1], 2, 3),
-        ([2.3, 2.3, 2.32, 2.31, 2.3, 2.29, 2.31, 2.3], 5, None),  # noise
-        ([2.3, 9.0, 99.0, 99.0], 0, 1),
-        ([math.inf], 0, 0),
+        ([2.3, 2.3, 2.32, 2.31, 2.3, 2.29, 2.31, 2.3], None, None),  # noise
+        ([2.3, 9.0, 99.0, 99.0], None, 1),
+        ([math.inf], None, 0),
         ([2.3, 2.0, 9.0, 0.1], 1, 2),  # what comes after a divergence does not count
     ],
 )
 def test_judging(losses, best, diverged):
     rates = [10.0**i for i in range(len(losses))]
     found = lr_range.judge(rates, losses, half=0)
-    assert found.best == rates[best]
+    assert found.best == (None if best is None else rates[best])
     assert found.diverged == (None if diverged is None else rates[diverged])
 
 
