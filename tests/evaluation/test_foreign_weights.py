@@ -119,8 +119,8 @@ def test_weights_that_do_not_fit_leave_no_run_behind(quick, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": {"name": "mnist_net", "weights": "nope.pt"}}, "no weights file nope.pt"),
-        ({"logging": ["wandb"]}, "wandb is not"),
+        ({"model": {"name": "mnist_net", "weights": "/nope.pt"}}, "there is no weights file /nope.pt"),
+        ({"logging": ["wandb"]}, "logging: wandb is not installed"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would_refuse(quick, capsys, monkeypatch, changes, says):
