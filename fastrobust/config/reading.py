@@ -99,7 +99,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
     data.setdefault("name", path.stem)
     for override in overrides:
         _apply(data, override)
-    return parse(data, str(path))
+    return parse(data, _changed(path, overrides))
+
+
+def _changed(where: str | Path, overrides: list[str] | tuple[str, ...]) -> str:
+    """What an error calls a config: a mistake may be in its file or in what was changed."""
+    return f"{where} with {' '.join(overrides)[:200]}" if overrides else str(where)
 
 
 def parse(data: dict[str, Any], where: str) -> Config:
@@ -167,7 +172,7 @@ def change(config: Config, overrides: list[str] | tuple[str, ...], where: str) -
     again = "evaluation.epsilon" in keys and not any(key.startswith("evaluation.alpha") for key in keys)
     if again:
         data["evaluation"]["alpha"] = None
-    changed = parse(data, where)
+    changed = parse(data, _changed(where, overrides))
     if again:
         changed.evaluation.alpha = tuple(map(config.evaluation.alpha_at, changed.evaluation.epsilon))
     return changed
