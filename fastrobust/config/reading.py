@@ -8,6 +8,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,8 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config file {path} cannot be read: it is a folder{_for_folder(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     data = read_yaml(text, str(path))
@@ -195,6 +198,15 @@ def _nearest_file(path: Path) -> str:
         return f"; did you mean {known[near]}?"
     there = f"; there are: {', '.join(sorted(beside.values()))}" if beside else ""
     return f"{there}\n`fastrobust configs` lists those that come with fastrobust"
+
+
+def _for_folder(path: Path) -> str:
+    """What to give in the place of a folder: what goes on with a run, or the file that is called after it."""
+    if (path / "config.yaml").is_file():
+        run = shlex.quote(str(path))
+        return f" of a run: `fastrobust train --resume {run}` goes on with it, and {run}/config.yaml is its config"
+    beside = path.with_name(f"{path.name}.yaml")
+    return f"; did you mean {beside}?" if beside.is_file() else ": give a YAML file"
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -244,7 +244,11 @@ def test_a_missing_file_names_the_nearest(file, monkeypatch):
 
 
 def test_files_that_cannot_be_read(file):
-    assert "cannot be read" in refusal(file.parent)
+    (folder := file.with_suffix("")).mkdir()
+    assert f"cannot be read: it is a folder; did you mean {file}?" in refusal(folder)
+    assert "it is a folder: give a YAML file" in refusal(file.parent)
+    (folder / "config.yaml").write_text(MINIMAL)
+    assert f"`fastrobust train --resume {folder}`" in refusal(folder) and load(folder / "config.yaml")
     file.write_bytes(bytes(range(256)))
     assert "cannot be read" in refusal(file)
     file.write_bytes(b"epsilon: 0.1\x00\n")

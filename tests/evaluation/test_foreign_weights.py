@@ -60,7 +60,7 @@ def test_the_normalisation_is_found_and_all_that_was_tried_is_shown(theirs, bars
         (["--model", "mnist_net"], "--model needs --dataset NAME"),
         (["--model", "mnist_net", "--dataset", "cifra10", "--epsilon", "0.1"], "did you mean 'cifar10'"),
         (["--model", "preact_resnet18_w16", "--dataset", "image_folder", "--epsilon", "0.1"], "do not fit the model"),
-        ([], "weights of another program by --model NAME --dataset NAME"),
+        ([], "`fastrobust evaluate FILE --model NAME --dataset NAME --epsilon RADIUS`"),
     ],
 )
 def test_mistakes(theirs, bars, capsys, words, says):
