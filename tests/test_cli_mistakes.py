@@ -142,8 +142,8 @@ def test_resuming_with_the_same_config_is_fine(quick, tmp_path, capsys):
 def test_a_mistake_in_evaluating_is_explained(copied_run, tmp_path, capsys, case):
     argv, message = {
         "absent": ([str(tmp_path / "absent.safetensors")], "there are no weights at"),
-        "folder": ([str(tmp_path)], "there are no weights at"),
-        "no weights": ([str(copied_run)], f"the run is not finished: `--resume {copied_run}`"),
+        "folder": ([str(tmp_path)], f"; name one of the runs in {tmp_path}, such as {copied_run}"),
+        "no weights": ([str(copied_run)], f"the run is not finished: `fastrobust train --resume {copied_run}`"),
         "damaged": ([str(copied_run)], "model.safetensors is damaged"),
         "no data": ([str(copied_run), "--data", str(tmp_path / "absent")], "image_folder was not found"),
         "too large": ([str(copied_run), "--epsilon", "8"], "did you mean 8/255?"),

@@ -3,7 +3,7 @@
 import functools
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -30,7 +30,24 @@ class Key:
 
 @functools.cache
 def every() -> tuple[Key, ...]:
-    return tuple(_walk(Config, "", None))
+    return tuple(of(Config))
+
+
+def of(section: type[Section]) -> list[Key]:
+    return list(_walk(section, "", None))
+
+
+def chosen(data: dict[str, Any]) -> list[Key]:
+    """The keys of this config, which need not be right: those of the parts that its sections name, or of all parts of a
+    section that names none of the tables. A method within another, `method.of`, has the keys of methods."""
+    sections = {section: value for section in parts.SECTIONS if isinstance(value := data.get(section), dict)}
+    names = {section: value.get("name") for section, value in sections.items()}
+    names = {section: name for section, name in names.items() if name in list(parts.SECTIONS[section])}
+    known = [key for key in every() if key.part in (None, names.get(key.path.partition(".")[0], key.part))]
+    if inner := sections.get("method", {}).get("of"):
+        of_inner = (key for key in chosen({"method": inner}) if key.path.startswith("method."))
+        known += [replace(key, path=f"method.of{key.path.removeprefix('method')}") for key in of_inner]
+    return known
 
 
 def _walk(section: type[Section], prefix: str, part: str | None) -> Iterator[Key]:

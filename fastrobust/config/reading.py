@@ -8,11 +8,12 @@ import math
 import os
 import re
 import reprlib
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from fastrobust.config import keys, packaged
 from fastrobust.config.hints import did_you_mean, nearest
@@ -93,13 +94,20 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Confi
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise ConfigError(f"config file {path} cannot be read: it is a folder{_for_folder(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     data = read_yaml(text, str(path))
     data.setdefault("name", path.stem)
     for override in overrides:
         _apply(data, override)
-    return parse(data, str(path))
+    return parse(data, _changed(path, overrides))
+
+
+def _changed(where: str | Path, overrides: list[str] | tuple[str, ...]) -> str:
+    """What an error calls a config: a mistake may be in its file or in what was changed."""
+    return f"{where} with {' '.join(overrides)[:200]}" if overrides else str(where)
 
 
 def parse(data: dict[str, Any], where: str) -> Config:
@@ -109,11 +117,16 @@ def parse(data: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(data, context={"norm": data.get("norm") if isinstance(data, dict) else None})
     except ValidationError as error:
-        problems = error.errors()
-        lines = list(dict.fromkeys(_explain(e) for e in problems[:MESSAGES]))
-        if len(problems) > MESSAGES:
-            lines.append(f"and {len(problems) - MESSAGES} more")
-        raise ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise refused(error, where, keys.chosen(data if isinstance(data, dict) else {})) from None
+
+
+def refused(error: ValidationError, where: str, known: list[keys.Key]) -> ConfigError:
+    """What pydantic refused, in the project's words, a line for each mistake. known: the keys that there are."""
+    problems = error.errors()
+    lines = list(dict.fromkeys(_explain(e, known) for e in problems[:MESSAGES]))
+    if len(problems) > MESSAGES:
+        lines.append(f"and {len(problems) - MESSAGES} more")
+    return ConfigError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines))
 
 
 def differences(a: Config, b: Config, places: tuple[str, str] = ("in one", "in the other")) -> list[str]:
@@ -162,7 +175,7 @@ def change(config: Config, overrides: list[str] | tuple[str, ...], where: str) -
     again = "evaluation.epsilon" in keys and not any(key.startswith("evaluation.alpha") for key in keys)
     if again:
         data["evaluation"]["alpha"] = None
-    changed = parse(data, where)
+    changed = parse(data, _changed(where, overrides))
     if again:
         changed.evaluation.alpha = tuple(map(config.evaluation.alpha_at, changed.evaluation.epsilon))
     return changed
@@ -185,6 +198,15 @@ def _nearest_file(path: Path) -> str:
         return f"; did you mean {known[near]}?"
     there = f"; there are: {', '.join(sorted(beside.values()))}" if beside else ""
     return f"{there}\n`fastrobust configs` lists those that come with fastrobust"
+
+
+def _for_folder(path: Path) -> str:
+    """What to give in the place of a folder: what goes on with a run, or the file that is called after it."""
+    if (path / "config.yaml").is_file():
+        run = shlex.quote(str(path))
+        return f" of a run: `fastrobust train --resume {run}` goes on with it, and {run}/config.yaml is its config"
+    beside = path.with_name(f"{path.name}.yaml")
+    return f"; did you mean {beside}?" if beside.is_file() else ": give a YAML file"
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -231,41 +253,64 @@ def _shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def _meaning(path: str, part: Any = None) -> str:
-    """What a key means, in a few words: ` (step size)`. `part`: the `name` of its section, where that has one."""
-    path = re.sub(r"\.\d+\.", ".0.", path.replace("method.of.", "method."))
-    found = [key for key in keys.every() if key.path == path and key.meaning]
-    words = next((key.meaning for key in [*(key for key in found if key.part == part), *found]), "")
+def _meaning(path: str, known: list[keys.Key]) -> str:
+    """What a key means, in a few words: ` (step size)`."""
+    path = re.sub(r"\.\d+\.", ".0.", path)
+    words = next((key.meaning for key in known if key.path == path and key.meaning), "")
     words = re.split(r"\. |[:,]? see |[:,]? \(?\[", words)[0]
     return f" ({words})" if words else ""
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _meant(key: str, siblings: list[str], known: list[str]) -> str | None:
+    """The known key that an unknown one stands for: one like it beside it, one elsewhere that is called so or has a word
+    more or less (`lr`, `max_lr`), or one like the whole of it. A key of another `name` is meant as it is."""
+    leaf, leaves = _leaf(key), {_leaf(k): k for k in siblings}
+    if near := nearest(leaf, leaves):
+        return leaves[near]
+    elsewhere = siblings if any(k.path == key for k in keys.every()) else known
+    alike = [k for k in elsewhere if f"_{leaf}_" in f"_{_leaf(k)}_" or f"_{_leaf(k)}_" in f"_{leaf}_"]
+    return min(alike, key=lambda k: abs(len(_leaf(k)) - len(leaf)), default=None) or nearest(key, elsewhere, FAR_ALIKE)
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _takes(key: keys.Key, value: Any) -> bool:
+    try:
+        TypeAdapter(Annotated[key.field.annotation, key.field]).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def _explain(error: dict[str, Any], known: list[keys.Key]) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, and the nearest right key for an unknown one."""
     loc = [str(part) for part in error["loc"]]
-    loc = [part for part in loc if not part.startswith(("function-", "tuple[", "constrained-"))]
-    key = ".".join(loc)
+    key = ".".join(part for part in loc if not part.startswith(("function-", "tuple[", "constrained-")))
+    value, paths = error["input"], list(dict.fromkeys(k.path for k in known))
     if error["type"] == "extra_forbidden":
-        known = list(dict.fromkeys(k.path for k in keys.every()))
-        if key.startswith("method.of."):  # a method within another has the keys of methods
-            known = [k.replace("method.", "method.of.", 1) for k in known if k.startswith("method.")]
-        if key in known:
-            return f"unknown key '{key}': it does not belong to this {loc[0]}'s `name`"
-        siblings = [k for k in known if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        same_leaf = [k for k in known if k.rpartition(".")[2] == loc[-1]]
-        near = next(iter(same_leaf), None) or nearest(key, siblings) or nearest(key, known, FAR_ALIKE)
-        allowed = f"; the keys there are: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
-        return f"unknown key '{key}'" + (f"; did you mean '{near}'?{_meaning(near)}" if near else allowed)
+        siblings = [k for k in paths if k.rpartition(".")[0] == key.rpartition(".")[0]]
+        if near := _meant(key, siblings, paths):
+            return f"unknown key '{key}'; did you mean '{near}'?{_meaning(near, known)}"
+        other = ", which belongs to another `name`" if any(k.path == key for k in keys.every()) else ""
+        there = f"; the keys there are: {', '.join(map(_leaf, siblings))}" if siblings else ""
+        return f"unknown key '{key}'{other}{there}"
+    inside = [k for k in known if k.path.startswith(f"{key}.") and not k.holds]
+    if inside and error["type"] != "missing" and not isinstance(value, (dict, list, tuple)):
+        fits = next((k.path for k in inside if value is not None and _takes(k, value)), None)
+        write = f"{fits}={'off' if value is False else str(value)[:80]}" if fits else f"its keys, such as {inside[0].path}"
+        if not fits and not any(k.field.is_required() for k in inside):
+            write = f"{key}={{}} for its defaults, or {write}"
+        return f"{key}: this is a section with keys of its own, not {_shown(value)}: write {write}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
-        given = error["input"]
-        message = f"this key is needed{_meaning(key, given.get('name') if isinstance(given, dict) else None)}"
+        message = f"this key is needed{_meaning(key, known)}"
     elif error["type"] == "literal_error":
-        context = error["ctx"]
-        expected, given = context["expected"], error["input"]
-        given = given[:80] if isinstance(given, str) else _shown(given)
-        known = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
-        message = f"'{given}' is not one of {expected}{did_you_mean(given, known)}"
+        expected, given = error["ctx"]["expected"], value[:80] if isinstance(value, str) else _shown(value)
+        words = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
+        message = f"'{given}' is not one of {expected}{did_you_mean(given, words)}"
     elif not error["type"].startswith("value_error"):
-        message = f"{message[0].lower()}{message[1:]}, got {_shown(error['input'])}"
+        message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a section")
+        message = f"{message[0].lower()}{message[1:]}, got {_shown(value)}"
     return f"{key}: {message}" if key else message

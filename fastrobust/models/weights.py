@@ -19,6 +19,11 @@ from fastrobust.runtime.errors import FastrobustError, RunError
 from fastrobust.runtime.files import SAFETENSORS, kind_of_file, write_atomically
 from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
 
+_OTHERS = (
+    "Weights of another program: `fastrobust evaluate FILE --model NAME --dataset NAME --epsilon RADIUS` attacks them, and\n"
+    "fastrobust.verify(model, images, labels, epsilon=RADIUS) in Python verifies their model. Only runs are exported."
+)
+
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of the weights' names and values: what a result says it is about, whichever file they came from."""
@@ -52,7 +57,10 @@ def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn
     path = Path(path)
     weights = path / WEIGHTS if path.is_dir() else path
     if not weights.is_file():
-        hint = f"; the run is not finished: `--resume {shlex.quote(str(path))}`" if (path / CONFIG).is_file() else ""
+        runs = [str(file.parent) for file in sorted(path.glob(f"*/{WEIGHTS}"))[:5]]
+        hint = f"; name one of the runs in {path}, such as {', '.join(runs)}" if runs else ""
+        if (path / CONFIG).is_file():
+            hint = f"; the run is not finished: `fastrobust train --resume {shlex.quote(str(path))}`"
         raise RunError(f"there are no weights at {weights}{hint}")
     refuse_others(weights)
     try:
@@ -66,7 +74,7 @@ def read_weights(path: str | Path, network: nn.Module | None = None) -> tuple[nn
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{weights} is damaged: {error}") from None
     except KeyError as error:
-        raise RunError(f"{weights} was not written by fastrobust: its header has no {error}") from None
+        raise RunError(f"{weights} was not written by fastrobust: its header has no {error}\n{_OTHERS}") from None
     model = build_model(config, classes, network)
     try:
         model.load_state_dict(tensors)
@@ -80,10 +88,8 @@ def refuse_others(path: Path) -> None:
     """Raise RunError, which says what the file is, if it is not one of weights, whole or damaged."""
     if (kind := kind_of_file(path)) not in (None, SAFETENSORS):
         run = path.parent if (path.parent / CONFIG).is_file() else "RUN"
-        others = "weights of another program by --model NAME --dataset NAME"
-        raise RunError(
-            f"{path} is {kind}, not weights that fastrobust wrote; a run's are opened by its directory, {run}; {others}"
-        )
+        own = f"a run's are opened by its directory, {run}"
+        raise RunError(f"{path} is {kind}, not weights that fastrobust wrote; {own}\n{_OTHERS}")
 
 
 def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:

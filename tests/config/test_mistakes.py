@@ -31,10 +31,38 @@ def file(tmp_path):
         ("optimizer.momentun=0.9", "optimizer.momentun", "optimizer.momentum"),
         ("evaluation.restart=3", "evaluation.restart", "evaluation.restarts"),
         ("guard.stpes=3", "guard.stpes", "guard.steps"),
+        ("optimizer.lr=0.1", "optimizer.lr", "schedule.max_lr"),  # a key of the schedule that this config has
+        ("schedule.lr=0.1", "schedule.lr", "schedule.max_lr"),
+        ("num_workers=2", "num_workers", "data.workers"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(file, wrong, key, near):
     assert f"unknown key '{key}'; did you mean '{near}'?" in refusal(file, wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("averaging=true", "averaging={} for its defaults, or its keys, such as averaging.decay"),
+        ("guard=off", "guard.action=off"),
+        ("model=resnet18", "model.name=resnet18"),
+        ("data=mnist", "data.dataset=mnist"),
+        ("data=birds", "data.path=birds"),
+        ("phases=3", "phases.0.epochs=3"),
+        ("method=fgsm", "method.name=fgsm"),
+        ("method={name: awp, of: fgsm}", "method.of.name=fgsm"),
+        ("method=", "its keys, such as method.name"),
+        ("schedule=0.1", "schedule.max_lr=0.1"),
+    ],
+)
+def test_a_section_that_is_given_as_a_value_tells_its_form(file, wrong, right):
+    key = wrong.partition("=")[0]
+    assert re.search(rf"  {key}.*: this is a section .*: write {re.escape(right)}$", refusal(file, wrong)), wrong
+
+
+def test_a_list_and_a_section_of_options_are_told_in_words(file):
+    assert "logging: input should be a list, got 3" in refusal(file, "logging=3")
+    assert "model.options: input should be a section, got 3" in refusal(file, "model.options=3")
 
 
 def test_an_unknown_key_like_no_other_lists_the_keys_there(file):
@@ -140,7 +168,8 @@ def test_pixels_on_the_scale_of_255(file, key, value):
     ],
 )
 def test_a_wrong_value_is_refused_with_its_key(file, override, key):
-    assert key in refusal(file, override).replace(str(file), "")
+    first, _, lines = refusal(file, override).partition("\n")
+    assert first == f"{file} with {override}:" and key in lines
 
 
 @pytest.mark.parametrize("key", ["epsilon", "data", "model", "method", "optimizer", "schedule", "phases"])
@@ -159,7 +188,8 @@ def test_a_missing_key_inside_a_section_is_named(file):
 
 def test_several_mistakes_are_all_told(file):
     text = refusal(file, "epsilon=8", "seed=-1", "data.dataset=cifar")
-    assert "epsilon: " in text and "seed: " in text and "data.dataset: " in text and str(file) in text
+    assert all(f"  {key}: " in text for key in ("epsilon", "seed", "data.dataset"))
+    assert text.startswith(f"{file} with epsilon=8 seed=-1 data.dataset=cifar:")  # the file may be right
 
 
 def test_points_must_reach_the_end(file):
@@ -214,7 +244,11 @@ def test_a_missing_file_names_the_nearest(file, monkeypatch):
 
 
 def test_files_that_cannot_be_read(file):
-    assert "cannot be read" in refusal(file.parent)
+    (folder := file.with_suffix("")).mkdir()
+    assert f"cannot be read: it is a folder; did you mean {file}?" in refusal(folder)
+    assert "it is a folder: give a YAML file" in refusal(file.parent)
+    (folder / "config.yaml").write_text(MINIMAL)
+    assert f"`fastrobust train --resume {folder}`" in refusal(folder) and load(folder / "config.yaml")
     file.write_bytes(bytes(range(256)))
     assert "cannot be read" in refusal(file)
     file.write_bytes(b"epsilon: 0.1\x00\n")
@@ -222,7 +256,8 @@ def test_files_that_cannot_be_read(file):
 
 
 def test_sections_do_not_take_another_methods_keys(file):
-    assert "unknown key 'method.replays'" in refusal(file, "method.replays=3")
+    there = "the keys there are: name, attack_batchnorm, init"
+    assert f"unknown key 'method.replays', which belongs to another `name`; {there}" in refusal(file, "method.replays=3")
     assert "unknown key 'optimizer.momentum'" in refusal(file, "optimizer={name: adam, momentum: 0.9}")
 
 

@@ -75,7 +75,7 @@ def test_a_normalisation_that_is_given_is_taken(theirs, bars, capsys):
             ["--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1", "--mean", "1", "2", "--std", "1", "2"],
             "need one number, or one for each of 3 channels; there are 2",
         ),
-        ([], "weights of another program by --model NAME --dataset NAME"),
+        ([], "`fastrobust evaluate FILE --model NAME --dataset NAME --epsilon RADIUS`"),
     ],
 )
 def test_mistakes(theirs, bars, capsys, words, says):

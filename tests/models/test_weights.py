@@ -150,5 +150,5 @@ def test_missing_weights_are_an_explained_error(config, tmp_path):
     with pytest.raises(RunError, match=r"there are no weights at .*absent$"):
         fastrobust.load(tmp_path / "absent")
     directory = run_directory.create(config)
-    with pytest.raises(RunError, match=r"there are no weights .*not finished: `--resume .*bars`"):
+    with pytest.raises(RunError, match=r"there are no weights .*not finished: `fastrobust train --resume .*bars`"):
         fastrobust.load(directory)
