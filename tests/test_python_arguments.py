@@ -84,6 +84,15 @@ def test_a_subset_has_the_names_of_its_data_set(run, tmp_path):
         fastrobust.evaluate(run.model, ConcatDataset([turned, Named(200, 2, NAMES)]), **options)
 
 
+def test_a_run_is_not_given_back_with_other_code_of_its_network(tmp_path):
+    fit(tmp_path, Named(200, 2, NAMES))
+    assert fit(tmp_path, Named(200, 2, NAMES), resume=True).summary["clean_accuracy"] > 0.9
+    other = Net()
+    other.layer.register_forward_hook(lambda layer, inputs, logits: logits.tanh())
+    with pytest.raises(FastrobustError, match="was trained with other code of the network"):
+        fit(tmp_path, Named(200, 2, NAMES), other, resume=True)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_callers_mode_of_gradients_does_not_matter(run, tmp_path, mode):
     x, y = (

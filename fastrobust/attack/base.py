@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastrobust import __version__
 from fastrobust.attack.threat import Threat
 from fastrobust.config import parts
+from fastrobust.config.sources import sources
 from fastrobust.runtime.errors import ConfigError
 
 
@@ -82,8 +83,11 @@ class Attack(ABC):
 
     @classmethod
     def made_by(cls) -> str:
-        """Whose code it is, with its version: kept with every verdict."""
-        return f"fastrobust {__version__}" if cls.__module__.startswith("fastrobust.") else cls.__module__
+        """Whose code it is, with its version, or the beginning of its file's SHA-256: kept with every verdict."""
+        if cls.__module__.startswith("fastrobust."):
+            return f"fastrobust {__version__}"
+        own = sources([f"{cls.__module__}:{cls.__qualname__}"])
+        return " ".join([cls.__module__, *(facts["sha256"][:12] for facts in own.values())])
 
     def batches(self, number: int, alive: Tensor) -> Iterator[tuple[Tensor, Any]]:
         """(indices of images, a start) for every batch of round `number`. alive: bool N."""

@@ -1,5 +1,6 @@
 """Clean and robust accuracy of a model on a test set: what `summary.json` and the evaluate command report."""
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastrobust.config.numbers import radius_in_words
 from fastrobust.data import sets
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
+from fastrobust.evaluation.answers import alike, answers
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import half, memory, trial
 from fastrobust.runtime.distributed import ALONE, World
@@ -153,6 +155,7 @@ def run_attacks(
         clean = classified(model, images, labels, batch_size, lambda n: bar.advance(n, "" if bar.due() else None))
     for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
         kind.check_model(model, images)
+    given = answers(model, images.shape[1:])
     robust, searched = clean.clone(), world.first(lambda: searched_in(precision, model, images))
     records = []
     for name in names:
@@ -167,6 +170,7 @@ def run_attacks(
             "seconds": 0.0,
             "refused": 0,
             "arithmetic": arithmetic(device),
+            "answers": given,
             "after_one_restart": int(robust.sum()),
             "finished": False,
         }
@@ -196,7 +200,10 @@ def run_attacks(
 def _kept(record: results.Record, folder: Path | None, fresh: bool, in_bf16: bool = False) -> results.Record:
     """What is kept of this record already, or else the record itself; `in_bf16` as one of a search in bf16."""
     if folder is not None and not fresh and record.path(folder).exists():
-        return results.read(record.path(folder))
+        kept = results.read(record.path(folder))
+        if alike(kept.facts.get("answers"), record.facts["answers"]):
+            return kept
+        print(f"warning: the model's code is not what {record.path(folder)} is about: attacked anew", file=sys.stderr)
     if in_bf16:
         facts = record.facts | {"settings": record.settings | {"arithmetic": "bf16"}, "arithmetic": "bf16"}
         return _kept(replace(record, facts=facts), folder, fresh)

@@ -20,6 +20,7 @@ from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import corruptions, images_file, masking, results
 from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names, report, run_attacks
+from fastrobust.evaluation.answers import alike
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed, memory
 from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
@@ -153,6 +154,8 @@ def at_radius(
         {"attack": r.settings["attack"], "attacked": int(r.attacked.sum()), "broken": int(r.broken.sum()), **facts(r)}
         for r in records
     ]
+    now = records[0].facts.get("answers")
+    earlier = [r for r in earlier if alike(r.facts.get("answers"), now)]
     every = {r.path(Path()): r for r in (*earlier, *records)}.values()
     robust = int(results.worst_case(list(every)).sum())
     result["worst_case"] = {

@@ -63,10 +63,11 @@ def taken(run: Path) -> RunError:
 def create(config: Config) -> Path:
     """Make the directory of a new run. Raises RunError if one is there already, or cannot be made."""
     run = Path(config.output) / config.name
-    if (run / CONFIG).exists():
-        raise taken(run)
     with explained(f"the run directory {run} cannot be made"):
         run.mkdir(parents=True, exist_ok=True)
+    with held(run), explained(f"the run directory {run} cannot be made"):  # of two processes one makes it
+        if (run / CONFIG).exists():
+            raise taken(run)
         code = sources(reading.flatten(config.to_dict()).values())
         write_json(run / ENVIRONMENT, environment(config.device) | ({"code": code} if code else {}))
         write_text(run / CONFIG, config.to_yaml())  # last: where it is, there is a run to resume

@@ -20,8 +20,10 @@ from fastrobust.config.fields import folder_name
 from fastrobust.config.numbers import ball_in_words
 from fastrobust.config.places import expand
 from fastrobust.data import arrays, given, loaders
+from fastrobust.evaluation import results
+from fastrobust.evaluation.answers import alike, answers
 from fastrobust.models import GIVEN
-from fastrobust.models.weights import read_weights
+from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.runtime import distributed, interrupt, run_directory
 from fastrobust.runtime.errors import ConfigError, DataError, RunError
 from fastrobust.runtime.files import explained
@@ -136,8 +138,18 @@ def fit(
             summary = start.run(parsed, directory, device, world, again=resume, network=network)
     trained, _, names = read_weights(directory, network)
     trained = trained.to(memory_format=torch.contiguous_format)
+    check_code(trained, directory, parsed.facts.channels)
     history = [json.loads(line) for line in (directory / run_directory.METRICS).read_text().splitlines()]
     return Run(directory, trained, names, summary, history)
+
+
+def check_code(trained: nn.Module, directory: Path, channels: int) -> None:
+    """Raise RunError where a run's kept evaluation of these weights is of other code of the network."""
+    for record in results.read_all(directory / results.FOLDER):
+        side = record.settings["resolution"]
+        same = record.settings["weights"] == weights_digest(trained)
+        if same and not alike(record.facts.get("answers"), answers(trained, (channels, side, side))):
+            raise RunError(f"{directory} was trained with other code of the network: give that, or another name=")
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fastrobust.data import sets
 from fastrobust.data.held_out import spread
+from fastrobust.evaluation.answers import answers
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -46,7 +47,8 @@ def command(arguments) -> int:
     folder = Path(arguments.output) if arguments.output else weights.parent / FOLDER / place
     about = {"dataset": trained.config.data.dataset, "epsilon": arguments.epsilon}
     settings = about | {"weights": trained.digest, "images": data.checksum()}
-    verdicts = Verdicts(folder, settings, about | digests_of_version_0_1(weights, data))
+    kept = settings | {"answers": answers(trained.model, data.images.shape[1:])}
+    verdicts = Verdicts(folder, kept, about | digests_of_version_0_1(weights, data))
     began = time.monotonic()
     todo = [i for i in chosen if not workers.settled(verdicts.found.get(i), arguments.timeout)]
     if len(todo) < len(chosen):

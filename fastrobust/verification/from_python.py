@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastrobust.config.places import expand
+from fastrobust.evaluation.answers import answers
 from fastrobust.evaluation.from_python import check_model, image_set
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
@@ -62,6 +63,7 @@ def verify(
     network = lowering.lower_model(model, tuple(data.images.shape[1:]))
     numbers = list(range(len(data.labels)))
     settings = {"epsilon": float(epsilon), "weights": weights_digest(model), "images": data.checksum()}
+    settings["answers"] = answers(model, data.images.shape[1:])
     with tempfile.TemporaryDirectory() as temporary:
         kept = Verdicts(Path(temporary if output is None else expand(output)), settings, settings)
         todo = [i for i in numbers if not pool.settled(kept.found.get(i), timeout)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fastrobust.evaluation.answers import alike
 from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.files import explained, write_atomically, write_json
 
@@ -24,12 +25,15 @@ class Verdicts:
         self.folder, self.lines = folder, folder / "verdicts.jsonl"
         with explained(f"{folder} cannot be used"):
             (folder / "witnesses").mkdir(parents=True, exist_ok=True)
-        stored = self.read_settings()
+        stored, about = self.read_settings(), {key: value for key, value in settings.items() if key != "answers"}
         if stored is None or older == {key: stored.get(key) for key in older}:
             write_json(folder / "settings.json", settings)
-        elif {key: stored.get(key) for key in settings} != settings:
-            odd = [key for key in settings if stored.get(key) != settings[key]]
+        elif odd := [key for key in about if stored.get(key) != about[key]]:
             raise RunError(f"{folder} holds verdicts about something else ({', '.join(odd)} differ); give another --output")
+        elif not alike(stored.get("answers"), settings.get("answers")):
+            raise RunError(
+                f"{folder} holds verdicts about other code of the model with these weights; give another --output"
+            )
         self.found = self.read()
 
     def read_settings(self) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from fastrobust.attack.pgd import Pgd
 from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import accuracy, results
 from fastrobust.evaluation.accuracy import attack_names
+from fastrobust.evaluation.answers import alike, answers
 from fastrobust.runtime.errors import RunError
 
 
@@ -105,6 +106,48 @@ def test_an_interrupted_attack_gives_the_same_verdicts_and_repeats_nothing(model
     assert 0 < sum(int(r.broken.sum()) for r in found) < int(found[0].clean.sum())
     assert len(work) == len(batches)
     assert all(torch.equal(a, b) for a, b in zip(work, batches, strict=True))
+
+
+class Scaled(nn.Module):
+    """The same weights, other code: nothing is classified otherwise, but the gradient vanishes."""
+
+    def __init__(self, model, scale):
+        super().__init__()
+        self.__dict__["inner"], self.scale = model, scale
+
+    def forward(self, x):
+        return self.scale * self.inner(x)
+
+    def state_dict(self, *arguments, **options):
+        return self.inner.state_dict(*arguments, **options)
+
+    def parameters(self, recurse=True):
+        return self.inner.parameters(recurse)
+
+
+def test_what_is_kept_of_other_code_with_the_same_weights_does_not_count(model, data, tmp_path, capsys):
+    options = {"names": ["pgd-3-1"], "folder": tmp_path}
+    (hidden,) = run(Scaled(model, 3e4), data, **options)
+    assert "attacked anew" not in capsys.readouterr().err
+    (found,), (expected,) = run(model, data, **options), run(model, data, ["pgd-3-1"])
+    assert "the model's code is not what" in capsys.readouterr().err
+    assert hidden.settings == found.settings and int(hidden.broken.sum()) < int(found.broken.sum())
+    assert torch.equal(found.broken, expected.broken)
+    run(model, data, **options)
+    assert "attacked anew" not in capsys.readouterr().err
+
+
+def test_answers_of_one_network_are_alike_and_those_of_others_are_not():
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5)]
+    net, shape = nn.Sequential(*layers), (3, 2, 2)
+    found = answers(net, shape)
+    assert len(found) == 12 and alike(found, answers(net, shape)) and alike(found, None)
+    assert alike(found, answers(net.double().float(), shape))
+    for other in (nn.LeakyReLU(0.3), nn.Tanh()):
+        assert not alike(found, answers(nn.Sequential(*layers[:2], other, layers[3]), shape))
+    assert not alike(found, answers(nn.Sequential(*layers, nn.Softmax(1)), shape))
+    assert not alike(found, found[:-1])
 
 
 def test_merging_leaves_robust_what_no_attack_broke(model, data, tmp_path):
@@ -255,7 +298,7 @@ def test_an_attack_of_ones_own_is_named_as_it_was_given(copied_run, capsys, monk
     found, _ = command(capsys, copied_run, "--attack", "own_corner:Corner-3, PGD-3-1", "--limit", 60, "--epsilon", 0.3)
     assert found["attack"] == ",".join(names) and [line["attack"] for line in found["attacks"]] == names
     kept = {r.settings["attack"]: r for r in results.read_all(copied_run / results.FOLDER)}
-    assert list(kept) == names and kept[names[0]].settings["made_by"] == "own_corner"
+    assert list(kept) == names and kept[names[0]].settings["made_by"].startswith("own_corner ")
     assert 0 < kept[names[0]].broken.sum() < kept[names[0]].clean.sum()
     assert torch.equal(kept["pgd-3-1"].attacked, kept[names[0]].clean & ~kept[names[0]].broken)
 

@@ -130,6 +130,24 @@ def test_a_run_that_is_there_is_refused_unless_it_may_go_on(config, stop_after):
     assert contents(directory_of(config())) == before
 
 
+def test_of_two_starts_at_once_one_makes_the_run(config, monkeypatch):
+    """The second begins while the first writes its directory: its config must not take the first one's place."""
+    first, second = (start.resolve(config(seed=seed), CPU, ALONE) for seed in (1, 2))
+    facts, told = run_directory.environment, []
+
+    def meanwhile(device):
+        monkeypatch.setattr(run_directory, "environment", facts)
+        with pytest.raises(RunError) as caught:
+            run_directory.create(second)
+        told.append(str(caught.value))
+        return facts(device)
+
+    monkeypatch.setattr(run_directory, "environment", meanwhile)
+    run_directory.create(first)
+    assert len(told) == 1 and "is being trained by another process" in told[0]
+    assert run_directory.open_run(directory_of(first))[1].seed == 1
+
+
 # ---- resuming
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
+import fastrobust
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
 from fastrobust.data.held_out import SPREAD, spread
@@ -84,6 +86,17 @@ def test_verdicts_about_something_else_are_not_mixed(verified, finished_run, cap
     other[2] = "0.005"
     assert cli(["verify", *other]) == 2
     assert "something else (epsilon differ)" in capsys.readouterr().err
+
+
+def test_verdicts_of_the_same_weights_with_other_code_are_not_mixed(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Flatten(), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)]
+    one, other = nn.Sequential(*layers), nn.Sequential(*layers[:2], nn.LeakyReLU(0.9), layers[3])
+    x = torch.randint(0, 256, (3, 1, 2, 2), dtype=torch.uint8)
+    options = {"epsilon": 0.02, "workers": 1, "output": tmp_path}
+    fastrobust.verify(one, x, torch.tensor([0, 1, 2]), **options)
+    with pytest.raises(RunError, match="about the model with other code; give another --output"):
+        fastrobust.verify(other, x, torch.tensor([0, 1, 2]), **options)
 
 
 def test_damaged_verdicts_are_an_error(verified, finished_run, tmp_path, capsys):
