@@ -95,7 +95,7 @@ def test_verdicts_of_the_same_weights_with_other_code_are_not_mixed(tmp_path):
     x = torch.randint(0, 256, (3, 1, 2, 2), dtype=torch.uint8)
     options = {"epsilon": 0.02, "workers": 1, "output": tmp_path}
     fastrobust.verify(one, x, torch.tensor([0, 1, 2]), **options)
-    with pytest.raises(RunError, match="about the model with other code; give another --output"):
+    with pytest.raises(RunError, match="verdicts about other code of the model with these weights"):
         fastrobust.verify(other, x, torch.tensor([0, 1, 2]), **options)
 
 
