@@ -139,8 +139,8 @@ def held(run: Path) -> Iterator[None]:
             raise RunError(f"{run} is being trained by another process: wait for it, or stop it first") from None
         except OSError:  # a file system without locks
             pass
-        for name in FILES:
-            for left in run.glob(f".{name}.*"):
+        for pattern in (*(f".{name}.*" for name in FILES), "evaluations/.*.safetensors.*"):
+            for left in run.glob(pattern):
                 with contextlib.suppress(OSError):
                     left.unlink()
         yield

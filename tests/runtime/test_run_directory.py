@@ -204,6 +204,8 @@ def test_a_run_is_trained_by_one_process_at_a_time(config):
     """Another process would have its own lock; another file handle of this one has too."""
     directory = run_directory.create(config)
     left = [directory / f".{run_directory.CHECKPOINT}.abc", directory / f".{run_directory.METRICS}.xyz"]
+    left.append(directory / "evaluations" / ".pgd-5-1.safetensors.uvw")
+    left[-1].parent.mkdir()
     for file in left:
         file.write_bytes(b"half a file")
     other = directory / ".notes"
@@ -214,4 +216,4 @@ def test_a_run_is_trained_by_one_process_at_a_time(config):
             pass
     with run_directory.held(directory):
         pass
-    assert set(os.listdir(directory)) == {run_directory.CONFIG, run_directory.ENVIRONMENT, ".notes"}
+    assert set(os.listdir(directory)) == {run_directory.CONFIG, run_directory.ENVIRONMENT, ".notes", "evaluations"}
