@@ -19,7 +19,8 @@ from rich.table import Table
 
 from fastrobust.config import reading
 from fastrobust.config.fields import FolderName, Section
-from fastrobust.config.numbers import parse_number
+from fastrobust.config.keys import of
+from fastrobust.config.numbers import ball_in_words, parse_number
 from fastrobust.config.schema import Config
 from fastrobust.config.sections import Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
@@ -82,14 +83,13 @@ def read_sweep(path: str | Path) -> Sweep:
     with explained(f"sweep file {path} cannot be read"):
         data = reading.read_yaml(path.read_text(encoding="utf-8"), str(path))
     data.setdefault("name", path.stem)
+    if "config" not in data:
+        look = f"`fastrobust sweep --help` shows a sweep file; a config alone is trained by `fastrobust train {path}`"
+        raise ConfigError(f"{path} names no `config:` that its runs have in common: {look}")
     try:
         return Sweep.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}".replace(": value error, ", ": ")
-            for e in error.errors()
-        ]
-        raise ConfigError("\n  ".join([f"{path}:", *dict.fromkeys(lines)])) from None
+        raise reading.refused(error, str(path), of(Sweep)) from None
 
 
 def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:

@@ -189,8 +189,11 @@ def test_finished_runs_are_shown_under_their_own_settings_alone(sweep_file, tmp_
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"config": None}, "config"),
-        ({"gird": {}}, "gird"),
+        ({"config": None}, "grid.yaml names no `config:`"),
+        ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
+        ({"seed": 2}, "unknown key 'seed'; did you mean 'seeds'?"),
+        ({"epsilon": 0.1}, "unknown key 'epsilon'; the keys there are: name, config, output, set, grid, grids, seeds"),
+        ({"set": 3}, "set: input should be a valid section, got 3"),
         ({"seeds": 0}, "seeds"),
         ({"grid": {"epsilon": []}}, "grid.epsilon"),
         ({"grid": {"epsilom": [0.1]}}, "epsilom"),
