@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -275,7 +276,7 @@ def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]
             rows[-1] += [
                 spread([s.clean_accuracy for s in summaries]),
                 spread([s.evaluations[0].robust_accuracy for s in summaries]),
-                f"{first.attack}{'' if first.norm == 'linf' else f' in {first.norm.upper()}'}, n = {first.examples:,}",
+                f"{first.attack}, {ball_in_words(first.epsilon, first.norm)}, n = {first.examples:,}",
                 duration(statistics.fmean(s.train_seconds for s in summaries)),
                 str(sum(s.stopped is not None for s in summaries) or ""),
             ]
@@ -361,7 +362,7 @@ def command(arguments) -> int:
     shown = Table(*head, title=f"sweep {sweep.name}", title_justify="left")
     for row in rows:
         shown.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(shown)
+    Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140).print(shown)
     print(f"files in {sweep.directory}/: results.html, results.csv, and the runs")
     for name, why in failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)
