@@ -151,3 +151,5 @@ def test_a_home_is_written_out_in_paths(run, monkeypatch):
     torch.testing.assert_close(fastrobust.load(f"~/{run.directory.name}", Net())(x), run.model(x))
     with pytest.raises(FastrobustError, match=f"no folder or file {run.directory.parent}/absent"):
         fastrobust.fit("mnist_net", "~/absent", epsilon=0.1)
+    with pytest.raises(FastrobustError, match=r"'svhnn' is not one of mnist, .*cifar100, svhn, .*did you mean 'svhn'\?"):
+        fastrobust.fit("mnist_net", "svhnn", epsilon=0.1)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from fastrobust.attack.base import Attack, Setting
 from fastrobust.attack.verdicts import correct, evaluating
+from fastrobust.config.parts import ATTACK_GROUPS
 from fastrobust.data.augment import to_unit
 from fastrobust.runtime.errors import ConfigError
 
-PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
+PARTS = ATTACK_GROUPS["autoattack"]
 TARGETS = 9  # rival classes that the targeted parts try, most likely first
 PASSES = {"apgd-ce": 102, "apgd-t": 103 * TARGETS, "fab-t": 206 * TARGETS, "square": 5001}  # forward passes, at most
 

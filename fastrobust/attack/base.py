@@ -103,6 +103,8 @@ class Attack(ABC):
 def parse(name: str) -> tuple[type[Attack], tuple[int, ...]]:
     """The class and the numbers that `pgd-50-10` stands for, checked. Raises ConfigError."""
     word, numbers = re.fullmatch(r"(.*?)((?:-\d{1,6})*)", name, re.S).groups()
+    if ":" not in word and word not in parts.ATTACKS:
+        raise ConfigError(f"attack: {parts.unknown(word, (*parts.ATTACKS, *parts.ATTACK_GROUPS))}")
     kind = parts.find_class("attack", parts.ATTACKS, word)
     values = tuple(int(number) for number in numbers.split("-")[1:])
     kind.check(values)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from fastrobust.config.parts import unknown
+from fastrobust.config.hints import did_you_mean
 from fastrobust.models.pixels import Sees
 from fastrobust.runtime.errors import ConfigError
 
@@ -191,7 +191,7 @@ NORMS = {kind.norm: kind for kind in (Threat, L2)}
 def ball(norm: str, radius: Radius, kernels: bool = False, sees: Sees | None = None) -> Threat:
     """The threat of this norm, `linf` or `l2`. Raises ConfigError."""
     if norm not in NORMS:
-        raise ConfigError(f"norm: {unknown(norm, NORMS)}")
+        raise ConfigError(f"norm: '{norm}' is not one of {', '.join(NORMS)}{did_you_mean(str(norm), NORMS)}")
     return NORMS[norm](radius, kernels, sees)
 
 

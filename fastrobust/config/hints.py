@@ -8,10 +8,10 @@ ALIKE = 0.65  # the least likeness of a word and what it is taken for; `sdg` and
 
 
 def nearest(word: str, known: Iterable[str], alike: float = ALIKE) -> str | None:
-    """The known word that `word` most likely stands for, or None. Words that differ in a number are different words:
-    cifar100 is not meant to be cifar10."""
-    known = [other for other in known if not digits(word) or digits(word) == digits(other)]
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=alike)), None)
+    """The known word that `word` most likely stands for, in any capitals, or None. Words that differ in a number are
+    different words: cifar100 is not meant to be cifar10."""
+    small = {other.lower(): other for other in known if not digits(word) or digits(word) == digits(other)}
+    return next((small[near] for near in difflib.get_close_matches(word.lower(), small, n=1, cutoff=alike)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -73,6 +73,7 @@ ATTACKS = {
     "fab-t": "fastrobust.attack.autoattack:FabT",
     "square": "fastrobust.attack.autoattack:Square",
 }
+ATTACK_GROUPS = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"), "apgd": ("apgd-ce", "apgd-t")}  # each in turn
 LOGGERS = {
     "tensorboard": "fastrobust.train.loggers:TensorBoard",
     "wandb": "fastrobust.train.loggers:Wandb",

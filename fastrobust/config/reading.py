@@ -263,13 +263,12 @@ def _meaning(path: str, known: list[keys.Key]) -> str:
 
 def _meant(key: str, siblings: list[str], known: list[str]) -> str | None:
     """The known key that an unknown one stands for: one like it beside it, one elsewhere that is called so or has a word
-    more or less (`lr`, `max_lr`), or one like the whole of it. A key of another `name` is meant as it is."""
+    more or less (`lr`, `max_lr`), or one like the whole of it."""
     leaf, leaves = _leaf(key), {_leaf(k): k for k in siblings}
     if near := nearest(leaf, leaves):
         return leaves[near]
-    elsewhere = siblings if any(k.path == key for k in keys.every()) else known
-    alike = [k for k in elsewhere if f"_{leaf}_" in f"_{_leaf(k)}_" or f"_{_leaf(k)}_" in f"_{leaf}_"]
-    return min(alike, key=lambda k: abs(len(_leaf(k)) - len(leaf)), default=None) or nearest(key, elsewhere, FAR_ALIKE)
+    alike = [k for k in known if f"_{leaf}_" in f"_{_leaf(k)}_" or f"_{_leaf(k)}_" in f"_{leaf}_"]
+    return min(alike, key=lambda k: abs(len(_leaf(k)) - len(leaf)), default=None) or nearest(key, known, FAR_ALIKE)
 
 
 def _leaf(key: str) -> str:
@@ -287,15 +286,15 @@ def _takes(key: keys.Key, value: Any) -> bool:
 def _explain(error: dict[str, Any], known: list[keys.Key]) -> str:
     """One line for one pydantic error: the dotted key, what is wrong, and the nearest right key for an unknown one."""
     loc = [str(part) for part in error["loc"]]
-    key = ".".join(part for part in loc if not part.startswith(("function-", "tuple[", "constrained-")))
+    key = ".".join(part for part in loc if not part.startswith(("function-", "tuple[", "list[", "dict[", "constrained-")))
     value, paths = error["input"], list(dict.fromkeys(k.path for k in known))
     if error["type"] == "extra_forbidden":
         siblings = [k for k in paths if k.rpartition(".")[0] == key.rpartition(".")[0]]
-        if near := _meant(key, siblings, paths):
+        other = len(loc) > 1 and any(k.path == key for k in keys.every())
+        if near := _meant(key, siblings, siblings if other else paths):
             return f"unknown key '{key}'; did you mean '{near}'?{_meaning(near, known)}"
-        other = ", which belongs to another `name`" if any(k.path == key for k in keys.every()) else ""
         there = f"; the keys there are: {', '.join(map(_leaf, siblings))}" if siblings else ""
-        return f"unknown key '{key}'{other}{there}"
+        return f"unknown key '{key}'{', which belongs to another `name`' if other else ''}{there}"
     inside = [k for k in known if k.path.startswith(f"{key}.") and not k.holds]
     if inside and error["type"] != "missing" and not isinstance(value, (dict, list, tuple)):
         fits = next((k.path for k in inside if value is not None and _takes(k, value)), None)
@@ -311,6 +310,6 @@ def _explain(error: dict[str, Any], known: list[keys.Key]) -> str:
         words = [word.strip("' ") for word in expected.replace(" or ", ",").split(",")]
         message = f"'{given}' is not one of {expected}{did_you_mean(given, words)}"
     elif not error["type"].startswith("value_error"):
-        message = message.replace("a valid tuple", "a list").replace("a valid dictionary", "a section")
+        message = message.replace("tuple", "list").replace("dictionary", "section")
         message = f"{message[0].lower()}{message[1:]}, got {_shown(value)}"
     return f"{key}: {message}" if key else message

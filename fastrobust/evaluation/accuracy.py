@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastrobust.attack import base
-from fastrobust.attack.autoattack import PARTS
 from fastrobust.attack.gradient import input_gradient
 from fastrobust.attack.pgd import Pgd, pgd
 from fastrobust.attack.rounds import Place, run_rounds
 from fastrobust.attack.threat import ball
 from fastrobust.attack.verdicts import arithmetic, check_images, classified, evaluating
 from fastrobust.config.numbers import radius_in_words
+from fastrobust.config.parts import ATTACK_GROUPS
 from fastrobust.data import sets
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
@@ -26,7 +26,6 @@ from fastrobust.runtime import half, memory, trial
 from fastrobust.runtime.distributed import ALONE, World
 from fastrobust.runtime.progress import Overall, Progress
 
-GROUPS = {"autoattack": PARTS, "apgd": ("apgd-ce", "apgd-t")}
 ARITHMETICS = ("bf16", "tf32", "fp32", None)  # of several attacks the coarsest is told
 SAVE_EVERY = 10.0  # seconds
 
@@ -111,7 +110,7 @@ def attack_names(text: str) -> list[str]:
     """`pgd-50-10,autoattack` -> its single attacks, in order and once each. Raises ConfigError."""
     names: list[str] = []
     for word in as_named(text).split(","):
-        for name in GROUPS.get(word, (word,)):
+        for name in ATTACK_GROUPS.get(word, (word,)):
             names += [name] if name not in names else []
     for name in names:
         base.parse(name)

@@ -163,7 +163,8 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
         if name in {*DATASETS, *FROM_FILES} or (":" in name and not path.exists()):
             yield name, None
         elif not path.exists():
-            raise DataError(f"data: there is no folder or file {path}, and no data set: {parts.unknown(name, DATASETS)}")
+            known = parts.unknown(name, (*DATASETS, *FROM_FILES))
+            raise DataError(f"data: there is no folder or file {path}, and no data set: {known}")
         else:
             yield ("arrays" if path.suffix == ".npz" else "image_folder"), str(path.absolute())
         return

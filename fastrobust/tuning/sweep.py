@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -19,7 +20,8 @@ from rich.table import Table
 
 from fastrobust.config import reading
 from fastrobust.config.fields import FolderName, Section
-from fastrobust.config.numbers import parse_number
+from fastrobust.config.keys import of
+from fastrobust.config.numbers import ball_in_words, parse_number
 from fastrobust.config.schema import Config
 from fastrobust.config.sections import Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
@@ -82,14 +84,13 @@ def read_sweep(path: str | Path) -> Sweep:
     with explained(f"sweep file {path} cannot be read"):
         data = reading.read_yaml(path.read_text(encoding="utf-8"), str(path))
     data.setdefault("name", path.stem)
+    if "config" not in data:
+        look = f"`fastrobust sweep --help` shows a sweep file; a config alone is trained by `fastrobust train {path}`"
+        raise ConfigError(f"{path} names no `config:` that its runs have in common: {look}")
     try:
         return Sweep.model_validate(data)
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'][0].lower()}{e['msg'][1:]}".replace(": value error, ", ": ")
-            for e in error.errors()
-        ]
-        raise ConfigError("\n  ".join([f"{path}:", *dict.fromkeys(lines)])) from None
+        raise reading.refused(error, str(path), of(Sweep)) from None
 
 
 def places(sweep: Sweep) -> list[tuple[tuple[tuple[str, str], ...], dict[str, Any]]]:
@@ -275,7 +276,7 @@ def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]
             rows[-1] += [
                 spread([s.clean_accuracy for s in summaries]),
                 spread([s.evaluations[0].robust_accuracy for s in summaries]),
-                f"{first.attack}{'' if first.norm == 'linf' else f' in {first.norm.upper()}'}, n = {first.examples:,}",
+                f"{first.attack}, {ball_in_words(first.epsilon, first.norm)}, n = {first.examples:,}",
                 duration(statistics.fmean(s.train_seconds for s in summaries)),
                 str(sum(s.stopped is not None for s in summaries) or ""),
             ]
@@ -361,7 +362,7 @@ def command(arguments) -> int:
     shown = Table(*head, title=f"sweep {sweep.name}", title_justify="left")
     for row in rows:
         shown.add_row(*row)
-    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(shown)
+    Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 140).print(shown)
     print(f"files in {sweep.directory}/: results.html, results.csv, and the runs")
     for name, why in failed.items():
         print(f"error: {name}: {why}", file=sys.stderr)

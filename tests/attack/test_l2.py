@@ -133,8 +133,9 @@ def test_the_balls_are_told_apart_and_found_by_name():
     assert own <= vars(L2).keys()  # nothing is L-infinity's by oversight
     with pytest.raises(ConfigError, match="L-infinity ball alone"):
         L2(0.5).box(images(1, 1, 2, 2))
-    with pytest.raises(ConfigError, match="'l1' is not one of linf, l2"):
-        ball("l1", 0.5)
+    for norm, told in (("l1", "'l1' is not one of linf, l2$"), ("L2", r"'L2' is not one of linf, l2; did you mean 'l2'\?$")):
+        with pytest.raises(ConfigError, match=f"norm: {told}"):
+            ball(norm, 0.5)
 
 
 def test_radii_up_to_the_boxs_diagonal_are_taken():

@@ -8,7 +8,8 @@ KNOWN = ("cifar10", "imagenet", "fgsm", "n_fgsm", "pgd", "model.std", "resnet18"
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("fgms", "fgsm"), ("imagnet", "imagenet"), ("cifar", "cifar10"), ("resnet-18", "resnet18")]
+    ("word", "meant"),
+    [("fgms", "fgsm"), ("imagnet", "imagenet"), ("cifar", "cifar10"), ("resnet-18", "resnet18"), ("PGD", "pgd")],
 )
 def test_typos(word, meant):
     assert nearest(word, KNOWN) == meant and did_you_mean(word, KNOWN) == f"; did you mean '{meant}'?"

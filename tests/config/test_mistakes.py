@@ -61,8 +61,8 @@ def test_a_section_that_is_given_as_a_value_tells_its_form(file, wrong, right):
 
 
 def test_a_list_and_a_section_of_options_are_told_in_words(file):
-    assert "logging: input should be a list, got 3" in refusal(file, "logging=3")
-    assert "model.options: input should be a section, got 3" in refusal(file, "model.options=3")
+    assert "logging: input should be a valid list, got 3" in refusal(file, "logging=3")
+    assert "model.options: input should be a valid section, got 3" in refusal(file, "model.options=3")
 
 
 def test_an_unknown_key_like_no_other_lists_the_keys_there(file):

@@ -263,7 +263,9 @@ def test_where_results_cannot_be_kept_it_is_said(copied_run, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--attack", "pdg-50-10"], "'pdg' is not one of pgd, pgd-t, apgd-ce, apgd-t, fab-t, square; did you mean 'pgd'?"),
+        (["--attack", "pdg-50-10"], "fab-t, square, autoattack, apgd; did you mean 'pgd'?"),
+        (["--attack", "autoatack"], "'autoatack' is not one of pgd, pgd-t, apgd-ce"),
+        (["--attack", "autoatack"], "did you mean 'autoattack'?"),
         (["--attack", "pgd-0-1"], "pgd is written pgd-STEPS-RESTARTS"),
         (["--attack", "pgd-5-1,"], "attack: '' is not one of pgd, pgd-t, apgd-ce"),
         (["--attack", "pgd-5-1", "--steps", "3"], "stand in the name of the attack"),

@@ -66,7 +66,8 @@ def test_the_grid_is_every_combination(sweep_file, tmp_path):
     assert found[0].config.name == "epsilon-4-255_method-fgsm_epochs-1_seed-3"
 
 
-def test_a_sweep_trains_and_tells(sweep_file, tmp_path, capsys):
+def test_a_sweep_trains_and_tells(sweep_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
     file, directory = sweep_file(), tmp_path / "runs" / "grid"
     assert cli(["sweep", str(file), "--dry-run"]) == 0
     assert "4 runs, 4 of them open" in capsys.readouterr().out and not directory.exists()
@@ -90,12 +91,15 @@ def test_a_sweep_trains_and_tells(sweep_file, tmp_path, capsys):
         values = [summaries[lr, seed]["robust_accuracy"] for seed in (0, 1)]
         cell = f"{statistics.fmean(values):.2%} ({min(values) * 100:.2f} to {max(values) * 100:.2f})"
         assert cell.replace(" (", " <small>(") in page and cell in out
-    assert "4 of 4 runs are finished" in page
+    assert "4 of 4 runs are finished" in page and "pgd-2-1, epsilon 0.05, n = 20" in page and "epsilon 0.05" in out
     assert page.count("<figure>") == 2
 
     before = state(directory)  # again: nothing is trained, and the results are the same
     content = (directory / "results.csv").read_text(), page
+    monkeypatch.setenv("COLUMNS", "80")
+    capsys.readouterr()
     assert cli(["sweep", str(file)]) == 0
+    assert max(len(line) for line in capsys.readouterr().out.splitlines() if line.startswith("│")) == 80
     after = state(directory)
     changed = {f.name for f in after if before.get(f) != after[f]}
     assert changed <= {"results.csv", "results.html"}
@@ -189,8 +193,11 @@ def test_finished_runs_are_shown_under_their_own_settings_alone(sweep_file, tmp_
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"config": None}, "config"),
-        ({"gird": {}}, "gird"),
+        ({"config": None}, "grid.yaml names no `config:`"),
+        ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
+        ({"seed": 2}, "unknown key 'seed'; did you mean 'seeds'?"),
+        ({"epsilon": 0.1}, "unknown key 'epsilon'; the keys there are: name, config, output, set, grid, grids, seeds"),
+        ({"set": 3}, "set: input should be a valid section, got 3"),
         ({"seeds": 0}, "seeds"),
         ({"grid": {"epsilon": []}}, "grid.epsilon"),
         ({"grid": {"epsilom": [0.1]}}, "epsilom"),
