@@ -72,6 +72,7 @@ class Summary(Environment):
     stopped: str | None
     recovered: list[dict[str, Any]] = []
     training_images: int | None = None
+    test_images: str | None = None
     tested_on: str = ""
 
 

@@ -266,17 +266,30 @@ def spread(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values) * 100:.2f} to {max(values) * 100:.2f})"
 
 
+def by_attack(runs: list[Run]) -> dict[str, list[Run]]:
+    """The runs whose accuracies may be compared, by the attack, the ball and the test images in words."""
+    found: dict[tuple, list[Run]] = {}
+    for one in runs:
+        e = one.summary.evaluations[0]
+        words = f"{e.attack}, {ball_in_words(e.epsilon, e.norm)}, n = {e.examples:,}"
+        found.setdefault((words, one.summary.test_images), []).append(one)
+    told = [words for words, _ in found]
+    return {w + (f", images {images}"[:16] if told.count(w) > 1 else ""): some for (w, images), some in found.items()}
+
+
 def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of the table: a row per place on the grid; one without finished runs is short."""
+    """(headings, rows) of the table: a row per place on the grid and attack; one without finished runs is short."""
     rows = []
-    for labels, runs in results.items():
-        rows.append([label for _, label in labels] + [str(len(runs))])
-        if summaries := [r.summary for r in runs]:
-            first = summaries[0].evaluations[0]
+    for labels, everyone in results.items():
+        place = [label for _, label in labels]
+        rows += [] if everyone else [[*place, "0"]]
+        for words, runs in by_attack(everyone).items():
+            summaries = [r.summary for r in runs]
+            rows.append([*place, str(len(runs))])
             rows[-1] += [
                 spread([s.clean_accuracy for s in summaries]),
                 spread([s.evaluations[0].robust_accuracy for s in summaries]),
-                f"{first.attack}, {ball_in_words(first.epsilon, first.norm)}, n = {first.examples:,}",
+                words,
                 duration(statistics.fmean(s.train_seconds for s in summaries)),
                 str(sum(s.stopped is not None for s in summaries) or ""),
             ]
@@ -286,14 +299,15 @@ def rows_of(results: dict[tuple, list[Run]]) -> tuple[list[str], list[list[str]]
 
 def figures(results: dict[tuple, list[Run]]) -> list[str]:
     """For every axis of numbers: clean and robust accuracy along it, a line for each combination of the others."""
-    drawn = []
+    drawn, mixed = [], any(len(by_attack(runs)) > 1 for runs in results.values())
     for i, (axis, _) in enumerate(next(iter(results), ())):
         groups: dict[str, list[tuple[float, list[Run]]]] = {}
         try:
             for labels, runs in results.items():
                 others = ", ".join(f"{a.split('.')[-1]} {label}" for k, (a, label) in enumerate(labels) if k != i) or "all"
-                if runs:
-                    groups.setdefault(others, []).append((float(parse_number(labels[i][1])), runs))
+                for words, some in by_attack(runs).items():
+                    name = f"{others}, {words}" if mixed else others
+                    groups.setdefault(name, []).append((float(parse_number(labels[i][1])), some))
         except (ValueError, TypeError):
             continue
         if not any(len(found) > 1 for found in groups.values()):

@@ -190,6 +190,20 @@ def test_finished_runs_are_shown_under_their_own_settings_alone(sweep_file, tmp_
     assert "evaluation.steps: 2 in the run, 3 in the sweep" in told and "device" not in told and "workers" not in told
 
 
+def test_accuracies_under_other_attacks_are_not_averaged(sweep_file, tmp_path, monkeypatch):
+    """Runs that are there keep the radius with which they were evaluated."""
+    for seeds, epsilon in ((1, 0.05), (2, 0.002)):
+        assert cli(["sweep", str(sweep_file(seeds=seeds, set={"data.limit": 70, "evaluation.epsilon": epsilon}))]) == 0
+    results = sweep.gather(sweep.points(sweep.read_sweep(tmp_path / "grid.yaml")))
+    head, rows = sweep.rows_of(results)
+    told = [(row[head.index("seeds")], row[head.index("attack")]) for row in rows]
+    assert told == [("1", "pgd-2-1, epsilon 0.05, n = 20"), ("1", "pgd-2-1, epsilon 0.002, n = 20")] * 2
+    drawn = []
+    monkeypatch.setattr(sweep, "chart", lambda title, lines, **options: drawn.append([line.label for line in lines]) or "")
+    sweep.figures(results)
+    assert drawn == [["all, pgd-2-1, epsilon 0.05, n = 20", "all, pgd-2-1, epsilon 0.002, n = 20"]] * 2
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
