@@ -365,6 +365,7 @@ def open_upright(member: Member) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=_IMAGE_FORMATS)
         if image.format == "PNG":  # Pillow decodes its pixels without a look at their checksums
             Image.open(io.BytesIO(content), formats=["PNG"]).verify()
+        image.load()  # before the EXIF data are read: there a damaged picture would be passed over
         with contextlib.suppress(Exception):  # a good picture may have an odd EXIF block: then it is taken as it lies
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(DEEP) or bits_of(content) > 8:  # converting these would clip, not scale
@@ -373,7 +374,6 @@ def open_upright(member: Member) -> Image.Image:
             image = image.convert("RGBA")
         if image.mode != "RGB":
             image = image.convert("RGB")
-        image.load()
         return image
     except (MemoryError, DataError):
         raise
