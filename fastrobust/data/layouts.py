@@ -52,9 +52,12 @@ def choose(
     train = {name for name, _, _ in named(groups.get("train", []), classes)}
     expected = set(classes or train or found)
     if found - expected or (split == "train" and found != expected):
-        differ = ", ".join(sorted(found ^ expected)[:5])
-        whose = "the data set" if classes else "train"
-        raise DataError(f"{source}: {split} must have the classes of {whose}, but differs in {differ}")
+        if not (more := found - expected):
+            raise DataError(f"{source}: train has no images of {first_five(expected - found)}, a class of the data set")
+        same = first_five(name for name in expected if name.lower() in {other.lower() for other in more})
+        said = f"{split} has images of {first_five(more)}, which is no class of {'the data set' if classes else 'train'}"
+        said += f" ({same} is: capitals count)" if same else ""
+        raise DataError(f"{source}: {said}: give classes the same names in all splits, or remove what is none")
     if absent := sorted(expected - found):
         tell(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out")
     if len(expected) < 2 and labels:
@@ -276,7 +279,8 @@ def side_of(
     """The folder that a split is read from. Raises DataError."""
     there = [name for name in SPLITS[split] if name in groups]
     if not there:
-        hold = "; data.held_out=N tests on N training images that are never trained on" if "train" in groups else ""
+        apart = "or train with data.held_out=N, which tests on N training images that are set apart"
+        hold = f"; give a place that has test images too, {apart}" if "train" in groups else ""
         if labels:
             raise DataError(f"{labels} has images of {', '.join(sorted(groups))}, so there are no {split} images{hold}")
         tops = {top(member.name) for member in without_top_folder(members) if not is_hidden(member.name)}
@@ -326,8 +330,8 @@ _told: set[str] = set()
 
 def tell(note: str) -> None:
     """Print a note about a folder, once: a run looks into its folders several times."""
-    if note not in _told:
-        _told.add(note)
+    if (key := note.replace(f"{Path.cwd()}/", "")) not in _told:  # a run's path is absolute, a command's may not be
+        _told.add(key)
         print(note, flush=True)
 
 

@@ -303,12 +303,13 @@ def find(dataset: str, names: list[str], path: str | Path | None, problem_of: Ca
             return place
         looked.append(f"  {place}: {problem}")
     advice = (
-        "Set `download: true` or a `path` in the config's data section, or the environment variable\n"
-        f"FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the data sets' folder.\n"
+        "Set `data.download: true` or `data.path` in the config, give `--data PATH` to a command that takes it, or set the\n"
+        f"variable FASTROBUST_DATA (now {os.environ.get('FASTROBUST_DATA') or 'not set'}) to the data sets' folder.\n"
         "`apt-get install dataset-fashion-mnist` installs fashion_mnist."
     )
     if dataset not in downloads.CLASSES:
-        advice = f"Set `path` in the config's data section to {layouts.LAYOUT}"
+        advice = f"Set `data.path` in the config, or give `--data PATH` to a command that takes it: {layouts.LAYOUT}"
+    looked = looked or ["  nowhere: it has no usual place"]
     raise DataError("\n".join([f"{dataset} was not found. Looked in:", *looked, advice]))
 
 

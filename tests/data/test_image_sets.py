@@ -218,12 +218,13 @@ def test_cifar_images_must_be_32_pixels(tmp_path):
     [
         (
             image_set(folders=("train",)),
-            "one of test/.*images in train, so there are no test images; data.held_out=N tests on N training images",
+            "one of test/.*images in train, so there are no test images; give a .*, or train with data.held_out=N",
         ),
         (image_set(folders=("val",)), "images in val, so there are no train images$"),
         ({"train/1.png": noise_png(), "val/a/readme": b""}, "images in no such folder, so there are no train images$"),
         ({"train/cat/notes.txt": b"", "val/cat/notes.txt": b""}, "images in no such folder, so"),
-        ({**image_set(), "val/emu/1.png": noise_png()}, "test must have the classes of train, but differs in emu$"),
+        ({**image_set(), "val/emu/1.png": noise_png()}, "test has images of emu, which is no class of train: .* or remove"),
+        ({**image_set(), "val/Cat/1.png": noise_png()}, r"Cat, which is no class of train \(cat is: capitals count\)"),
     ],
 )
 def test_wrong_layout(tmp_path, files, message):
@@ -242,7 +243,7 @@ def test_wrong_layout(tmp_path, files, message):
 
 def test_cifar_class_names_are_checked(tmp_path):
     write_files(tmp_path, image_set((*CIFAR[:-1], "lorry"), 1))
-    with pytest.raises(DataError, match="differs in lorry, truck"):
+    with pytest.raises(DataError, match="test has images of lorry, which is no class of the data set: "):
         load("cifar10", "test", tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_files_may_be_named_from_their_splits_folder(flat):
 def test_a_folder_without_splits_is_training_images_of_which_some_are_held_out(flat):
     folder = flat([f"{i}.png,{'ab'[i % 2]}" for i in range(12)])
     assert len(names(folder)) == 12 and len(names(folder, "held_out", held_out=4)) == 4
-    with pytest.raises(DataError, match=r"has images of train, so there are no test images; data.held_out=N"):
+    with pytest.raises(DataError, match=r"has images of train, so there are no test images; give a place"):
         names(folder, "test")
     config = config_for(folder, data={"labels": "labels.csv", "held_out": 4})
     config = loaders.resolve(config, CPU)

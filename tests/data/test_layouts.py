@@ -76,11 +76,16 @@ def test_a_test_set_alone(tmp_path):
         read(root, "train")
 
 
-def test_a_test_set_of_some_classes(tmp_path, capsys):
+def test_a_test_set_of_some_classes(tmp_path, capsys, monkeypatch):
     root = write(tmp_path, *PLAIN, "train/owl/3.png", "test/owl/4.png", "test/cat/5.png")
     assert read(root, "test") == ([4, 3], ["cat", "owl"])
     assert sets.load("image_folder", "test", root, resolution=8).classes == ("cat", "dog", "owl")
     assert "has no test images of dog" in capsys.readouterr().out
+    layouts.tell_again()
+    monkeypatch.chdir(root.parent)
+    for path in (Path(root.name), root):
+        sets.list_images("image_folder", "test", path)
+    assert capsys.readouterr().out.count("has no test images of dog") == 1
 
 
 def test_tiny_imagenet_as_it_is_downloaded(tmp_path):
@@ -279,7 +284,7 @@ def test_a_folder_of_classes_without_splits(tmp_path):
     held = sets.load("image_folder", "held_out", root, resolution=8, choice=Choice(held_out=4))
     rest = sets.load("image_folder", "train", root, resolution=8, choice=Choice(held_out=4))
     assert len(held.labels) == 4 and len(rest.labels) == 8 and not set(held.names) & set(rest.names)
-    told = r"its folders cat, dog are taken for classes of train/, so there are no test images; data.held_out=N"
+    told = r"its folders cat, dog are taken for classes of train/, so there are no test images; give a place"
     with pytest.raises(DataError, match=told):
         read(root, "test")
     os.rename(root, tmp_path / "val")

@@ -314,7 +314,7 @@ def test_shards_with_names_and_what_is_refused(root):
     assert sets.load("image_folder", "train", root, resolution=8).classes == ("cat", "dog")
     (root / "test-0.tar").unlink()
     for bad, message in (
-        (shard((1, 2)), "train must have the classes of the data set, but differs in 0"),
+        (shard((1, 2)), "train has no images of 0, a class of the data set"),
         (shard((1, "cat"), label=named), "labels must be all numbers or all names"),
         (shard(("a/b", "cat"), label=named), "the class 'a/b' must not have a /"),
         (shard((0, 1)) [:3000], "truncated|end-of-archive"),

@@ -75,6 +75,8 @@ def test_not_found_lists_places_and_remedies(root):
             load(dataset, "train")
         for text in (*places, "download: true", "FASTROBUST_DATA", "apt-get install dataset-fashion-mnist"):
             assert str(text) in str(caught.value)
+    with pytest.raises(DataError, match=r"(?s)nowhere: it has no usual place.*`data.path` in the config, .*`--data PATH`"):
+        load("image_folder", "train", resolution=8)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_not_found_lists_places_and_remedies(root):
         (("mnist", "train"), {"resolution": 32}, "28 x 28 pixels"),
         (("image_folder", "train", "x"), {}, "needs a resolution"),
         (("image_folder", "train", "x"), {"resolution": 0}, "needs a resolution"),
-        (("image_folder", "train"), {"resolution": 8}, "Set `path`"),
+        (("image_folder", "train"), {"resolution": 8}, "Set `data.path`"),
         (("image_folder", "train", "x"), {"resolution": 8, "download": True}, "x: does not exist"),
     ],
 )
