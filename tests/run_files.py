@@ -7,6 +7,7 @@ import json
 import pytest
 
 FILES = {
+    "evaluations",
     "config.yaml",
     "environment.json",
     "metrics.jsonl",

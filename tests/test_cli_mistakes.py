@@ -93,10 +93,10 @@ def test_an_existing_run_is_not_overwritten(quick, tmp_path, capsys):
     config = str(quick())
     assert cli(["train", config]) == 0
     directory = tmp_path / "runs" / "bars"
-    before = {file.name: file.read_bytes() for file in directory.iterdir()}
+    before = {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()}
     capsys.readouterr()
     assert_explained(capsys, cli(["train", config, "seed=1"]), f"continue it with `--resume {directory}`")
-    assert {file.name: file.read_bytes() for file in directory.iterdir()} == before
+    assert {file: file.read_bytes() for file in directory.rglob("*") if file.is_file()} == before
 
 
 def test_an_output_that_is_a_file_is_explained(quick, tmp_path, capsys):
