@@ -263,15 +263,17 @@ def training(config, summary: Summary | None) -> str:
 
 
 def entry(config, facts: Known) -> dict[str, Any]:
-    """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null."""
+    """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null: of
+    the summary's accuracy too, where what is quoted is of another radius or of another number of images."""
     percent = lambda value: None if value is None else f"{100 * value:.2f}"
     first, auto = facts.summary and facts.summary.evaluations[0], facts.autoattack
-    quoted = auto or first  # both have an epsilon and a number of examples
+    quoted = auto or first  # both have a norm, an epsilon and a number of examples
+    about = lambda found: (found.norm, found.epsilon, found.examples)
     architecture = {
         "preact_resnet18": "PreActResNet-18",
         "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
     }
-    norm = "" if config.norm == "linf" else f", in the {config.norm.upper()} norm"
+    norm = "" if not quoted or quoted.norm == "linf" else f", in the {quoted.norm.upper()} norm"
     return {
         "link": None,
         "name": config.name,
@@ -283,7 +285,7 @@ def entry(config, facts: Known) -> dict[str, Any]:
         "architecture": architecture.get(config.model.name, config.model.name),
         "eps": describe(quoted.epsilon if quoted else config.epsilon),
         "clean_acc": percent(facts.autoattack_clean if auto else first and first.clean_accuracy),
-        "reported": percent(first and first.robust_accuracy),
+        "reported": percent(first.robust_accuracy if first and about(first) == about(quoted) else None),
         "autoattack_acc": percent(auto and auto.accuracy),
         "footnote": f"Measured on {quoted.examples} test images{norm}." if quoted else None,
     }

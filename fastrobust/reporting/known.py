@@ -93,8 +93,8 @@ class Verification(Settings):
 
 @dataclass
 class Known:
-    """`autoattack`: the row of AutoAttack, where all four parts were run, and `autoattack_clean` the clean accuracy on its
-    images."""
+    """`autoattack`: the row of AutoAttack to quote, where all four parts were run on the run's own test images, and
+    `autoattack_clean` the clean accuracy on these."""
 
     summary: Summary | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
@@ -146,16 +146,17 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
         whole = autoattack_of(records)
         if whole is not None:
             row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data, norm=norm))
-            if norm == trained_in and (known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)):
+            better = known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)
+            if norm == trained_in and data is None and better:
                 known.autoattack, known.autoattack_clean = row, clean / n
     found = [stored.read(file, Masking) for file in sorted(folder.glob("sanity_*.json"))]
     known.masking += [checks for checks in found if checks.weights == weights]
 
 
 def rank(row: Accuracy, epsilon: float | None) -> tuple:
-    """Of several results of AutoAttack the one to quote: on the run's own test images, at the radius of its summary, on
-    the most images, at the largest radius."""
-    return row.data is None, row.epsilon == epsilon, row.examples, row.epsilon
+    """Of several results of AutoAttack on the run's own test images the one to quote: at the radius of its summary, on the
+    most images, at the largest radius."""
+    return row.epsilon == epsilon, row.examples, row.epsilon
 
 
 def autoattack_of(records: list[results.Record]) -> int | None:

@@ -192,15 +192,35 @@ def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
 # ---- which result of AutoAttack is quoted
 
 
+def write_autoattack(run, epsilon: float, n: int, given: str | None) -> None:
+    clean = torch.arange(n) % 10 > 0
+    for attack in known.autoattack.PARTS:
+        settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
+        facts = {"settings": settings, "finished": True, "data": given}
+        results.Record(facts, clean, clean.clone(), clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
+
+
+@pytest.mark.parametrize(
+    "n, given, reported, quoted", [(200, None, True, True), (60, None, False, True), (200, "/x", True, False)]
+)
+def test_the_entry_quotes_results_on_the_same_images_alone(finished_run, tmp_path, n, given, reported, quoted):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / results.FOLDER).mkdir(exist_ok=True)
+    write_autoattack(run, 0.1, n, given)
+    entry, summary = (
+        export.entry(read_weights(run)[1], known.read(run, digest(run))),
+        json.loads((run / "summary.json").read_text()),
+    )
+    assert entry["reported"] == (f"{100 * summary['robust_accuracy']:.2f}" if reported else None)
+    assert entry["autoattack_acc"] == ("40.00" if quoted else None)
+    assert entry["footnote"] == f"Measured on {n} test images."
+
+
 def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_images_are_quoted(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / results.FOLDER).mkdir(exist_ok=True)
     for epsilon, n, given in ((0.3, 90, None), (0.1, 10, None), (0.1, 60, None), (0.1, 20, None), (0.1, 99, "/elsewhere")):
-        clean = torch.arange(n) % 10 > 0
-        for attack in known.autoattack.PARTS:
-            settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
-            facts = {"settings": settings, "finished": True, "data": given}
-            results.Record(facts, clean, clean.clone(), clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
+        write_autoattack(run, epsilon, n, given)
     found = known.read(run, digest(run))
     assert found.autoattack == Accuracy("autoattack", 0.1, 24, 60)
     assert found.autoattack_clean == 54 / 60
