@@ -234,8 +234,13 @@ def accuracy_table(rows: list[Accuracy]) -> str:
     for row in rows:
         low, high = row.interval
         images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
-        attack = row.attack + (f", steps in {row.search}" if row.search else "")
-        cells = [attack, radius_in_words(row.epsilon, row.norm), row.in_words(), f"{low:.2%} to {high:.2%}", images]
+        cells = [
+            row.attack + row.unusual,
+            radius_in_words(row.epsilon, row.norm),
+            row.in_words(),
+            f"{low:.2%} to {high:.2%}",
+            images,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",

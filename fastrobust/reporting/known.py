@@ -2,7 +2,8 @@
 gradients. The model card and the report page show the same facts."""
 
 import hashlib
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Accuracy:
     """So many of `examples` test images are robust: classified correctly at all points that an attack tried, or, for an
     exact verification, proved to be so at every point of the ball. `undecided`: images that ran out of time there.
     `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`. `search`: `bf16` where an
-    attack's steps were computed in that."""
+    attack's steps were computed in that. `alpha`: the size of its steps, where it has one."""
 
     attack: str
     epsilon: float
@@ -37,6 +38,7 @@ class Accuracy:
     data: str | None = None
     norm: str = "linf"
     search: str | None = None
+    alpha: float | None = None
 
     def __post_init__(self):
         if not 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples or not self.examples:
@@ -58,10 +60,18 @@ class Accuracy:
         counts = f" verified ({self.robust} of {self.examples}; {self.undecided} undecided)"
         return f"{self.accuracy:.2%}" + ("" if self.undecided is None else counts)
 
+    @property
+    def unusual(self) -> str:
+        """What an attack's name does not tell: `, alpha 1e-06, steps in bf16`. Steps of epsilon / 4 are usual."""
+        usual = self.alpha is None or math.isclose(self.alpha, self.epsilon / 4)
+        return ("" if usual else f", alpha {self.alpha:.4g}") + (f", steps in {self.search}" if self.search else "")
+
     def to_dict(self) -> dict[str, Any]:
         row = {"attack": self.attack, "norm": self.norm, "epsilon": self.epsilon, "accuracy": self.accuracy}
         row |= {"interval": list(self.interval), "examples": self.examples}
-        return row | {key: value for key in ("undecided", "data", "search") if (value := getattr(self, key)) is not None}
+        return row | {
+            key: value for key in ("undecided", "data", "search", "alpha") if (value := getattr(self, key)) is not None
+        }
 
 
 class Masking(InBall):
@@ -103,9 +113,9 @@ class Known:
     autoattack_clean: float | None = None
 
     def add(self, row: Accuracy) -> Accuracy:
-        """A row of the accuracies, once."""
+        """A row of the accuracies, once. A record tells the alpha of the same row of a summary that has none."""
         if row not in self.accuracies:
-            self.accuracies.append(row)
+            self.accuracies = [one for one in self.accuracies if one != replace(row, alpha=None)] + [row]
         return row
 
 
@@ -115,7 +125,7 @@ def read(run: Path, weights: str | None) -> Known:
     known = Known(stored.read(run / SUMMARY, Summary))
     for e in known.summary.evaluations if known.summary else []:
         known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
-        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None}
+        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha}
         known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, **found))
     if weights is not None:
         read_evaluations(known, run / results.FOLDER, weights)
@@ -138,8 +148,9 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
         for record in records:
             if bool((record.attacked == record.clean).all()):
                 robust = int((record.clean & ~record.broken).sum())
-                search = record.settings.get("arithmetic")
-                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data, norm=norm, search=search))
+                s = record.settings
+                about = {"data": data, "norm": norm, "search": s.get("arithmetic"), "alpha": s.get("alpha")}
+                known.add(Accuracy(s["attack"], epsilon, robust, n, **about))
         if len(records) > 1:
             name = f"worst case over {', '.join(sorted({r.settings['attack'] for r in records}))}"
             known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data, norm=norm))

@@ -125,8 +125,7 @@ def summary_table(runs: list[Run]) -> str:
         put("data and model", i, f"{config.data.dataset}, {config.model.name}")
         for row in one.known.accuracies:
             low, high = row.interval
-            images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}"
-            images += f", steps in {row.search}" if row.search else ""
+            images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}{row.unusual}"
             name = "clean accuracy" if row.attack == NONE else f"{row.attack}, {ball_in_words(row.epsilon, row.norm)}"
             put(name, i, row.in_words(), f"{low * 100:.1f} to {high * 100:.1f}, {images}")
         for m in one.known.masking:

@@ -54,6 +54,7 @@ class Evaluation(InBall):
     clean_accuracy: Share
     robust_accuracy: Share
     examples: Images
+    alpha: float | None = None
     arithmetic: str | None = None
     seconds: float = 0.0
 

@@ -248,6 +248,31 @@ def test_the_card_and_the_page_say_which_steps_were_in_bf16(finished_run, told, 
     assert page["pgd-4-1, epsilon 0.7"].endswith("n = 20)")
 
 
+def test_the_card_the_page_and_the_json_say_the_size_of_the_steps(finished_run, told, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for alpha in ("1e-6", "0.025"):
+        asked = ["--attack", "pgd-3-1", "--epsilon", "0.1", "--alpha", alpha, "--limit", "20", "--device", "cpu"]
+        assert cli(["evaluate", str(run), *asked]) == 0
+    _, lines, page = told(run)
+    names = [line[0] for line in lines if line[4] == "20"]
+    assert sorted(names) == ["none", "pgd-3-1", "pgd-3-1, alpha 1e-06", "worst case over pgd-3-1"]
+    assert re.search(r"n = 20, alpha 1e-06\).*n = 20\)$", page["pgd-3-1, epsilon 0.1"])
+    capsys.readouterr()
+    assert cli(["export", str(run), "-o", str(tmp_path / "export"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracies"]
+    assert [row["alpha"] for row in rows if row["attack"] == "pgd-3-1"] == [1e-6, 0.025]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_the_summary_and_its_record_tell_is_told_once(finished_run, tmp_path, older):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluations"] = [{k: v for k, v in e.items() if k != "alpha" or not older} for e in summary["evaluations"]]
+    write_json(run / "summary.json", summary)
+    rows = [row for row in known.read(run, digest(run)).accuracies if row.examples == 200 and row.attack == "pgd-7-2"]
+    assert {row.epsilon: row.alpha for row in rows} == {0.1: 0.025, 0.05: 0.0125} and len(rows) == 2
+
+
 # ---- a row
 
 
