@@ -16,6 +16,7 @@ from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.run_directory import SUMMARY, WEIGHTS
 from fastrobust.verification.store import FOLDER as VERIFICATION
 
+OTHER_WEIGHTS = "The run's summary is about other weights than those that lie beside it: its accuracies are left out."
 NONE, EXACT = "none", "exact verification"  # in the place of an attack's name
 EXACT_NOTE = (
     "Exact verification: a verified image is proved to be classified correctly at every point within epsilon. The interval "
@@ -104,13 +105,14 @@ class Verification(Settings):
 @dataclass
 class Known:
     """`autoattack`: the row of AutoAttack to quote, where all four parts were run on the run's own test images, and
-    `autoattack_clean` the clean accuracy on these."""
+    `autoattack_clean` the clean accuracy on these. `other_weights`: there is a summary, and it is about other weights."""
 
     summary: Summary | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
     masking: list[Masking] = field(default_factory=list)
     autoattack: Accuracy | None = None
     autoattack_clean: float | None = None
+    other_weights: bool = False
 
     def add(self, row: Accuracy) -> Accuracy:
         """A row of the accuracies, once. A record tells the alpha of the same row of a summary that has none."""
@@ -122,7 +124,9 @@ class Known:
 def read(run: Path, weights: str | None) -> Known:
     """The facts in a run directory about the weights with this digest. Without one (there are no weights yet), or for a
     path that is no directory, there are fewer. Raises RunError for files that are damaged."""
-    known = Known(stored.read(run / SUMMARY, Summary))
+    summary = stored.read(run / SUMMARY, Summary)
+    other = bool(summary and weights and summary.weights_sha256 not in (None, weights))
+    known = Known(None if other else summary, other_weights=other)
     for e in known.summary.evaluations if known.summary else []:
         known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
         found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha}

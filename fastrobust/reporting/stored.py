@@ -74,6 +74,7 @@ class Summary(Environment):
     recovered: list[dict[str, Any]] = []
     training_images: int | None = None
     tested_on: str = ""
+    weights_sha256: str | None = None
 
 
 @dataclass

@@ -106,7 +106,12 @@ def test_autoattack_and_masking_verdicts_are_on_the_page_as_in_the_card(judged, 
     assert page["clean accuracy"].count("<br>") == 1  # on 200 images, and on 20
 
 
-def test_what_is_about_other_weights_is_left_out(copied, told):
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_about_other_weights_is_left_out(copied, told, older, tmp_path):
+    """A summary of earlier versions does not say which weights it is about."""
+    summary = json.loads((copied / "summary.json").read_text())
+    assert summary["weights_sha256"] == digest(copied)
+    write_json(copied / "summary.json", {key: summary[key] for key in summary if key != "weights_sha256" or not older})
     model, config, classes = read_weights(copied)
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
@@ -114,8 +119,11 @@ def test_what_is_about_other_weights_is_left_out(copied, told):
     card, lines, page = told(copied)
     text = card + " ".join(page)
     assert not re.search("exact|autoattack|apgd|single step", text)
-    assert {cells[0] for cells in lines[1:]} == {"none", "pgd-7-2"}  # of the summary
-    assert {key for key in page if ", epsilon" in key} == {"pgd-7-2, epsilon 0.1", "pgd-7-2, epsilon 0.05"}
+    assert {cells[0] for cells in lines[1:]} == ({"none", "pgd-7-2"} if older else set())  # of the summary
+    named = {"pgd-7-2, epsilon 0.1", "pgd-7-2, epsilon 0.05"} if older else set()
+    assert {key for key in page if ", epsilon" in key} == named
+    html_page = (tmp_path / "r.html").read_text()
+    assert card.count(known.OTHER_WEIGHTS) == html_page.count(html.escape(known.OTHER_WEIGHTS)) == (not older)
 
 
 @pytest.mark.parametrize("ours", [True, False])
