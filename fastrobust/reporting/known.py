@@ -76,15 +76,27 @@ class Accuracy:
 
 
 class Masking(InBall):
-    """The verdict of the checks for masked gradients (`evaluate --sanity`), and the names of the checks that failed."""
+    """The verdict of the checks for masked gradients (`evaluate --sanity`), with the names of those that failed or were not
+    run."""
 
     weights: str
     verdict: str
     failed: list[str]
+    not_run: tuple[str, ...] = ()
+    checks: tuple[dict[str, Any], ...] = ()
     examples: int
 
     def in_words(self) -> str:
-        return f"{self.verdict}: {', '.join(self.failed)} failed" if self.failed else f"{self.verdict}, all passed"
+        """`masked: single step failed`, or `healthy: 7 of 8 checks passed, black box not run`."""
+        besides = f", {', '.join(self.not_run)} not run" if self.not_run else ""
+        if self.failed:
+            return f"{self.verdict}: {', '.join(self.failed)} failed{besides}"
+        n = len(self.checks)
+        return (
+            f"{self.verdict}: {n - len(self.not_run)} of {n} checks passed{besides}"
+            if besides
+            else f"{self.verdict}, all passed"
+        )
 
 
 class Settings(Stored):
