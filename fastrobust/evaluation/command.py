@@ -195,6 +195,7 @@ def check_sanity(
         "epsilon": epsilon,
         "weights": trained.digest,
         "images": data.checksum(),
+        "data": result["data"],
         "checks": [vars(check) for check in checks],
     }
     besides = f", {', '.join(missing)} not run" if missing else ""

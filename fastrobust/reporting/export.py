@@ -215,7 +215,7 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
         "## Accuracy",
         *([OTHER_WEIGHTS] if facts.other_weights else []),
         accuracy_table(facts.accuracies),
-        *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.examples} images): {m.in_words()}." for m in facts.masking),
+        *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.images}): {m.in_words()}." for m in facts.masking),
         *([] if facts.masking else [f"{CHECKS} were not made."]),
         "## Training",
         training(config, facts.summary),

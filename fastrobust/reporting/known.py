@@ -85,6 +85,12 @@ class Masking(InBall):
     not_run: tuple[str, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()
     examples: int
+    data: str | None = None
+
+    @property
+    def images(self) -> str:
+        """`300 images`, or `300 images of PATH`."""
+        return f"{self.examples:,} images{f' of {self.data}' if self.data else ''}"
 
     def in_words(self) -> str:
         """`masked: single step failed`, or `healthy: 7 of 8 checks passed, black box not run`."""
@@ -92,11 +98,7 @@ class Masking(InBall):
         if self.failed:
             return f"{self.verdict}: {', '.join(self.failed)} failed{besides}"
         n = len(self.checks)
-        return (
-            f"{self.verdict}: {n - len(self.not_run)} of {n} checks passed{besides}"
-            if besides
-            else f"{self.verdict}, all passed"
-        )
+        return self.verdict + (f": {n - len(self.not_run)} of {n} checks passed{besides}" if besides else ", all passed")
 
 
 class Settings(Stored):

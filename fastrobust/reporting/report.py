@@ -130,7 +130,7 @@ def summary_table(runs: list[Run]) -> str:
             name = "clean accuracy" if row.attack == NONE else f"{row.attack}, {ball_in_words(row.epsilon, row.norm)}"
             put(name, i, row.in_words(), f"{low * 100:.1f} to {high * 100:.1f}, {images}")
         for m in one.known.masking:
-            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), f"{m.examples:,} images")
+            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), m.images)
         times = [r.seconds for r in one.history]
         if times:
             span = f"; {duration(min(times))} to {duration(max(times))}" if len(times) > 1 else ""

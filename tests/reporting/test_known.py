@@ -154,6 +154,14 @@ def test_results_on_other_data_say_so(copied, told, tmp_path):
     assert page["pgd-2-1, epsilon 0.01"].endswith(f"n = 30 of {other})")
 
 
+def test_checks_for_masked_gradients_on_other_data_say_so(copied, told):
+    checks = SANITY | {"weights": digest(copied), "epsilon": 0.2, "data": "/other"}
+    write_json(copied / results.FOLDER / "sanity_epsilon-0.2_0.json", checks)
+    card, _, page = told(copied)
+    assert "at epsilon 0.2 (300 images of /other): masked" in card and "at epsilon 8/255 (300 images): masked" in card
+    assert page["masked gradients, epsilon 0.2"] == "masked: single step failed (300 images of /other)"
+
+
 def test_the_page_needs_no_data_to_show_them(copied, told):
     config = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(re.sub("path: .*", "path: /nowhere", config))
