@@ -182,27 +182,32 @@ def check_sanity(
     with Progress("masking checks", masking.CHECKS) as bar:
 
         def tell(check) -> None:
-            bar.line(wrapped(f"{'ok  ' if check.passed else 'FAIL'} {check.name:<16} ", check.says))
+            word = "skip" if masking.not_run([check]) else "ok  " if check.passed else "FAIL"
+            bar.line(wrapped(f"{word} {check.name:<16} ", check.says))
             bar.advance(1, check.name if bar.due() else None)
 
         common = {"norm": norm, "epsilon": epsilon, "batch_size": batch_size, "seed": seed}
         checks = masking.check_all(trained.model, data, **common, surrogate=other, tell=tell)
-    failed = [check.name for check in checks if not check.passed]
+    failed, missing = [check.name for check in checks if not check.passed], masking.not_run(checks)
     found = {
         "verdict": masking.verdict(checks),
         "failed": failed,
+        "not_run": missing,
         "examples": len(data.labels),
         "norm": norm,
         "epsilon": epsilon,
         "weights": trained.digest,
         "images": data.checksum(),
+        "data": result["data"],
         "checks": [vars(check) for check in checks],
     }
+    besides = f", {', '.join(missing)} not run" if missing else ""
     if failed:
-        why = f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)})"
+        why = f"{len(failed)} of {len(checks)} checks failed ({', '.join(failed)}){besides}"
         print(wrapped("verdict          ", f"MASKED: {why}; do not trust this model's accuracy under weak attacks"))
     else:
-        print(f"verdict          healthy: all {len(checks)} checks passed on {len(data.labels)} images")
+        of = f"{len(checks) - len(missing)} of" if missing else "all"
+        print(f"verdict          healthy: {of} {len(checks)} checks passed{besides} on {len(data.labels)} images")
     if folder:
         of = f"_{found['images'][:8]}" if result["data"] else ""
         kind = "" if norm == "linf" else f"{norm}-"

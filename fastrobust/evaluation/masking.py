@@ -127,6 +127,11 @@ def verdict(checks: list[Check]) -> str:
     return "healthy" if all(check.passed for check in checks) else "masked"
 
 
+def not_run(checks: list[Check]) -> list[str]:
+    """The names of the checks that could not be made here."""
+    return [check.name for check in checks if check.figures.get("run") is False]
+
+
 def single_step(s: Subject) -> Check:
     """Catastrophic overfitting: one large step is beaten, many small ones are not."""
     moved_from = lambda x, y, d, alpha: s.threat.project(s.threat.step(d, s.gradient(x + d, y), alpha), x)

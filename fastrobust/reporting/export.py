@@ -28,7 +28,7 @@ from fastrobust.models import Normalized
 from fastrobust.models.fused import norm_silu, plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known, robustbench
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, OTHER_WEIGHTS, Accuracy, Known
 from fastrobust.reporting.stored import Summary
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
@@ -213,8 +213,9 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
         "the changed image stays in [0, 1]. Nothing is claimed about other changes (other norms, rotations, blur,\n"
         "corruptions), larger radii, or other data.",
         "## Accuracy",
+        *([OTHER_WEIGHTS] if facts.other_weights else []),
         accuracy_table(facts.accuracies),
-        *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.examples} images): {m.in_words()}." for m in facts.masking),
+        *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.images}): {m.in_words()}." for m in facts.masking),
         *([] if facts.masking else [f"{CHECKS} were not made."]),
         "## Training",
         training(config, facts.summary),
@@ -234,8 +235,13 @@ def accuracy_table(rows: list[Accuracy]) -> str:
     for row in rows:
         low, high = row.interval
         images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
-        attack = row.attack + (f", steps in {row.search}" if row.search else "")
-        cells = [attack, radius_in_words(row.epsilon, row.norm), row.in_words(), f"{low:.2%} to {high:.2%}", images]
+        cells = [
+            row.attack + row.unusual,
+            radius_in_words(row.epsilon, row.norm),
+            row.in_words(),
+            f"{low:.2%} to {high:.2%}",
+            images,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -263,15 +269,17 @@ def training(config, summary: Summary | None) -> str:
 
 
 def entry(config, facts: Known) -> dict[str, Any]:
-    """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null."""
+    """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null: of
+    the summary's accuracy too, where what is quoted is of another radius or of another number of images."""
     percent = lambda value: None if value is None else f"{100 * value:.2f}"
     first, auto = facts.summary and facts.summary.evaluations[0], facts.autoattack
-    quoted = auto or first  # both have an epsilon and a number of examples
+    quoted = auto or first  # both have a norm, an epsilon and a number of examples
+    about = lambda found: (found.norm, found.epsilon, found.examples)
     architecture = {
         "preact_resnet18": "PreActResNet-18",
         "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
     }
-    norm = "" if config.norm == "linf" else f", in the {config.norm.upper()} norm"
+    norm = "" if not quoted or quoted.norm == "linf" else f", in the {quoted.norm.upper()} norm"
     return {
         "link": None,
         "name": config.name,
@@ -283,7 +291,7 @@ def entry(config, facts: Known) -> dict[str, Any]:
         "architecture": architecture.get(config.model.name, config.model.name),
         "eps": describe(quoted.epsilon if quoted else config.epsilon),
         "clean_acc": percent(facts.autoattack_clean if auto else first and first.clean_accuracy),
-        "reported": percent(first and first.robust_accuracy),
+        "reported": percent(first.robust_accuracy if first and about(first) == about(quoted) else None),
         "autoattack_acc": percent(auto and auto.accuracy),
         "footnote": f"Measured on {quoted.examples} test images{norm}." if quoted else None,
     }

@@ -2,7 +2,8 @@
 gradients. The model card and the report page show the same facts."""
 
 import hashlib
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fastrobust.runtime.errors import RunError
 from fastrobust.runtime.run_directory import SUMMARY, WEIGHTS
 from fastrobust.verification.store import FOLDER as VERIFICATION
 
+OTHER_WEIGHTS = "The run's summary is about other weights than those that lie beside it: its accuracies are left out."
 NONE, EXACT = "none", "exact verification"  # in the place of an attack's name
 EXACT_NOTE = (
     "Exact verification: a verified image is proved to be classified correctly at every point within epsilon. The interval "
@@ -27,7 +29,7 @@ class Accuracy:
     """So many of `examples` test images are robust: classified correctly at all points that an attack tried, or, for an
     exact verification, proved to be so at every point of the ball. `undecided`: images that ran out of time there.
     `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`. `search`: `bf16` where an
-    attack's steps were computed in that."""
+    attack's steps were computed in that. `alpha`: the size of its steps, where it has one."""
 
     attack: str
     epsilon: float
@@ -37,6 +39,7 @@ class Accuracy:
     data: str | None = None
     norm: str = "linf"
     search: str | None = None
+    alpha: float | None = None
 
     def __post_init__(self):
         if not 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples or not self.examples:
@@ -58,22 +61,44 @@ class Accuracy:
         counts = f" verified ({self.robust} of {self.examples}; {self.undecided} undecided)"
         return f"{self.accuracy:.2%}" + ("" if self.undecided is None else counts)
 
+    @property
+    def unusual(self) -> str:
+        """What an attack's name does not tell: `, alpha 1e-06, steps in bf16`. Steps of epsilon / 4 are usual."""
+        usual = self.alpha is None or math.isclose(self.alpha, self.epsilon / 4)
+        return ("" if usual else f", alpha {self.alpha:.4g}") + (f", steps in {self.search}" if self.search else "")
+
     def to_dict(self) -> dict[str, Any]:
         row = {"attack": self.attack, "norm": self.norm, "epsilon": self.epsilon, "accuracy": self.accuracy}
         row |= {"interval": list(self.interval), "examples": self.examples}
-        return row | {key: value for key in ("undecided", "data", "search") if (value := getattr(self, key)) is not None}
+        return row | {
+            key: value for key in ("undecided", "data", "search", "alpha") if (value := getattr(self, key)) is not None
+        }
 
 
 class Masking(InBall):
-    """The verdict of the checks for masked gradients (`evaluate --sanity`), and the names of the checks that failed."""
+    """The verdict of the checks for masked gradients (`evaluate --sanity`), with the names of those that failed or were not
+    run."""
 
     weights: str
     verdict: str
     failed: list[str]
+    not_run: tuple[str, ...] = ()
+    checks: tuple[dict[str, Any], ...] = ()
     examples: int
+    data: str | None = None
+
+    @property
+    def images(self) -> str:
+        """`300 images`, or `300 images of PATH`."""
+        return f"{self.examples:,} images{f' of {self.data}' if self.data else ''}"
 
     def in_words(self) -> str:
-        return f"{self.verdict}: {', '.join(self.failed)} failed" if self.failed else f"{self.verdict}, all passed"
+        """`masked: single step failed`, or `healthy: 7 of 8 checks passed, black box not run`."""
+        besides = f", {', '.join(self.not_run)} not run" if self.not_run else ""
+        if self.failed:
+            return f"{self.verdict}: {', '.join(self.failed)} failed{besides}"
+        n = len(self.checks)
+        return self.verdict + (f": {n - len(self.not_run)} of {n} checks passed{besides}" if besides else ", all passed")
 
 
 class Settings(Stored):
@@ -93,29 +118,32 @@ class Verification(Settings):
 
 @dataclass
 class Known:
-    """`autoattack`: the row of AutoAttack, where all four parts were run, and `autoattack_clean` the clean accuracy on its
-    images."""
+    """`autoattack`: the row of AutoAttack to quote, where all four parts were run on the run's own test images, and
+    `autoattack_clean` the clean accuracy on these. `other_weights`: there is a summary, and it is about other weights."""
 
     summary: Summary | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
     masking: list[Masking] = field(default_factory=list)
     autoattack: Accuracy | None = None
     autoattack_clean: float | None = None
+    other_weights: bool = False
 
     def add(self, row: Accuracy) -> Accuracy:
-        """A row of the accuracies, once."""
+        """A row of the accuracies, once. A record tells the alpha of the same row of a summary that has none."""
         if row not in self.accuracies:
-            self.accuracies.append(row)
+            self.accuracies = [one for one in self.accuracies if one != replace(row, alpha=None)] + [row]
         return row
 
 
 def read(run: Path, weights: str | None) -> Known:
     """The facts in a run directory about the weights with this digest. Without one (there are no weights yet), or for a
     path that is no directory, there are fewer. Raises RunError for files that are damaged."""
-    known = Known(stored.read(run / SUMMARY, Summary))
+    summary = stored.read(run / SUMMARY, Summary)
+    other = bool(summary and weights and summary.weights_sha256 not in (None, weights))
+    known = Known(None if other else summary, other_weights=other)
     for e in known.summary.evaluations if known.summary else []:
         known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
-        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None}
+        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha}
         known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, **found))
     if weights is not None:
         read_evaluations(known, run / results.FOLDER, weights)
@@ -138,24 +166,26 @@ def read_evaluations(known: Known, folder: Path, weights: str) -> None:
         for record in records:
             if bool((record.attacked == record.clean).all()):
                 robust = int((record.clean & ~record.broken).sum())
-                search = record.settings.get("arithmetic")
-                known.add(Accuracy(record.settings["attack"], epsilon, robust, n, data=data, norm=norm, search=search))
+                s = record.settings
+                about = {"data": data, "norm": norm, "search": s.get("arithmetic"), "alpha": s.get("alpha")}
+                known.add(Accuracy(s["attack"], epsilon, robust, n, **about))
         if len(records) > 1:
             name = f"worst case over {', '.join(sorted({r.settings['attack'] for r in records}))}"
             known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data, norm=norm))
         whole = autoattack_of(records)
         if whole is not None:
             row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data, norm=norm))
-            if norm == trained_in and (known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)):
+            better = known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)
+            if norm == trained_in and data is None and better:
                 known.autoattack, known.autoattack_clean = row, clean / n
     found = [stored.read(file, Masking) for file in sorted(folder.glob("sanity_*.json"))]
     known.masking += [checks for checks in found if checks.weights == weights]
 
 
 def rank(row: Accuracy, epsilon: float | None) -> tuple:
-    """Of several results of AutoAttack the one to quote: on the run's own test images, at the radius of its summary, on
-    the most images, at the largest radius."""
-    return row.data is None, row.epsilon == epsilon, row.examples, row.epsilon
+    """Of several results of AutoAttack on the run's own test images the one to quote: at the radius of its summary, on the
+    most images, at the largest radius."""
+    return row.epsilon == epsilon, row.examples, row.epsilon
 
 
 def autoattack_of(records: list[results.Record]) -> int | None:

@@ -13,7 +13,7 @@ from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import inspection, known
 from fastrobust.reporting.charts import Line, chart, escape, page, picture, table
 from fastrobust.reporting.inspection import STEPS
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE, OTHER_WEIGHTS
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -109,6 +109,7 @@ def warnings(one: Run) -> str:
         told = ["is not finished: what it has so far is shown."]
     elif one.summary.stopped:
         told = [one.summary.stopped]
+    told += [OTHER_WEIGHTS] if one.known.other_weights else []
     return "".join(f'<p class="warn"><b>{escape(one.name)}</b> {escape(text)}</p>' for text in told)
 
 
@@ -125,12 +126,11 @@ def summary_table(runs: list[Run]) -> str:
         put("data and model", i, f"{config.data.dataset}, {config.model.name}")
         for row in one.known.accuracies:
             low, high = row.interval
-            images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}"
-            images += f", steps in {row.search}" if row.search else ""
+            images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}{row.unusual}"
             name = "clean accuracy" if row.attack == NONE else f"{row.attack}, {ball_in_words(row.epsilon, row.norm)}"
             put(name, i, row.in_words(), f"{low * 100:.1f} to {high * 100:.1f}, {images}")
         for m in one.known.masking:
-            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), f"{m.examples:,} images")
+            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), m.images)
         times = [r.seconds for r in one.history]
         if times:
             span = f"; {duration(min(times))} to {duration(max(times))}" if len(times) > 1 else ""

@@ -54,6 +54,7 @@ class Evaluation(InBall):
     clean_accuracy: Share
     robust_accuracy: Share
     examples: Images
+    alpha: float | None = None
     arithmetic: str | None = None
     seconds: float = 0.0
 
@@ -74,6 +75,7 @@ class Summary(Environment):
     training_images: int | None = None
     test_images: str | None = None
     tested_on: str = ""
+    weights_sha256: str | None = None
 
 
 @dataclass

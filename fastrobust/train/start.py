@@ -22,7 +22,7 @@ from fastrobust.data.formats import Unusable
 from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models import foreign
-from fastrobust.models.weights import save_weights
+from fastrobust.models.weights import save_weights, weights_digest
 from fastrobust.runtime import distributed, half, interrupt, limits, memory, run_directory
 from fastrobust.runtime.command import to_paste
 from fastrobust.runtime.distributed import World
@@ -271,14 +271,14 @@ def finish(training: Training) -> dict[str, Any]:
             for epsilon, alpha in zip(settings.epsilon, settings.alpha, strict=True)
         ]
 
-    if average is None:
-        evaluations, live = saved_and_evaluated(run_directory.WEIGHTS), []
-    else:
+    if average is not None:
         average.swap()
-        evaluations = saved_and_evaluated(run_directory.WEIGHTS)
+    digest, evaluations, live = weights_digest(model), saved_and_evaluated(run_directory.WEIGHTS), []
+    if average is not None:
         average.swap()
         live = saved_and_evaluated(run_directory.LIVE)
     summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
+    summary |= {"weights_sha256": digest}
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
     if training.selected:
         summary |= {"weights": training.selected["weights"], "selection": selection.facts(training)}

@@ -4,6 +4,7 @@ a collapsed FGSM model is, a healthy one is not, both trained here."""
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import masking
 from fastrobust.evaluation.accuracy import evaluate
 from fastrobust.models.weights import read_weights
+from fastrobust.reporting import export
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.torchvision_compat import import_torchvision
@@ -216,6 +218,22 @@ def test_a_mistake_is_explained(finished_run, tmp_path, capsys, arguments, messa
     alone.write_bytes((finished_run / run_directory.WEIGHTS).read_bytes())
     assert cli(["evaluate", str(alone), "--attack", "pgd-1-1", "--limit", "10", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_check_that_cannot_be_run_is_said(finished_run, tmp_path, capsys, monkeypatch):
+    def absent(numbers):
+        raise ConfigError("it needs a package")
+
+    monkeypatch.setattr(masking.Square, "check", absent)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    asked = ["--attack", "pgd-1-1", "--limit", "20", "--sanity", "--transfer", str(run), "--device", "cpu"]
+    assert cli(["evaluate", str(run), *asked]) == 0
+    out, words = capsys.readouterr().out, "healthy: 7 of 8 checks passed, black box not run"
+    assert f"verdict          {words} on 20 images" in out and "skip black box" in out
+    assert json.loads(next(run.glob("evaluations/sanity_*.json")).read_text())["not_run"] == ["black box"]
+    monkeypatch.setattr(export, "write_onnx", lambda *arguments: None)  # it takes its time
+    assert cli(["export", str(run)]) == cli(["report", str(run), "--limit", "0", "-o", str(tmp_path / "r.html")]) == 0
+    assert words in (run / "export" / "README.md").read_text() and words in (tmp_path / "r.html").read_text()
 
 
 def test_the_command_trains_a_surrogate_of_its_own(finished_run, tmp_path, capsys):

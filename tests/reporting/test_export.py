@@ -147,7 +147,7 @@ def test_the_card_and_the_entry_say_what_was_measured(evaluated, exported):
     assert entry["autoattack_acc"] == f"{100 * auto:.2f}" and entry["eps"] == "0.6"
     assert entry["clean_acc"] == f"{100 * int(apgd.clean.sum()) / 20:.2f}"
     assert entry["footnote"] == "Measured on 20 test images."
-    assert entry["reported"] == f"{100 * summary['robust_accuracy']:.2f}"
+    assert entry["reported"] is None  # the summary is about another radius and more images
     fields = "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported"
     assert set(fields.split()) < entry.keys()
 

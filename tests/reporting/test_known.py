@@ -106,7 +106,12 @@ def test_autoattack_and_masking_verdicts_are_on_the_page_as_in_the_card(judged, 
     assert page["clean accuracy"].count("<br>") == 1  # on 200 images, and on 20
 
 
-def test_what_is_about_other_weights_is_left_out(copied, told):
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_about_other_weights_is_left_out(copied, told, older, tmp_path):
+    """A summary of earlier versions does not say which weights it is about."""
+    summary = json.loads((copied / "summary.json").read_text())
+    assert summary["weights_sha256"] == digest(copied)
+    write_json(copied / "summary.json", {key: summary[key] for key in summary if key != "weights_sha256" or not older})
     model, config, classes = read_weights(copied)
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
@@ -114,8 +119,11 @@ def test_what_is_about_other_weights_is_left_out(copied, told):
     card, lines, page = told(copied)
     text = card + " ".join(page)
     assert not re.search("exact|autoattack|apgd|single step", text)
-    assert {cells[0] for cells in lines[1:]} == {"none", "pgd-7-2"}  # of the summary
-    assert {key for key in page if ", epsilon" in key} == {"pgd-7-2, epsilon 0.1", "pgd-7-2, epsilon 0.05"}
+    assert {cells[0] for cells in lines[1:]} == ({"none", "pgd-7-2"} if older else set())  # of the summary
+    named = {"pgd-7-2, epsilon 0.1", "pgd-7-2, epsilon 0.05"} if older else set()
+    assert {key for key in page if ", epsilon" in key} == named
+    html_page = (tmp_path / "r.html").read_text()
+    assert card.count(known.OTHER_WEIGHTS) == html_page.count(html.escape(known.OTHER_WEIGHTS)) == (not older)
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -144,6 +152,14 @@ def test_results_on_other_data_say_so(copied, told, tmp_path):
     assert images["pgd-2-1", "0.01"] == f"30 of {other}" and images["exact verification", "0.01"] == f"5 of {other}"
     assert images["autoattack", "0.6"] == "20"
     assert page["pgd-2-1, epsilon 0.01"].endswith(f"n = 30 of {other})")
+
+
+def test_checks_for_masked_gradients_on_other_data_say_so(copied, told):
+    checks = SANITY | {"weights": digest(copied), "epsilon": 0.2, "data": "/other"}
+    write_json(copied / results.FOLDER / "sanity_epsilon-0.2_0.json", checks)
+    card, _, page = told(copied)
+    assert "at epsilon 0.2 (300 images of /other): masked" in card and "at epsilon 8/255 (300 images): masked" in card
+    assert page["masked gradients, epsilon 0.2"] == "masked: single step failed (300 images of /other)"
 
 
 def test_the_page_needs_no_data_to_show_them(copied, told):
@@ -192,15 +208,35 @@ def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
 # ---- which result of AutoAttack is quoted
 
 
+def write_autoattack(run, epsilon: float, n: int, given: str | None) -> None:
+    clean = torch.arange(n) % 10 > 0
+    for attack in known.autoattack.PARTS:
+        settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
+        facts = {"settings": settings, "finished": True, "data": given}
+        results.Record(facts, clean, clean.clone(), clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
+
+
+@pytest.mark.parametrize(
+    "n, given, reported, quoted", [(200, None, True, True), (60, None, False, True), (200, "/x", True, False)]
+)
+def test_the_entry_quotes_results_on_the_same_images_alone(finished_run, tmp_path, n, given, reported, quoted):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (run / results.FOLDER).mkdir(exist_ok=True)
+    write_autoattack(run, 0.1, n, given)
+    entry, summary = (
+        export.entry(read_weights(run)[1], known.read(run, digest(run))),
+        json.loads((run / "summary.json").read_text()),
+    )
+    assert entry["reported"] == (f"{100 * summary['robust_accuracy']:.2f}" if reported else None)
+    assert entry["autoattack_acc"] == ("40.00" if quoted else None)
+    assert entry["footnote"] == f"Measured on {n} test images."
+
+
 def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_images_are_quoted(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run")
     (run / results.FOLDER).mkdir(exist_ok=True)
     for epsilon, n, given in ((0.3, 90, None), (0.1, 10, None), (0.1, 60, None), (0.1, 20, None), (0.1, 99, "/elsewhere")):
-        clean = torch.arange(n) % 10 > 0
-        for attack in known.autoattack.PARTS:
-            settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
-            facts = {"settings": settings, "finished": True, "data": given}
-            results.Record(facts, clean, clean.clone(), clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
+        write_autoattack(run, epsilon, n, given)
     found = known.read(run, digest(run))
     assert found.autoattack == Accuracy("autoattack", 0.1, 24, 60)
     assert found.autoattack_clean == 54 / 60
@@ -226,6 +262,31 @@ def test_the_card_and_the_page_say_which_steps_were_in_bf16(finished_run, told, 
     assert {"pgd-3-1, steps in bf16", "pgd-4-1", "pgd-9-9, steps in bf16"} <= names and "pgd-3-1" not in names
     assert page["pgd-3-1, epsilon 0.7"].endswith("n = 20, steps in bf16)")
     assert page["pgd-4-1, epsilon 0.7"].endswith("n = 20)")
+
+
+def test_the_card_the_page_and_the_json_say_the_size_of_the_steps(finished_run, told, tmp_path, capsys):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    for alpha in ("1e-6", "0.025"):
+        asked = ["--attack", "pgd-3-1", "--epsilon", "0.1", "--alpha", alpha, "--limit", "20", "--device", "cpu"]
+        assert cli(["evaluate", str(run), *asked]) == 0
+    _, lines, page = told(run)
+    names = [line[0] for line in lines if line[4] == "20"]
+    assert sorted(names) == ["none", "pgd-3-1", "pgd-3-1, alpha 1e-06", "worst case over pgd-3-1"]
+    assert re.search(r"n = 20, alpha 1e-06\).*n = 20\)$", page["pgd-3-1, epsilon 0.1"])
+    capsys.readouterr()
+    assert cli(["export", str(run), "-o", str(tmp_path / "export"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["accuracies"]
+    assert [row["alpha"] for row in rows if row["attack"] == "pgd-3-1"] == [1e-6, 0.025]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_the_summary_and_its_record_tell_is_told_once(finished_run, tmp_path, older):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluations"] = [{k: v for k, v in e.items() if k != "alpha" or not older} for e in summary["evaluations"]]
+    write_json(run / "summary.json", summary)
+    rows = [row for row in known.read(run, digest(run)).accuracies if row.examples == 200 and row.attack == "pgd-7-2"]
+    assert {row.epsilon: row.alpha for row in rows} == {0.1: 0.025, 0.05: 0.0125} and len(rows) == 2
 
 
 # ---- a row

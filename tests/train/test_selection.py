@@ -16,6 +16,7 @@ from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
 from fastrobust.config import reading
 from fastrobust.data import loaders
+from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import run_directory
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.runtime.errors import ConfigError
@@ -136,6 +137,7 @@ def test_a_run_that_the_guard_stops_ends_with_the_selected_weights(selecting, mo
     records = [json.loads(line) for line in (tmp_path / "bars" / "metrics.jsonl").read_text().splitlines()]
     best = max(record["held_out_accuracy"] for record in records)
     assert summary["selection"]["robust_accuracy"] == best and summary["weights"] == "live"
+    assert summary["weights_sha256"] == open_trained(tmp_path / "bars").digest
 
 
 def test_what_a_run_says_and_writes(bars, config_file, tmp_path, capsys):
