@@ -47,7 +47,7 @@ def command(arguments) -> int:
     folder = Path(arguments.output) if arguments.output else path / "export"
     with explained(f"the folder {folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)
-    facts = known.read(path, weights_digest(model))
+    facts = known.read(path, weights_digest(model), model)
 
     save(folder / "weights.pt", {name: t.contiguous() for name, t in model.state_dict().items()})
     tensors = robustbench.state(model, config)

@@ -9,7 +9,9 @@ from typing import Any
 
 from fastrobust.attack import autoattack
 from fastrobust.evaluation import results
+from fastrobust.evaluation.answers import alike, answers
 from fastrobust.evaluation.results import wilson
+from fastrobust.models import Normalized
 from fastrobust.reporting import stored
 from fastrobust.reporting.stored import Images, InBall, Share, Stored, Summary
 from fastrobust.runtime.errors import RunError
@@ -135,9 +137,10 @@ class Known:
         return row
 
 
-def read(run: Path, weights: str | None) -> Known:
+def read(run: Path, weights: str | None, model: Normalized | None = None) -> Known:
     """The facts in a run directory about the weights with this digest. Without one (there are no weights yet), or for a
-    path that is no directory, there are fewer. Raises RunError for files that are damaged."""
+    path that is no directory, there are fewer. Results of other code than the model's are left out. Raises RunError for
+    files that are damaged."""
     summary = stored.read(run / SUMMARY, Summary)
     other = bool(summary and weights and summary.weights_sha256 not in (None, weights))
     known = Known(None if other else summary, other_weights=other)
@@ -146,17 +149,25 @@ def read(run: Path, weights: str | None) -> Known:
         found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha}
         known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, **found))
     if weights is not None:
-        read_evaluations(known, run / results.FOLDER, weights)
+        read_evaluations(known, run / results.FOLDER, weights, model)
         read_verification(known, run, weights)
     return known
 
 
-def read_evaluations(known: Known, folder: Path, weights: str) -> None:
+def of_its_code(record: results.Record, model: Normalized | None) -> bool:
+    """Whether the model answers as the one that was attacked did."""
+    if model is None or (found := record.facts.get("answers")) is None:
+        return True
+    side = record.settings["resolution"]
+    return alike(found, answers(model, (len(model.mean), side, side)))
+
+
+def read_evaluations(known: Known, folder: Path, weights: str, model: Normalized | None) -> None:
     """The records of attacks, those of one radius and one set of images together, and the checks for masked gradients."""
     groups: dict[tuple, list[results.Record]] = {}
     for record in results.read_all(folder):
         s = record.settings
-        if s["weights"] == weights and record.facts["finished"]:
+        if s["weights"] == weights and record.facts["finished"] and of_its_code(record, model):
             groups.setdefault((results.norm_of(s), s["epsilon"], s["examples"], s["data"]), []).append(record)
     first = known.summary and known.summary.evaluations[0]
     trained_in, wanted = (first.norm, first.epsilon) if first else ("linf", None)

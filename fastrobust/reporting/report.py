@@ -9,6 +9,7 @@ from fastrobust.config.numbers import ball_in_words, describe
 from fastrobust.config.reading import flatten
 from fastrobust.evaluation.results import wilson
 from fastrobust.evaluation.trained import open_trained
+from fastrobust.models import Normalized
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import inspection, known
 from fastrobust.reporting.charts import Line, chart, escape, page, picture, table
@@ -40,7 +41,8 @@ def command(arguments) -> int:
     directories = [run for given in arguments.runs for run in runs_in(Path(given))]
     runs = [read_run(directory) for directory in directories]
     for one, name, directory in zip(runs, distinct_names(directories), directories, strict=True):
-        one.name, one.known = name, known.read(directory, digest(name, directory))
+        model = opened(name, directory)
+        one.name, one.known = name, known.read(directory, None if model is None else weights_digest(model), model)
         if arguments.limit:
             look_at(one, directory, arguments.limit, device, arguments.data)
             if one.unseen:
@@ -66,12 +68,12 @@ def distinct_names(directories: list[Path]) -> list[str]:
     return [f"{i + 1}: {p[-1]}" for i, p in enumerate(parts)]
 
 
-def digest(name: str, path: Path) -> str | None:
-    """Of the weights in a run directory; None where there are none, or (which is said) damaged ones."""
+def opened(name: str, path: Path) -> Normalized | None:
+    """The model of a run directory; None where there are no weights, or (which is said) damaged ones."""
     if not (path / run_directory.WEIGHTS).exists():
         return None
     try:
-        return weights_digest(read_weights(path)[0])
+        return read_weights(path)[0]
     except FastrobustError as error:
         print(f"warning: {name}: only the summary's accuracies are shown: {error}", file=sys.stderr)
         return None

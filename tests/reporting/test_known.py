@@ -15,6 +15,7 @@ from conftest import write_folder
 
 from fastrobust.__main__ import main as cli
 from fastrobust.evaluation import results
+from fastrobust.evaluation.answers import answers
 from fastrobust.models.weights import read_weights, save_weights, weights_digest
 from fastrobust.reporting import export, known
 from fastrobust.reporting.known import Accuracy
@@ -309,6 +310,16 @@ def test_counts_that_cannot_be_are_refused(robust, examples, undecided):
 def test_a_path_that_is_no_directory_tells_nothing(finished_run):
     found = known.read(finished_run / "model.safetensors", "0")
     assert found == known.Known()
+
+
+def test_records_of_other_code_do_not_count(finished_run, tmp_path):
+    run, model = shutil.copytree(finished_run, tmp_path / "run"), read_weights(finished_run)[0]
+    clean = torch.ones(10, dtype=torch.bool)
+    about = {"epsilon": 0.1, "examples": 10, "data": "ten images", "weights": digest(run), "resolution": 28}
+    for attack, found in (("square", answers(model, (3, 28, 28))), ("fab-t", answers(model, (3, 28, 28))[::-1])):
+        facts = {"settings": about | {"attack": attack}, "finished": True, "answers": found}
+        results.Record(facts, clean, clean.clone(), ~clean).save(run / results.FOLDER)
+    assert {row.attack for row in known.read(run, digest(run), model).accuracies} == {"none", "pgd-7-2", "square"}
 
 
 def test_records_that_are_not_finished_do_not_count(finished_run, tmp_path):
