@@ -51,6 +51,12 @@ class Inspection:
     checksum: str = ""
 
 
+def sweep(epsilon: float, norm: str, shape: tuple[int, ...]) -> list[float]:
+    """The radii at which images (C x H x W) are attacked, none but `epsilon` beyond the whole box."""
+    widest = max(epsilon, ball(norm, epsilon).widest(shape))
+    return list(dict.fromkeys(min(f * epsilon, widest) for f in FACTORS))
+
+
 def inspect(
     model: nn.Module,
     data: ImageSet,
@@ -65,9 +71,10 @@ def inspect(
     images = data.images.to(device).contiguous(memory_format=torch.channels_last)
     labels = data.labels.to(device)
     common = {"steps": STEPS, "restarts": 1, "seed": seed, "progress": lambda restart, examples: progress(examples)}
-    found = {f: pgd(model, images, labels, threat=ball(norm, f * epsilon), alpha=f * epsilon / 4, **common) for f in FACTORS}
-    clean, robust = found[1.0].clean, found[1.0].robust
-    radii = [(0.0, int(clean.sum())), *((f * epsilon, int(verdicts.robust.sum())) for f, verdicts in found.items())]
+    wanted = sweep(epsilon, norm, images.shape[1:])
+    found = {e: pgd(model, images, labels, threat=ball(norm, e), alpha=e / 4, **common) for e in wanted}
+    clean, robust = found[epsilon].clean, found[epsilon].robust
+    radii = [(0.0, int(clean.sum())), *((e, int(verdicts.robust.sum())) for e, verdicts in found.items())]
     chosen = one_of_each(data.labels, PICTURES)
     return Inspection(
         count=len(labels),

@@ -91,7 +91,8 @@ def look_at(one: Run, directory: Path, count: int, device, data: str | None) -> 
     if epsilon == 0:
         one.unseen = "the radius of its evaluation is 0"
         return
-    with Progress(f"attack {one.name}", len(inspection.FACTORS) * len(images.labels)) as bar:
+    radii = inspection.sweep(epsilon, config.norm, images.images.shape[1:])
+    with Progress(f"attack {one.name}", len(radii) * len(images.labels)) as bar:
         told = lambda n: bar.advance(n, "several radii" if bar.due() else None)
         common = {"epsilon": epsilon, "norm": config.norm, "seed": config.seed, "progress": told}
         one.seen = inspection.inspect(trained.model, images, **common)

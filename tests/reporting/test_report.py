@@ -59,6 +59,14 @@ def test_the_sweep_is_what_pgd_finds(finished_run, bars):
     assert len(seen.pictures) == inspection.PICTURES
 
 
+@pytest.mark.parametrize("epsilon, radii", [(0.6, [0.15, 0.3, 0.6, 0.9, 1.0]), (0.8, [0.2, 0.4, 0.8, 1.0])])
+def test_the_sweep_ends_where_the_ball_holds_the_whole_box(finished_run, bars, epsilon, radii):
+    data = sets.load("image_folder", "test", bars, resolution=28, limit=20)
+    seen = inspection.inspect(read_weights(finished_run)[0], data, epsilon=epsilon)
+    assert [e for e, _ in seen.radii] == pytest.approx([0, *radii]) and seen.robust.sum() == dict(seen.radii)[epsilon]
+    assert inspection.sweep(20.0, "l2", (1, 28, 28)) == [5.0, 10.0, 20.0, 28.0]
+
+
 def test_pictures_hold_what_the_model_does(finished_run, bars):
     model, _, _ = read_weights(finished_run)
     data = sets.load("image_folder", "test", bars, resolution=28, limit=80)
