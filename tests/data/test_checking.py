@@ -212,3 +212,22 @@ def test_a_typo_in_a_path_makes_no_folder(tmp_path):
         with pytest.raises(DataError, match="does not exist"):
             prepare("dali", [dataset, "--data", tmp_path / "daat", "--output", tmp_path / "out"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF"])
+def test_a_damaged_picture_is_refused_where_pillow_refuses_it(kind):
+    """Its EXIF data must not be a way around: Pillow decodes a picture when it turns it, and only complains once."""
+    rng, buffer, refused = np.random.default_rng(0), io.BytesIO(), 0
+    Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((72, 72)).save(buffer, kind)
+    for _ in range(150):
+        content = bytearray(buffer.getvalue())
+        content[rng.integers(len(content) // 8, len(content))] ^= int(rng.integers(1, 256))
+        try:
+            Image.open(io.BytesIO(content)).convert("RGB")
+        except Exception:
+            refused += 1
+            with pytest.raises(DataError, match="is not a usable image"):
+                formats.open_upright(member(bytes(content)))
+        else:
+            formats.open_upright(member(bytes(content)))
+    assert refused > 3
