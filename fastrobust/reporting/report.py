@@ -112,7 +112,7 @@ def warnings(one: Run) -> str:
         told = ["is not finished: what it has so far is shown."]
     elif one.summary.stopped:
         told = [one.summary.stopped]
-    told += [OTHER_WEIGHTS] if one.known.other_weights else []
+    told += [OTHER_WEIGHTS] if one.known and one.known.other_weights else []
     return "".join(f'<p class="warn"><b>{escape(one.name)}</b> {escape(text)}</p>' for text in told)
 
 
