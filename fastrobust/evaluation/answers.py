@@ -10,12 +10,13 @@ from torch import nn
 
 from fastrobust.attack.verdicts import evaluating, plain_fp32
 
-CLOSE = 0.02  # of the largest answer: devices differ by far less
+CLOSE = 0.02  # of the largest logit, or of the largest length: devices differ by far less
+ROUNDED = 1e-3  # of the largest logit: lengths below that may be rounding
 
 
 def answers(model: nn.Module, shape: Sequence[int]) -> list[float]:
-    """The logits on two images of noise, C x H x W, and the length of each one's gradient of the cross-entropy with class 0
-    (none: 0)."""
+    """The logits on two images of noise, C x H x W, and for each image the length of the gradient of a sum of its logits, each
+    times a number from -1 to 1 (no gradient: 0). No softmax is in it: where that saturates, rounding decides."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # for models that draw numbers
@@ -23,16 +24,19 @@ def answers(model: nn.Module, shape: Sequence[int]) -> list[float]:
         with evaluating(model), plain_fp32(), torch.enable_grad():
             logits, gradient = model(x).float(), torch.zeros_like(x)
             if logits.requires_grad:
-                (gradient,) = torch.autograd.grad(logits.log_softmax(1)[:, 0].sum(), x)
+                (gradient,) = torch.autograd.grad((logits @ torch.linspace(-1, 1, logits.shape[1], device=device)).sum(), x)
     lengths = gradient.flatten(1).norm(dim=1)
     return [float(f"{value:.5g}") for value in (*logits.flatten().tolist(), *lengths.tolist())]
 
 
 def alike(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
-    """Whether these are the answers of one network. Results of earlier versions have none, and are believed."""
+    """Whether these are the answers of one network. Results of earlier versions have none, and are believed; so are numbers
+    that are not finite."""
     if one is None or other is None:
         return True
     if len(one) != len(other):
         return False
-    parts = ((one[:-2], other[:-2]), (one[-2:], other[-2:]))  # logits and gradients have scales of their own
-    return all(abs(a - b) <= CLOSE * max(map(abs, (*p, *q))) for p, q in parts for a, b in zip(p, q, strict=True))
+    largest = lambda numbers: max(map(abs, numbers))
+    logits, lengths = largest((*one[:-2], *other[:-2])), largest((*one[-2:], *other[-2:]))
+    scales = [logits] * len(one[:-2]) + 2 * [max(lengths, ROUNDED * logits)]
+    return not any(abs(a - b) > CLOSE * scale for a, b, scale in zip(one, other, scales, strict=True))
