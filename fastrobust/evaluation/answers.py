@@ -15,8 +15,8 @@ ROUNDED = 1e-3  # of the largest logit: lengths below that may be rounding
 
 
 def answers(model: nn.Module, shape: Sequence[int]) -> list[float]:
-    """The logits on two images of noise, C x H x W, and for each image the length of the gradient of a sum of its logits, each
-    times a number from -1 to 1 (no gradient: 0). No softmax is in it: where that saturates, rounding decides."""
+    """The logits on two images of noise, C x H x W, and for each image the length of the gradient of a sum of its logits,
+    each times a number from -1 to 1 (no gradient: 0). No softmax is in it: where that saturates, rounding decides."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)  # for models that draw numbers
