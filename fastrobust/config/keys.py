@@ -38,8 +38,8 @@ def of(section: type[Section]) -> list[Key]:
 
 
 def chosen(data: dict[str, Any]) -> list[Key]:
-    """The keys of this config, which need not be right: those of the parts that its sections name, or of all parts of a
-    section that names none of the tables. A method within another, `method.of`, has the keys of methods."""
+    """The keys that this config may have; it may hold mistakes. Where a section names a part of ours they are the keys of
+    that part, else those of all parts. A method within another, `method.of`, has the keys of methods."""
     sections = {section: value for section in parts.SECTIONS if isinstance(value := data.get(section), dict)}
     names = {section: value.get("name") for section, value in sections.items()}
     names = {section: name for section, name in names.items() if name in list(parts.SECTIONS[section])}

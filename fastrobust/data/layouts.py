@@ -57,7 +57,7 @@ def choose(
         same = first_five(name for name in expected if name.lower() in {other.lower() for other in more})
         said = f"{split} has images of {first_five(more)}, which is no class of {'the data set' if classes else 'train'}"
         said += f" ({same} is: capitals count)" if same else ""
-        raise DataError(f"{source}: {said}: give classes the same names in all splits, or remove what is none")
+        raise DataError(f"{source}: {said}: give classes the same names in all splits, or take these images away")
     if absent := sorted(expected - found):
         tell(f"note: {source} has no {split} images of {', '.join(absent[:5])}: accuracies leave them out")
     if len(expected) < 2 and labels:

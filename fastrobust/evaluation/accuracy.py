@@ -154,7 +154,7 @@ def run_attacks(
         clean = classified(model, images, labels, batch_size, lambda n: bar.advance(n, "" if bar.due() else None))
     for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
         kind.check_model(model, images)
-    given = answers(model, images.shape[1:])
+    answered = answers(model, images.shape[1:])
     robust, searched = clean.clone(), world.first(lambda: searched_in(precision, model, images))
     records = []
     for name in names:
@@ -169,7 +169,7 @@ def run_attacks(
             "seconds": 0.0,
             "refused": 0,
             "arithmetic": arithmetic(device),
-            "answers": given,
+            "answers": answered,
             "after_one_restart": int(robust.sum()),
             "finished": False,
         }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from textwrap import wrap
@@ -23,8 +21,8 @@ from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names
 from fastrobust.evaluation.answers import alike
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed, memory
-from fastrobust.runtime.errors import ConfigError, FastrobustError, first_line
-from fastrobust.runtime.files import explained, write_json
+from fastrobust.runtime.errors import ConfigError, first_line
+from fastrobust.runtime.files import write_json
 from fastrobust.runtime.progress import Overall, Progress
 
 SANITY_IMAGES = 300
@@ -70,7 +68,7 @@ def evaluate_in(world, device, arguments) -> int:
     if device.type == "cpu":
         x = to_unit(judged[0][1].images[:1])
         memory.keep_freed(memory.of_a_pass(trained.model, x) * (arguments.batch_size or settings.batch_size))
-    folder = world.first(lambda: keeping(trained.path))
+    folder = world.first(lambda: results.keeping(trained.path))
     works = {name: kind.work(numbers) for name in names for kind, numbers in [base.parse(name)]}
     overall = Overall([len(data.labels) * works[name] for _, data in judged for _ in radii for name in names])
     found = []
@@ -94,7 +92,7 @@ def corrupted(world, arguments, trained: Trained) -> int:
     if world.size > 1:
         raise ConfigError("--corruptions runs in one process: leave torchrun away")
     settings = trained.config.evaluation
-    batch_size, kept = arguments.batch_size or settings.batch_size, keeping(trained.path)
+    batch_size, kept = arguments.batch_size or settings.batch_size, results.keeping(trained.path)
     result = corruptions.evaluate(trained, arguments.corruptions, arguments.limit, batch_size, kept)
     if arguments.json:
         print(json.dumps(result))
@@ -232,22 +230,6 @@ def other_model(transfer: str | None, trained: Trained, data, threat, seed: int)
     except RuntimeError as error:
         raise ConfigError(f"--transfer {transfer}: it does not take these images: {first_line(error)}") from None
     return other.model
-
-
-def keeping(path: Path) -> Path | None:
-    """The folder where results are kept, made if need be; None (said once) where there can be none."""
-
-    if not path.is_dir():
-        return None
-    try:
-        with explained(f"{path} cannot be written to"):
-            (path / results.FOLDER).mkdir(exist_ok=True)
-            if not os.access(path / results.FOLDER, os.W_OK):
-                raise PermissionError(13, "permission denied")
-    except FastrobustError as error:
-        print(f"warning: {error}; the results are not kept", file=sys.stderr)
-        return None
-    return path / results.FOLDER
 
 
 def facts(record) -> dict:

@@ -9,6 +9,8 @@ holds bool tensors of one element per test image (`clean`: classified correctly;
 import hashlib
 import json
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from fastrobust.attack.rounds import Place
 from fastrobust.data.sets import ImageSet
-from fastrobust.runtime.errors import RunError, first_line
-from fastrobust.runtime.files import write_atomically
+from fastrobust.runtime.errors import FastrobustError, RunError, first_line
+from fastrobust.runtime.files import explained, write_atomically
 
 FOLDER = "evaluations"
 Z = 1.959963984540054  # the standard normal's 97.5 % quantile
@@ -65,6 +67,21 @@ class Record:
             facts["place"] = [self.place.round, self.place.batches]
         content = save({name: t.contiguous() for name, t in tensors.items()}, {"facts": json.dumps(facts)})
         write_atomically(self.path(folder), lambda file: file.write(content))
+
+
+def keeping(path: Path) -> Path | None:
+    """The folder where results are kept, made if need be; None (said once) where there can be none."""
+    if not path.is_dir():
+        return None
+    try:
+        with explained(f"{path} cannot be written to"):
+            (path / FOLDER).mkdir(exist_ok=True)
+            if not os.access(path / FOLDER, os.W_OK):
+                raise PermissionError(13, "permission denied")
+    except FastrobustError as error:
+        print(f"warning: {error}; the results are not kept", file=sys.stderr)
+        return None
+    return path / FOLDER
 
 
 def read(path: Path) -> Record:

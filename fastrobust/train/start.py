@@ -260,8 +260,7 @@ def finish(training: Training) -> dict[str, Any]:
     began = time.monotonic()
     common = {"steps": settings.steps, "restarts": settings.restarts, "batch_size": settings.batch_size}
     common |= {"precision": settings.precision, "norm": config.norm}
-    world.first(lambda: (directory / results.FOLDER).mkdir(exist_ok=True))
-    common |= {"folder": directory / results.FOLDER}
+    common |= {"folder": world.first(lambda: results.keeping(directory))}
     common |= {"overall": Overall([1.0] * len(settings.epsilon) * (1 if average is None else 2))}
 
     def saved_and_evaluated(file: str) -> list[dict[str, Any]]:
