@@ -80,7 +80,7 @@ BAD = {
     "one class": (lambda: (Net(), (TRAIN[0], 0 * TRAIN[1])), "all 600 images are of one class"),
     "a data set that raises": (lambda: (Net(), Refuses()), "item 7 of the data set cannot be read: KeyError"),
     "a model of tuples": (lambda: (Two(), TRAIN), "must give logits, N x 10 for 10 classes; for one image it gives a tuple"),
-    "zeros and ones": (lambda: (Net(), (TRAIN[0] // 128, TRAIN[1])), "these are 0 and 1 alone: give them as floats"),
+    "zeros and ones": (lambda: (Net(), (TRAIN[0] // 128, TRAIN[1])), "these are 0 and 1 alone: multiply by 255"),
     "probabilities": (lambda: (Probabilities(), TRAIN), "gives probabilities, and needs to give logits"),
     "a class": (lambda: (Net, TRAIN), r"must be an nn.Module, .* it is the class Net: give Net\("),
     "a function": (lambda: (len, TRAIN), "must be an nn.Module, or the name of a model"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastrobust.attack.gradient import frozen
 from fastrobust.attack.threat import Threat
-from fastrobust.data.augment import ONES_ALONE, to_unit
+from fastrobust.data.augment import to_unit
 from fastrobust.runtime.errors import ConfigError, DataError
 
 
@@ -45,7 +45,8 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 def check_logits(logits: Tensor) -> None:
     """Raise ConfigError for probabilities (N x classes): their gradients vanish where a softmax saturates, so that attacks
     on them break less than they could, and training on them learns less."""
-    if (logits >= 0).all() and (logits.double().sum(1) - 1).abs().max() < 1e-3:
+    logits = logits.detach().cpu().double()
+    if (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3:
         raise ConfigError(
             "the model gives probabilities, and needs to give logits: leave out the softmax at its end, or give the "
             "logarithm of what it gives"
@@ -67,8 +68,6 @@ def check_images(images: Tensor, labels: Tensor, threat: Threat | None = None) -
             raise DataError(f"float images must be pixels in [0, 1], these lie in [{low:.3g}, {high:.3g}]: {hint}")
     elif images.dtype != torch.uint8:
         raise DataError(f"images must be uint8, or float in [0, 1], not {images.dtype}")
-    elif images.max() == 1:
-        raise DataError(ONES_ALONE)
     if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.min() < 0:
         found = f"{labels.dtype} {tuple(labels.shape)}, the least {labels.min().item()}" if len(labels) else "none"
         raise DataError(f"labels must be int64, one of at least 0 for each of the {len(images)} images; found {found}")

@@ -12,8 +12,6 @@ from fastrobust.data import order
 from fastrobust.data.order import AREA, DRAWS, FLIP, RATIO, TRIES
 from fastrobust.data.rand_augment import rand_augment
 
-ONES_ALONE = "images of uint8 are pixels from 0 to 255, these are 0 and 1 alone: give them as floats, or multiply by 255"
-
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> fp32 in [0, 1]; images that are in [0, 1] already are left as they are. Keeps the memory format."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
-from fastrobust.data.augment import ONES_ALONE
 from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import DataError, first_line
 from fastrobust.runtime.progress import Progress
@@ -123,6 +122,12 @@ def channels_first(images: Any) -> np.ndarray:
     return found.transpose(0, 3, 1, 2) if found.ndim == 4 and found.shape[3] in (1, 3) else found
 
 
+def check_bytes(images: np.ndarray | Tensor) -> None:
+    """Raise DataError for uint8 images of 0 and 1 alone: nearly black, where black and white are meant."""
+    if images.max() == 1:
+        raise DataError("images of uint8 are pixels from 0 to 255, these are 0 and 1 alone: multiply by 255, or give floats")
+
+
 def to_uint8(images: Any) -> np.ndarray:
     """uint8 N x H x W x C. Floats are rounded to steps of 1/255, which is said where it changes them. Raises DataError."""
     found = images.detach().cpu().numpy() if isinstance(images, Tensor) else channels_first(images)
@@ -132,8 +137,7 @@ def to_uint8(images: Any) -> np.ndarray:
         shape = tuple(images.shape) if hasattr(images, "shape") else found.shape
         raise DataError(f"images must be N x C x H x W with C 1 or 3, and square; they are {shape}")
     if found.dtype == np.uint8:
-        if found.max() == 1:
-            raise DataError(ONES_ALONE)
+        check_bytes(found)
         return np.ascontiguousarray(found)
     if found.dtype.kind != "f":
         raise DataError(f"images must be uint8, or floats in [0, 1]; they are {found.dtype}")

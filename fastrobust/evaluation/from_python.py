@@ -164,6 +164,8 @@ def image_set(model: nn.Module, images: Any, labels: Any = None) -> ImageSet:
     if pixels.is_floating_point():
         pixels = pixels.float()
     check_images(pixels, numbers)
+    if pixels.dtype == torch.uint8:
+        given.check_bytes(pixels)
     return ImageSet(pixels, numbers, tuple(map(str, range(int(numbers.max()) + 1))) if classes is None else classes, "")
 
 
