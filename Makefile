@@ -35,7 +35,7 @@ test: $(VENV)/.test data compiler loaders browser
 	@echo "tests: 10 minutes or so on two idle cores; what was skipped, and why, is said at the end"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	@echo "on the disk: $$(du -sh $(VENV) | cut -f1) in $(VENV); 'make clean' removes it"
 
 # On a machine with a GPU: its tests and benchmarks, at most 25 minutes, results in runs/gpu_report (docs/gpu.md).
@@ -60,9 +60,10 @@ $(GPUSIM)/.ready:
 	@touch $@
 
 # Kill runs, fill disks, damage files: the full counts, about 20 minutes. `make test` does a few of each. As root it mounts
-# small file systems in memory; without, those parts skip.
+# small file systems in memory; without, those parts skip. At the end all of the paper's miniature, of which `make test` does five runs.
 stress: $(VENV)/.test
 	$(BIN)/python -m tests.stress --json benchmarks/results/stress.json
+	FASTROBUST_WHOLE_MINIATURE=1 $(BIN)/python -m pytest tests/benchmarks/test_reproduce.py -k miniature
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --fix .

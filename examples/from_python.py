@@ -2,7 +2,7 @@
 
     python examples/from_python.py
 
-20 seconds on one CPU core. The images are drawn here: squares of two sizes, an easy task."""
+Seconds on one CPU core. The images are drawn here: squares of two sizes, an easy task."""
 
 import torch
 from torch import nn
@@ -11,13 +11,13 @@ import fastrobust
 
 
 def squares(count, seed):
-    """uint8 images N x 3 x 32 x 32 with a square of 8 or 16 pixels, and which of the two it is."""
+    """uint8 images N x 3 x 16 x 16 with a square of 4 or 8 pixels, and which of the two it is."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 60, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 60, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
     labels = torch.arange(count) % 2
     for image, label in zip(images, labels, strict=True):
-        side = 8 * (int(label) + 1)
-        top, left = torch.randint(0, 32 - side, (2,), generator=generator).tolist()
+        side = 4 * (int(label) + 1)
+        top, left = torch.randint(0, 16 - side, (2,), generator=generator).tolist()
         image[:, top : top + side, left : left + side] += 120
     return images, labels
 

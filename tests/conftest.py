@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from fastrobust.runtime import run_directory
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.train import start
 from fastrobust.train.training import Training
+from tests.stress import child
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: without a GPU kernels run in its interpreter
@@ -39,6 +41,27 @@ def skip_lines(reports) -> list[str]:
 def pytest_terminal_summary(terminalreporter):
     for line in skip_lines(terminalreporter.stats.get("skipped", [])):
         terminalreporter.write_line(line)
+
+
+def pytest_collection_finish():
+    """What is imported stays: the garbage collector, which some tests call often, need not look at a million objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def verifying_processes_start_at_once():
+    """They are forked from one that has imported torch already, as processes of `tests.stress` are. Commands that run in a
+    process of their own start theirs as users' do."""
+    try:
+        from fastrobust.verification import workers
+    except ImportError:  # nothing is verified without HiGHS
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "get_context", lambda method: child.CONTEXT)
+        patch.setattr(workers, "DieWith", lambda parent: child.stay)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ from fastrobust.config import reading
 from fastrobust.config.schema import Config
 from fastrobust.data.loaders.resident import Resident
 from fastrobust.data.sets import ImageSet
+from fastrobust.models.preact_resnet import PreActResNet
 from fastrobust.runtime import run_directory
 from fastrobust.train import step
 
@@ -183,6 +184,12 @@ def on_noise(
     loader = Resident(ImageSet(pixels, labels, tuple("0123456789"), "made up"), torch.device(device))
     config = reading.parse(settings | (more or {}), "test").with_channels(3)
     return Noise(step.build(config, loader, torch.device(device), network=network), loader, config)
+
+
+def few_stages(method: str) -> nn.Module | None:
+    """A network for `on_noise`, the same each time. Two stages have every kind of block: fewer operators than four."""
+    torch.manual_seed(0)
+    return None if method == "fgsm-ibp" else PreActResNet(nn.Conv2d(3, 16, 3, padding=1, bias=False), 10, 16, stages=2)
 
 
 class Steps(NamedTuple):

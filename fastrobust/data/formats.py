@@ -133,27 +133,27 @@ def folder_members(folder: Path) -> list[Member]:
 
     files, empty = [], []
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        above = Path(parent).relative_to(folder).parents  # as they are named: `..` of a link is elsewhere
-        if os.path.realpath(parent) in {os.path.realpath(folder / part) for part in above}:
+        inside = Path(parent).relative_to(folder)  # as folders are named: `..` of a link is elsewhere
+        if os.path.realpath(parent) in {os.path.realpath(folder / part) for part in inside.parents}:
             folders.clear()  # a link that leads back to a folder around it
             continue
-        files += [Path(parent, name) for name in names]
-        empty += [] if names or folders else [Path(parent)]
-    names = [(printable(file.relative_to(folder).as_posix()), printable(str(file))) for file in files]
-    members = [Member(*name, partial(read_at, file, 0, None)) for name, file in zip(names, files, strict=True)]
-    return members + [Member(f"{printable(path.relative_to(folder).as_posix())}/", str(path), bytes) for path in empty]
+        below, place = (os.path.join(path, "") if path.parts else "" for path in (inside, Path(parent)))
+        # there may be millions: no Path for each
+        files += [Member(printable(below + n), printable(place + n), partial(read_at, place + n, 0, None)) for n in names]
+        empty += [] if names or folders else [Member(f"{printable(inside.as_posix())}/", str(Path(parent)), bytes)]
+    return files + empty
 
 
 def folder_of(member: Member) -> str | None:
     """The real folder of a file that lies in one; None for those in archives."""
     if isinstance(member.read, partial) and member.read.func is read_at and member.read.args[2] is None:
-        return os.path.realpath(member.read.args[0].parent)
+        return os.path.realpath(os.path.dirname(member.read.args[0]))
     return None
 
 
 def printable(name: str) -> str:
     """A file's name as text; bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name if name.isprintable() else os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def archive_members(path: Path) -> list[Member]:
@@ -236,7 +236,7 @@ def _tar_entries(source: IO[bytes], what: str, start: int = 0, size: int | None 
     return entries
 
 
-def read_at(source: io.BytesIO | Path, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
+def read_at(source: io.BytesIO | str, offset: int, size: int | None, start: int = 0, length: int | None = None) -> bytes:
     """`length` bytes, or all, from `start` of what lies at `offset` and takes `size` bytes, or all that the file has."""
     if size is None:
         size = os.stat(source).st_size if start < 0 else None

@@ -82,13 +82,14 @@ def test_an_evaluation_needs_no_data_set(call, monkeypatch, tmp_path, capsys):
 
 
 def test_the_evaluation_agrees_with_a_plain_attack(call, finished_run):
-    result = call(evaluate, "--quick", "--limit", 20, "--run", finished_run)
-    assert (result["examples"], result["different_verdicts"], result["epsilon"]) == (20, 0, 0.1)
+    result = call(evaluate, "--quick", "--limit", 10, "--run", finished_run)
+    assert (result["examples"], result["different_verdicts"], result["epsilon"]) == (10, 0, 0.1)
     assert 0 < result["robust_accuracy"] < 1
 
 
 def test_loaders(call, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTROBUST_DATA", str(tmp_path / "absent"))
+    monkeypatch.setattr(loader, "PHASES", loader.PHASES[::3])  # the first, and the one without random crops
     result = call(loader, "--limit", 16, "--batch-size", 8, "--repetitions", 1, "--workers", 1)
     assert (result["images"], result["of"]) == (16, "generated images of 500 x 375")
     for size, crop, augment in loader.PHASES:

@@ -167,7 +167,7 @@ def test_what_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, er
     root = write(tmp_path, *PLAIN, "test/cat/3.png", "test/dog/4.png")
 
     def fail(file, *arguments):
-        if file.name == "1.png":
+        if Path(file).name == "1.png":
             error.filename = str(file)
             raise error
         return read_at(file, *arguments)

@@ -78,6 +78,10 @@ def _enter(function: Callable, arguments: tuple, log: str) -> None:
     sys.exit(status)
 
 
+def stay(worker: int) -> None:
+    """In place of `DieWith` in a process that is forked from the server, and so is no child of the one that it works for."""
+
+
 def limit_memory(extra: int) -> None:
     """From here on this process may take so many bytes of address space more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -34,7 +34,7 @@ def _fuzzer(name: str) -> Callable[[Path, int], dict]:
 
 
 PARTS = {
-    "sigkill": Part(_killed(), 100, 3),
+    "sigkill": Part(_killed(), 100, 2),
     "sigkill_in_a_write": Part(
         lambda folder, count: kills.kill_in_writes(kills.training(_config(folder)), folder, count), 40, 2
     ),
@@ -42,9 +42,9 @@ PARTS = {
     "sigkill_write_dali": Part(_written("dali", kills.kill_at_random), 100, 2),
     "sigkill_write_ffcv_in_a_write": Part(_written("ffcv", kills.kill_in_writes), 40, 2),
     "sigkill_write_dali_in_a_write": Part(_written("dali", kills.kill_in_writes), 40, 2),
-    "torn_checkpoint": Part(_killed(1, tear=kills.tear_checkpoint), 40, 2),
-    "sigterm": Part(_killed(2, signum=signal.SIGTERM), 40, 2),
-    "lost_process": Part(ranks.lost_process, 40, 2),
+    "torn_checkpoint": Part(_killed(1, tear=kills.tear_checkpoint), 40, 1),
+    "sigterm": Part(_killed(2, signum=signal.SIGTERM), 40, 1),
+    "lost_process": Part(ranks.lost_process, 40, 1),
     "full_disk": Part(lambda folder, count: limits.full_disk(_config(folder), folder, count), 16, 2),
     "read_only_disk": Part(lambda folder, count: limits.read_only_disk(_config(folder), folder), 1, 1),
     "clock": Part(lambda folder, count: limits.clock(_config(folder), folder, count), 10, 1),

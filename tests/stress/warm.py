@@ -13,3 +13,4 @@ from fastrobust.models import mnist_net, preact_resnet  # noqa: F401
 from fastrobust.runtime import torchvision_compat  # noqa: F401
 from fastrobust.train import optimizers, plan, schedules, start  # noqa: F401
 from fastrobust.train.methods import fgsm, free, n_fgsm, pgd, standard  # noqa: F401
+from fastrobust.verification import decide  # noqa: F401

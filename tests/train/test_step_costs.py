@@ -12,13 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import STEP_METHODS, STEP_OPTIONS, Noise, on_noise
+from training_runs import STEP_METHODS, STEP_OPTIONS, Noise, few_stages, on_noise
 
 from fastrobust.attack.pgd import StaticAttack
 from fastrobust.attack.threat import Threat
 from fastrobust.attack.verdicts import evaluating
 from fastrobust.data.batch import Batch
-from fastrobust.models.preact_resnet import PreActResNet
 
 # of a step on 16 images of 8 x 8 pixels (`fgsm-ibp`: 28 x 28), by method and precision: operators, MB
 CEILINGS = {
@@ -40,11 +39,6 @@ CEILINGS = {
     "sora": {"fp32": (762, 36.0), "bf16": (894, 21.0), "fp16": (914, 21.2)},
     "awp": {"fp32": (1662, 67.7), "bf16": (1985, 41.4), "fp16": (2005, 41.6)},
 }
-
-
-def network(method: str) -> PreActResNet | None:
-    """Two stages, which have every kind of block: fewer operators than four."""
-    return None if method == "fgsm-ibp" else PreActResNet(torch.nn.Conv2d(3, 16, 3, padding=1, bias=False), 10, 16, stages=2)
 
 
 SLACK = 1.05  # torch's versions differ by a little; a ceiling further above what is found must be lowered
@@ -85,7 +79,7 @@ def on_fakes(noise: Noise, take) -> Count:
 @pytest.mark.parametrize("method", STEP_METHODS)
 def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
     """An ordinary step: at one of eight the alignment of the attack's gradients comes on top."""
-    noise = on_noise(method, precision, network=network(method))
+    noise = on_noise(method, precision, network=few_stages(method))
     noise.step.learner.looks = False
     count = on_fakes(noise, noise.step.take)
     found = count.operators, round(count.bytes / 1e6, 1)
@@ -97,7 +91,7 @@ def test_a_step_waits_for_nothing_and_costs_no_more(method, precision):
 def test_a_step_that_notes_the_alignment_waits_for_nothing_either():
     counts = []
     for looks in (False, True):
-        noise = on_noise("fgsm", network=network("fgsm"))
+        noise = on_noise("fgsm", network=few_stages("fgsm"))
         noise.step.learner.looks = looks
         counts.append(on_fakes(noise, noise.step.take))
     assert 10 < counts[1].operators - counts[0].operators < 40 and counts[1].bytes < 1.03 * counts[0].bytes
@@ -105,7 +99,7 @@ def test_a_step_that_notes_the_alignment_waits_for_nothing_either():
 
 @pytest.mark.parametrize("option", STEP_OPTIONS)
 def test_options_wait_for_nothing(option):
-    noise = on_noise(more=STEP_OPTIONS[option], network=network("fgsm"))
+    noise = on_noise(more=STEP_OPTIONS[option], network=few_stages("fgsm"))
     assert on_fakes(noise, noise.step.take).operators > CEILINGS["fgsm"]["fp32"][0] / SLACK
 
 
