@@ -85,6 +85,24 @@ def test_a_dead_worker_is_an_error_within_seconds(made, monkeypatch):
     assert time.monotonic() - began < 30
 
 
+def test_a_worker_that_dies_with_a_lock_is_an_error_too(made):
+    """It looks again and again whether all is done, and holds the lock of Python's own Event while it does."""
+    loader = made("torch from the source")
+
+    def die(i):
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:  # torch's loop
+            frame = frame.f_back
+        lock = getattr(frame.f_locals["done_event"], "_cond", None)
+        if lock is not None:
+            lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    loader.data = loader.data._replace(image=die)
+    with pytest.raises(DataError, match="a worker of the torch loader died"):
+        collect(loader, 0, 0, 8, 0, 6)
+
+
 def test_a_corrupt_source_names_the_file(made):
     loader = made("torch from the source")
     image = loader.data.image

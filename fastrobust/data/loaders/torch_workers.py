@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import mmap
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.context import ForkContext
 from multiprocessing.queues import Queue
 
 import numpy as np
@@ -32,7 +34,7 @@ class Torch(Loader):
 
     def decoded(self, jobs) -> Iterator[Batch]:
         workers = min(self.workers, len(jobs)) if self.workers > 1 else 0
-        options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
+        options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": Forked()} if workers else {}
         options |= {"worker_init_fn": DieWith(os.getpid())} if workers else {}
         pin, generator = self.device.type == "cuda", torch.Generator()  # its own: the default one is the training step's
         size = len(jobs[0].index) * self.resolution**2 * 3 if workers else 0
@@ -109,6 +111,24 @@ def quiet_deaths() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)
+
+
+class Flag:
+    """An Event without a lock. A process that is killed while it looks at Python's own one never gives the lock back, and the
+    others wait for it for ever."""
+
+    def __init__(self):
+        self.byte = mmap.mmap(-1, 1)  # shared with the processes that are forked
+
+    def set(self) -> None:
+        self.byte[0] = 1
+
+    def is_set(self) -> bool:
+        return self.byte[0] == 1
+
+
+class Forked(ForkContext):
+    Event = Flag  # torch's workers and their parent look at one
 
 
 class DieWith:
