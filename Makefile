@@ -15,7 +15,7 @@ FASHION_MNIST := /usr/share/datasets/fashion-mnist
 
 help:
 	@echo "make quickstart   install into $(VENV), train a small robust classifier, attack it, make a page: minutes"
-	@echo "make test         install what the tests need (3 GB with FFCV, DALI, Chromium), run all: 10 minutes or so"
+	@echo "make test         install what the tests need (3 GB with FFCV, DALI, Chromium), run all: 8 minutes or so"
 	@echo "make stress       kill runs, fill disks, damage files: 20 minutes"
 	@echo "make gpu-report   on a machine with a GPU: tests and benchmarks, at most 25 minutes"
 	@echo "make gpu-sim      on a simulated GPU, once 5.1 GB for torch's CUDA build: what a capture forbids, 3 minutes"
@@ -32,7 +32,7 @@ quickstart: $(VENV)/.core data
 
 # Everything that can be checked on this machine; what needs a GPU skips where there is none.
 test: $(VENV)/.test data compiler loaders browser
-	@echo "tests: 10 minutes or so on two idle cores; what was skipped, and why, is said at the end"
+	@echo "tests: 8 minutes or so on two idle cores; what was skipped, and why, is said at the end"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
@@ -60,7 +60,7 @@ $(GPUSIM)/.ready:
 	@touch $@
 
 # Kill runs, fill disks, damage files: the full counts, about 20 minutes. `make test` does a few of each. As root it mounts
-# small file systems in memory; without, those parts skip. At the end all of the paper's miniature, of which `make test` does five runs.
+# small file systems in memory; without, those parts skip. At the end all of the paper's miniature, of which `make test` does four runs.
 stress: $(VENV)/.test
 	$(BIN)/python -m tests.stress --json benchmarks/results/stress.json
 	FASTROBUST_WHOLE_MINIATURE=1 $(BIN)/python -m pytest tests/benchmarks/test_reproduce.py -k miniature

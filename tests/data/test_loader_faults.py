@@ -72,21 +72,8 @@ def test_a_file_cut_short_before_the_start_is_refused(written, tmp_path, name):
         read(folder, "train", 64)
 
 
-def test_a_dead_worker_is_an_error_within_seconds(made, monkeypatch):
-    loader = made("torch from the source")
-
-    def die(i):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    loader.data = loader.data._replace(image=die)
-    began = time.monotonic()
-    with pytest.raises(DataError, match="a worker of the torch loader died"):
-        collect(loader, 0, 0, 8, 0, 6)
-    assert time.monotonic() - began < 30
-
-
-def test_a_worker_that_dies_with_a_lock_is_an_error_too(made):
-    """It looks again and again whether all is done, and holds the lock of Python's own Event while it does."""
+def test_a_dead_worker_is_an_error_within_seconds(made):
+    """Also one that looks whether all is done, as it does again and again: with Python's own Event it would hold a lock."""
     loader = made("torch from the source")
 
     def die(i):
@@ -99,8 +86,10 @@ def test_a_worker_that_dies_with_a_lock_is_an_error_too(made):
         os.kill(os.getpid(), signal.SIGKILL)
 
     loader.data = loader.data._replace(image=die)
+    began = time.monotonic()
     with pytest.raises(DataError, match="a worker of the torch loader died"):
         collect(loader, 0, 0, 8, 0, 6)
+    assert time.monotonic() - began < 30
 
 
 def test_a_corrupt_source_names_the_file(made):

@@ -19,7 +19,7 @@ from tests.stress.ranks import together
 LONG = {
     "data__limit": 70,
     "data__held_out": 4,
-    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 28}],  # 17 steps: the processes agree after 16, too
+    "phases": [{"epochs": 4, "batch_size": 4, "resolution": 14}],  # 17 steps: the processes agree after 16, too
     "selection": {"steps": 2},
     "averaging": {"decay": 0.5},
     "method": {"name": "fgsm", "init": "previous"},

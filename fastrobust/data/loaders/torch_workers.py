@@ -114,8 +114,8 @@ def quiet_deaths() -> Iterator[None]:
 
 
 class Flag:
-    """An Event without a lock. A process that is killed while it looks at Python's own one never gives the lock back, and the
-    others wait for it for ever."""
+    """An Event without a lock. A process that is killed while it looks at Python's own one never gives the lock back, and
+    the others wait for it for ever."""
 
     def __init__(self):
         self.byte = mmap.mmap(-1, 1)  # shared with the processes that are forked
