@@ -108,6 +108,7 @@ def test_a_corrupt_source_names_the_file(made):
 
 def test_a_worker_that_dies_during_a_step_is_an_error_at_the_next_batch(made):
     """Not in the middle of whatever the step is doing."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader of another test may have left torch's handler
     loader = made("torch from the source")
     batches = loader.batches(0, 0, 4, 0, 200)
     next(batches)
