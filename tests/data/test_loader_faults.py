@@ -107,11 +107,12 @@ def test_a_corrupt_source_names_the_file(made):
 
 
 def test_a_worker_that_dies_during_a_step_is_an_error_at_the_next_batch(made):
-    """Not in the middle of whatever the step is doing."""
+    """Not in the middle of whatever the step is doing. A batch is 98 kB: more than a pipe takes at once."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a DataLoader of another test may have left torch's handler
     loader = made("torch from the source")
-    batches = loader.batches(0, 0, 4, 0, 200)
+    batches = loader.batches(0, 0, 32, 0, 200)
     next(batches)
+    time.sleep(0.3)  # the workers are as far ahead as they may be
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:

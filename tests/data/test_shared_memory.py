@@ -1,16 +1,14 @@
-"""The torch loader where /dev/shm is small, as in Docker (64 MB): batches go through pipes, and none waits for ever."""
+"""How the torch loader's workers hand their batches over: also where /dev/shm is small, as in Docker (64 MB)."""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from loader_batches import collect
-
-from fastrobust.data.loaders import torch_workers
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -28,20 +26,14 @@ for batch in loader.batches(0, 0, 12, 0, 4):
 """
 
 
-def test_batches_are_the_same_through_pipes(made, monkeypatch):
-    made_batches, chosen = torch_workers._Batches, []
-
-    def noted(loader, jobs, through_pipes):
-        chosen.append(through_pipes)
-        return made_batches(loader, jobs, through_pipes)
-
-    monkeypatch.setattr(torch_workers, "_Batches", noted)
-    found = []
-    for free in (1 << 40, 0):
-        monkeypatch.setattr(torch_workers, "free_shared_memory", lambda free=free: free)
-        found.append(collect(made("torch from the source"), 0, 0, 8, 0, 6))
-    assert chosen == [False, True]
-    assert all(torch.equal(a, b) for one, other in zip(*found, strict=True) for a, b in zip(one, other, strict=True))
+@pytest.mark.parametrize("workers", [2, 3])
+def test_slots_are_used_again_only_when_their_batches_are_copied(made, workers):
+    """Many more batches than slots, whole and at their ends, while workers run ahead as far as they may."""
+    alone, several = made("torch from the source", workers=0), made("torch from the source", workers=workers)
+    for expected, batch in zip(alone.batches(0, 0, 3, 0, 40), several.batches(0, 0, 3, 0, 40), strict=True):
+        time.sleep(0.01)
+        assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
+        assert batch.images.stride() == expected.images.stride()
 
 
 def test_a_small_shared_memory_is_enough(tmp_path):

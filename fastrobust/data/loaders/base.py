@@ -161,6 +161,10 @@ class Loader(ABC):
         images = images.permute(0, 3, 1, 2)
         if self.channels == 1:
             images = luma(images).contiguous(memory_format=torch.channels_last)
+        return self.labelled(images, job)
+
+    def labelled(self, images: Tensor, job: Job) -> Batch:
+        """The batch of images, B x C x H x W, with their labels and numbers."""
         return Batch(images, torch.from_numpy(self.labels[job.index]), torch.from_numpy(job.index))
 
 

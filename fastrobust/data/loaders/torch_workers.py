@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import math
 import mmap
 import os
 import signal
@@ -17,6 +18,7 @@ from multiprocessing.queues import Queue
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastrobust.data.batch import Batch
@@ -26,7 +28,7 @@ from fastrobust.data.prepared.records import stored_size
 from fastrobust.data.sets import Pictures
 from fastrobust.runtime.errors import DataError, first_line
 
-SHARED_BATCHES = 4  # batches of each worker that may be in shared memory at once, with some to spare
+AHEAD = 2  # batches that each worker makes ahead of time
 
 
 class Torch(Loader):
@@ -34,24 +36,43 @@ class Torch(Loader):
 
     def decoded(self, jobs) -> Iterator[Batch]:
         workers = min(self.workers, len(jobs)) if self.workers > 1 else 0
-        options = {"num_workers": workers, "prefetch_factor": 2, "multiprocessing_context": Forked()} if workers else {}
-        options |= {"worker_init_fn": DieWith(os.getpid())} if workers else {}
-        pin, generator = self.device.type == "cuda", torch.Generator()  # its own: the default one is the training step's
-        size = len(jobs[0].index) * self.resolution**2 * 3 if workers else 0
-        through_pipes = free_shared_memory() < SHARED_BATCHES * workers * size
-        made = DataLoader(
-            _Batches(self, jobs, through_pipes),
-            batch_size=None,
-            collate_fn=lambda batch: batch,
-            pin_memory=pin,
-            generator=generator,
-            **options,
-        )
-        batches = (unpacked(batch) if through_pipes else batch for batch in self._explained(made))
-        yield from prefetch.on_device(batches, self.device)
+        made = self._of_workers(jobs, workers) if workers else map(self.batch, jobs)
+        yield from prefetch.on_device(map(self._sound, made), self.device)
 
-    def _explained(self, batches: DataLoader) -> Iterator[Batch]:
-        """The batches; what a worker died of becomes a DataError."""
+    def _sound(self, made: Batch | DataError) -> Batch:
+        """A batch for the device. Raises a worker's DataError."""
+        if isinstance(made, DataError):
+            raise made
+        return Batch(*(t.pin_memory() for t in made)) if self.device.type == "cuda" else made
+
+    def _of_workers(self, jobs, workers: int) -> Iterator[Batch | DataError]:
+        """Whole batches of several processes. Their pixels come through memory that all share from the start, and a worker
+        sends no more than a word: one that is killed in the middle of a long message would leave its parent waiting for the
+        rest. Nothing goes through /dev/shm, of which a container may have little."""
+        shape = len(jobs[0].index), self.resolution, self.resolution, self.channels
+        slots = shared(AHEAD * workers + 1, shape)  # one more than are made while a batch is copied
+        made = DataLoader(
+            _Batches(self, jobs, slots),
+            batch_size=None,
+            collate_fn=lambda said: said,
+            generator=torch.Generator(),  # its own: the default one is the training step's
+            num_workers=workers,
+            prefetch_factor=AHEAD,
+            multiprocessing_context=Forked(),
+            worker_init_fn=DieWith(os.getpid()),
+        )
+        said = self._explained(made)
+        for k, error in enumerate(said):
+            if error:
+                said.close()  # ends the workers; the error's traceback would keep them
+                yield error
+                return
+            pixels = slots[k % len(slots), : len(jobs[k].index)]
+            pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels.clone()
+            yield self.labelled(pixels.permute(0, 3, 1, 2), jobs[k])
+
+    def _explained(self, batches: DataLoader) -> Iterator[DataError | None]:
+        """What the workers say of their batches; what a worker died of becomes a DataError."""
         with quiet_deaths():
             iterator = iter(batches)
         while True:
@@ -62,9 +83,6 @@ class Torch(Loader):
             except RuntimeError as error:
                 del iterator
                 raise DataError(f"a worker of the torch loader died ({first_line(error)}): is memory short?") from None
-            if isinstance(result, DataError):
-                del iterator  # ends its workers; the error's traceback would keep them
-                raise result
             yield result
 
     def batch(self, job: Job) -> Batch | DataError:
@@ -155,35 +173,25 @@ def lose_no_batch(error: Exception, batch) -> None:
     os._exit(1)
 
 
-def free_shared_memory() -> float:
-    """Bytes in /dev/shm, through which workers send tensors; infinite where the system has no such folder."""
-    try:
-        found = os.statvfs("/dev/shm")
-        return found.f_bavail * found.f_frsize
-    except OSError:
-        return float("inf")
+def shared(count: int, shape: tuple[int, ...]) -> Tensor:
+    """`count` uint8 tensors of a shape, as one, in memory that this process shares with those that it forks."""
+    size = count * math.prod(shape)
+    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8, count=size).view(count, *shape)
 
 
 class _Batches(Dataset):
-    """Batch k, made whole by one worker. `through_pipes`: as arrays, which are sent through pipes, a little slower, instead
-    of tensors, which go through shared memory: containers often have little of it (Docker gives 64 MB)."""
+    """Batch k is made whole by one worker. Its pixels go into slot k of the shared memory, counted round; what is sent is
+    None, or a DataError."""
 
-    def __init__(self, loader: Torch, jobs, through_pipes: bool):
-        self.loader, self.jobs, self.through_pipes = loader, jobs, through_pipes
+    def __init__(self, loader: Torch, jobs, slots: Tensor):
+        self.loader, self.jobs, self.slots = loader, jobs, slots
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, k: int):
+    def __getitem__(self, k: int) -> DataError | None:
         batch = self.loader.batch(self.jobs[k])
-        return packed(batch) if self.through_pipes and isinstance(batch, Batch) else batch
-
-
-def packed(batch: Batch) -> tuple[np.ndarray, ...]:
-    """The batch as arrays. A pipe keeps no memory format, so that the channels come last in the shape."""
-    return batch.images.permute(0, 2, 3, 1).numpy(), batch.labels.numpy(), batch.index.numpy()
-
-
-def unpacked(arrays: tuple[np.ndarray, ...]) -> Batch:
-    images, labels, index = map(torch.from_numpy, arrays)
-    return Batch(images.permute(0, 3, 1, 2), labels, index)
+        if isinstance(batch, DataError):
+            return batch
+        self.slots[k % len(self.slots), : len(batch.labels)] = batch.images.permute(0, 2, 3, 1)
+        return None
