@@ -79,6 +79,16 @@ def jumped(history: list[dict]) -> bool:
     return c - b > FREE_JUMP and c - b > 2 * max(b - a, 0.0) and b > 0.2
 
 
+def sank(history: list[dict], images: int) -> dict | None:
+    """The epoch with the best PGD accuracy, where the last one has less by a third, by more than chance, and clean accuracy
+    is no lower: overfitting that takes several epochs. images: that were attacked."""
+    best, last = max(history, key=lambda record: record["guard_accuracy"]), history[-1]
+    p, q = best["guard_accuracy"], last["guard_accuracy"]
+    chance = SURE * math.sqrt((p * (1 - p) + q * (1 - q)) / images)
+    lower = last["guard_clean_accuracy"] < best["guard_clean_accuracy"]
+    return best if p - q > max(chance, p / 3) and not lower else None
+
+
 def comparable(history: list[dict]) -> list[dict]:
     """The last epochs that were trained as the last of all: in its phase and with its radius. While epsilon warms up every
     epoch has a larger radius than the one before, and a lower accuracy is to be expected. What a recovery has undone is
@@ -113,6 +123,10 @@ def verdict(history: list[dict], before: Tensor | None, now: Tensor, drop: float
         why = f"{last['train_accuracy']:.1%} under the training attack, but {last['guard_accuracy']:.1%} under PGD"
         if never_rises(history) and len(now) >= ENOUGH:
             return "overfit", f"{why}, and no better than {PATIENCE - 1} epochs before"
+        return "suspect", why
+    if best := sank(history, len(now)):
+        then, current = best["guard_accuracy"], last["guard_accuracy"]
+        why = f"PGD accuracy sank from {then:.1%} in epoch {best['epoch']} to {current:.1%}, clean accuracy did not"
         return "suspect", why
     if jumped(history):
         then, current = history[-2]["train_accuracy"], last["train_accuracy"]

@@ -1,6 +1,8 @@
 """Tests of fastrobust.train.guard: made-up epochs on either side of each rule, and the simulation of its errors."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ N = guard.IMAGES
 def history(*epochs: tuple[float, float], clean: float = 0.8, epsilon: float = 0.1) -> list[dict]:
     """Records of (accuracy under the training attack, accuracy under PGD) per epoch, at one radius."""
     keys = {"phase": 0, "guard_epsilon": epsilon, "guard_clean_accuracy": clean}
-    return [{"train_accuracy": t, "guard_accuracy": g, **keys} for t, g in epochs]
+    return [{"epoch": e, "train_accuracy": t, "guard_accuracy": g, **keys} for e, (t, g) in enumerate(epochs, 1)]
 
 
 def robust(share: float, n: int = N) -> torch.Tensor:
@@ -149,6 +151,33 @@ def test_a_jump_is_a_hint():
 )
 def test_when_it_is_a_jump(accuracies, found):
     assert guard.jumped(history(*((a, a - 0.01) for a in accuracies))) is found
+
+
+@pytest.mark.parametrize(
+    ("last", "clean", "images", "found"),
+    [
+        (0.20, 0.8, N, True),
+        (0.21, 0.8, N, False),  # less than a third
+        (0.20, 0.79, N, False),  # the model has become worse in another way
+        (0.20, 0.8, 100, False),  # 1.6 standard deviations
+    ],
+)
+def test_a_fall_of_several_epochs_is_a_hint(last, clean, images, found):
+    records = history((0.30, 0.3), (0.32, 0.31), (0.33, 0.29), (0.34, 0.24), (0.35, last))
+    records[-1]["guard_clean_accuracy"] = clean
+    said = judge(records, n=images)
+    assert (said is not None) == found
+    if found:
+        assert said == ("suspect", "PGD accuracy sank from 31.0% in epoch 2 to 20.0%, clean accuracy did not")
+
+
+def test_a_real_run_that_overfitted_slowly_is_suspected():
+    """N-FGSM in small: 24 % under PGD-5 after epoch 8, 14 % after epoch 12, and 8 % of test images under PGD-50-10. The same
+    with another seed, and FGSM, are healthy."""
+    for name, epochs in (("n_fgsm", [12]), ("fgsm", [])):
+        file = Path(__file__).parents[2] / f"benchmarks/results/methods/small/{name}_12epochs_seed1.json"
+        records = [r | {"phase": 0} for r in json.loads(file.read_text())["history"]]
+        assert [end for end in range(2, 13) if judge(records[:end])] == epochs
 
 
 def test_a_fall_outranks_a_jump():
