@@ -60,7 +60,7 @@ $(GPUSIM)/.ready:
 	@touch $@
 
 # Kill runs, fill disks, damage files: the full counts, about 20 minutes. `make test` does a few of each. As root it mounts
-# small file systems in memory; without, those parts skip. At the end all of the paper's miniature, of which `make test` does four runs.
+# small file systems in memory; without, those parts skip. Then all twelve runs of the paper's miniature; `make test` does four.
 stress: $(VENV)/.test
 	$(BIN)/python -m tests.stress --json benchmarks/results/stress.json
 	FASTROBUST_WHOLE_MINIATURE=1 $(BIN)/python -m pytest tests/benchmarks/test_reproduce.py -k miniature

@@ -37,7 +37,7 @@ def test_slots_are_used_again_only_when_their_batches_are_copied(made, workers):
 
 
 def test_a_small_shared_memory_is_enough(tmp_path):
-    """A real one of 1 MB; a batch of 12 images is 590 kB, and four may be on their way."""
+    """A real one of 1 MB; a batch of 12 images is 590 kB, and there are five slots."""
     small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
     if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")

@@ -46,9 +46,9 @@ class Torch(Loader):
         return Batch(*(t.pin_memory() for t in made)) if self.device.type == "cuda" else made
 
     def _of_workers(self, jobs, workers: int) -> Iterator[Batch | DataError]:
-        """Whole batches of several processes. Their pixels come through memory that all share from the start, and a worker
-        sends no more than a word: one that is killed in the middle of a long message would leave its parent waiting for the
-        rest. Nothing goes through /dev/shm, of which a container may have little."""
+        """Whole batches of several processes. Workers write pixels into memory that is shared before they are forked, and
+        send short messages: one that is killed in the middle of a long message would leave its parent waiting for the rest.
+        Nothing goes through /dev/shm, of which a container may have little."""
         shape = len(jobs[0].index), self.resolution, self.resolution, self.channels
         slots = shared(AHEAD * workers + 1, shape)  # one more than are made while a batch is copied
         made = DataLoader(
@@ -175,13 +175,12 @@ def lose_no_batch(error: Exception, batch) -> None:
 
 def shared(count: int, shape: tuple[int, ...]) -> Tensor:
     """`count` uint8 tensors of a shape, as one, in memory that this process shares with those that it forks."""
-    size = count * math.prod(shape)
-    return torch.frombuffer(mmap.mmap(-1, max(1, size)), dtype=torch.uint8, count=size).view(count, *shape)
+    return torch.frombuffer(mmap.mmap(-1, count * math.prod(shape)), dtype=torch.uint8).view(count, *shape)
 
 
 class _Batches(Dataset):
-    """Batch k is made whole by one worker. Its pixels go into slot k of the shared memory, counted round; what is sent is
-    None, or a DataError."""
+    """Batch k is made whole by one worker. Its pixels go into slot k modulo the number of slots; None is sent, or a
+    DataError."""
 
     def __init__(self, loader: Torch, jobs, slots: Tensor):
         self.loader, self.jobs, self.slots = loader, jobs, slots
