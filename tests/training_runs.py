@@ -134,6 +134,7 @@ def augmented(**keys) -> dict:
 STEP_OPTIONS = {
     "mixup, reflect": augmented(mixup=0.4, border="reflect"),
     "cutmix, cutout, alternate": augmented(cutmix=1.0, cutout=3, flip="alternate", randaugment=2),
+    "boosted": {"loss": "boosted", "label_smoothing": 0.1},
     "muon": {"optimizer": {"name": "muon"}},
     "accumulate": {"phases": [{"epochs": 20, "batch_size": 16, "resolution": 8, "accumulate": 4}]},
 }

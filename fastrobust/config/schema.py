@@ -84,6 +84,11 @@ class Config(Section):
     model: Model
     method: named("method") = key("the training method")
     optimizer: named("optimizer") = key("the optimiser")
+    loss: Literal["cross_entropy", "boosted"] = key(
+        "the loss of attack and update. `boosted` (MART's): cross-entropy plus -log(1 - p), p being the largest probability "
+        "of a class that is not the label. A method with a loss of its own refuses it",
+        "cross_entropy",
+    )
     label_smoothing: Number = key(
         "share of each label that is spread over all classes, in the losses of attack and update", 0.0, ge=0, lt=1
     )
@@ -108,8 +113,13 @@ class Config(Section):
             )
         if self.norm != "linf" and (what := self.method.linf_alone):
             raise ValueError(f"norm is {self.norm}, but {what} is for the L-infinity ball alone: use norm: linf")
-        if self.label_smoothing and getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:
-            raise ValueError("label_smoothing: this method has a key of its own, method.label_smoothing: set that instead")
+        if getattr(getattr(self.method, "of", self.method), "label_smoothing", None) is not None:
+            if self.label_smoothing:
+                raise ValueError(
+                    "label_smoothing: this method has a key of its own, method.label_smoothing: set that instead"
+                )
+            if self.loss != "cross_entropy":
+                raise ValueError(f"loss is {self.loss}, but this method has a loss of its own: use loss: cross_entropy")
         if augment.mixup and augment.cutmix:
             raise ValueError("data.augment: mixup and cutmix exclude each other: set one of them to 0")
         if augment.mixes and not self.method.soft_labels:

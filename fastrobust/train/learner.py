@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -24,6 +23,7 @@ from fastrobust.models.winograd import Filtering
 from fastrobust.runtime import cuda_graph
 from fastrobust.train.alignment import EVERY, UNKNOWN, alignment
 from fastrobust.train.averaging import Average
+from fastrobust.train.losses import LOSSES
 from fastrobust.train.optimizers import set_rates
 from fastrobust.train.shadow import Shadow
 
@@ -70,6 +70,7 @@ class Learner:
         epoch_table: Tensor | None = None,
         precision: str = "fp32",
         batchnorm_in_attack: str = "train",
+        loss: str = "cross_entropy",
         label_smoothing: float = 0.0,
         clip_gradients: float | None = None,
         averaging: float | None = None,
@@ -103,7 +104,7 @@ class Learner:
         self.looks: bool | None = None  # whether the next update gives its alignment, if that is not to go by `due`
         self.optimizer = optimizer.build(model, self.lr)
         self.shared: nn.Module | None = None
-        self.label_smoothing, self.clip_gradients = label_smoothing, clip_gradients
+        self.of_logits, self.label_smoothing, self.clip_gradients = LOSSES[loss], label_smoothing, clip_gradients
         self.average = None if averaging is None else Average(model, averaging)
         self.shadow: Shadow | None = None
         if kernels or self.device.type == "cuda":
@@ -137,7 +138,7 @@ class Learner:
 
     def loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """The mean loss of a batch, of attack and update, where a method has none of its own."""
-        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+        return self.of_logits(logits, y, label_smoothing=self.label_smoothing)
 
     def input_gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the loss at x with respect to x (up to a positive factor), and which examples are classified

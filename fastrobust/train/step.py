@@ -143,6 +143,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         epoch_table=torch.tensor(schedules.update_epochs(config, len(loader))),
         precision=chosen,
         batchnorm_in_attack=config.method.batchnorm_in_attack,
+        loss=config.loss,
         label_smoothing=config.label_smoothing,
         clip_gradients=config.clip_gradients,
         averaging=None if config.averaging is None else config.averaging.decay,
