@@ -80,9 +80,9 @@ def main() -> None:
     if arguments.engines:
         kinds = [("fgsm", e, p) for p in precisions for e in engines]
         if not cuda and (trouble := winograd.trouble(network(), winograd.CHANNELS)):
-            print(f"left out: engine winograd, {trouble}")
+            print(f"left out: engines numba and winograd, {trouble}")
         elif not cuda:
-            kinds.append(("fgsm", "winograd", "fp32"))
+            kinds += [("fgsm", "numba", p) for p in precisions] + [("fgsm", "winograd", "fp32")]
     if arguments.quick:
         kinds = kinds if arguments.engines else [(m, e, precisions[0]) for e in engines for m in ("standard", "fgsm")]
         if not cuda and not arguments.compile and not arguments.engines:

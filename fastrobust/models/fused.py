@@ -1,8 +1,8 @@
 """BatchNorm followed by ReLU as one operation, with a residual sum before or after it, and where a model has them.
 
 Models call `norm_relu`; as long as nothing else is asked for it is torch's operations. `prepare` makes the same model use
-the kernels of `norm_kernels` and `pixel_kernels`, and counts BatchNorm's batches on the host. Names of weights and buffers
-stay.
+the kernels of `norm_kernels` and `pixel_kernels`, or on a CPU those of `norm_numba`, and counts BatchNorm's batches on the
+host. Names of weights and buffers stay.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastrobust.models.norm_function import NUMBA, TRITON, NormRelu
 from fastrobust.models.pixels import KernelNormalized, Normalized
 from fastrobust.runtime.errors import first_line
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {TRITON: (torch.float16, torch.bfloat16, torch.float32), NUMBA: (torch.bfloat16, torch.float32)}
 
 
 def trouble(device: torch.device) -> str | None:
@@ -51,12 +52,23 @@ def have_kernels(device: torch.device) -> bool:
     return trouble(device) is None
 
 
+@cache
+def trouble_with_numba() -> str | None:
+    """Why there are no kernels for a CPU, or None."""
+    try:
+        import fastrobust.models.norm_numba  # noqa: F401
+    except (ImportError, OSError, MemoryError) as error:  # OSError: LLVM does not fit under a limit of memory
+        return f"it needs numba (pip install numba): {first_line(error)}"
+    return None
+
+
 class CountedNorm(nn.BatchNorm2d):
     """A BatchNorm2d that counts its batches on the host: `num_batches_tracked` is right in every state that is taken, and
     costs no kernel in a step (`prepare`). That tensor's attribute `unwritten`, a list of one number, is what it lacks. One
     that takes its place has no such attribute, and is counted in at once."""
 
-    kernels: str | None  # the kind of device on which the kernels are used
+    kernels: str | None  # the kind of device on which kernels are used
+    kind: str | None  # whose: TRITON or NUMBA
     apart: bool = False  # whether the running averages that the backward pass holds are copies
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,16 +131,18 @@ def norm_silu(norm: nn.Module, x: Tensor, add: Tensor | None = None) -> tuple[Te
 
 def norm_add_relu(norm: nn.Module, x: Tensor, add: Tensor) -> Tensor:
     """relu(norm(x) + add)."""
-    return _kernels(norm, x, add, after=True)[1] if _fits(norm, x, add) else F.relu(_plain(norm, x) + add)
+    return _kernels(norm, x, add, after=True)[1] if _fits(norm, x, add, True) else F.relu(_plain(norm, x) + add)
 
 
 def _plain(norm: nn.Module, x: Tensor) -> Tensor:
     return CountedNorm.forward(norm, x) if isinstance(norm, CountedNorm) else norm(x)
 
 
-def _fits(norm: nn.Module, x: Tensor, add: Tensor | None) -> bool:
+def _fits(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool = False) -> bool:
     """Whether the kernels can do this."""
-    if getattr(norm, "kernels", None) != x.device.type or x.dtype not in DTYPES or not x.numel() < 2**31 - 2**16:
+    if getattr(norm, "kernels", None) != x.device.type or not x.numel() < 2**31 - 2**16:
+        return False
+    if x.dtype not in DTYPES[norm.kind] or (after and norm.kind == NUMBA):
         return False
     alike = add is None or (add.shape == x.shape and add.dtype == x.dtype)
     given = (x,) if add is None else (x, add)
@@ -137,28 +151,29 @@ def _fits(norm: nn.Module, x: Tensor, add: Tensor | None) -> bool:
 
 
 def _kernels(norm: nn.Module, x: Tensor, add: Tensor | None, after: bool) -> tuple[Tensor, Tensor]:
-    from fastrobust.models.norm_kernels import NormRelu
-
     if norm.training and torch.compiler.is_compiling():
         norm.num_batches_tracked.add_(1)
     else:
         norm.note()
     averages = norm.running_mean, norm.running_var, norm.momentum, norm.eps
-    return NormRelu.apply(x, add, norm.weight, norm.bias, *averages, norm.training, after)
+    return NormRelu.apply(norm.kind, x, add, norm.weight, norm.bias, *averages, norm.training, after)
 
 
-def prepare(model: nn.Module, kernels: bool = False) -> None:
+def prepare(model: nn.Module, kernels: bool = False, numba: bool = False) -> None:
     """Lets the BatchNorm2d of a model count their batches on the host. With `kernels` those that a ReLU follows, in our
-    networks and in torchvision's ResNets, run as kernels, and so does the normalisation of images. The module is changed;
-    names and values of its state are not."""
+    networks and in torchvision's ResNets, run as Triton's kernels, and so does the normalisation of images; with `numba` the
+    former run as numba's on a CPU. The module is changed; names and values of its state are not."""
     for module in model.modules():
         if type(module) is Normalized and kernels and have_kernels(module.mean.device):
             module.__class__ = KernelNormalized
         if type(module) in (nn.BatchNorm2d, CountedNorm) and _usual(module):
             device = module.weight.device
-            module.kernels = device.type if kernels and have_kernels(device) else None
+            module.kind = TRITON if kernels and have_kernels(device) else None
+            if numba and device.type == "cpu" and trouble_with_numba() is None:
+                module.kind = NUMBA
+            module.kernels = device.type if module.kind else None
             module.__class__, module.num_batches_tracked.unwritten = CountedNorm, [0]
-    for module in model.modules() if kernels else ():
+    for module in model.modules() if kernels or numba else ():
         if type(module).__module__ == "torchvision.models.resnet":
             _resnet(module)
 

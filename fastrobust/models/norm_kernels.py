@@ -263,32 +263,3 @@ def _gradients(x: Tensor, y: Tensor | None, sums: bool) -> tuple[Tensor, Tensor,
 @norm_relu_backward.register_fake
 def _(x, dy, dz, y, weight, bias, mean, spread, eps, train, sums):
     return _gradients(x, y, sums)
-
-
-class NormRelu(torch.autograd.Function):
-    """(z, y) of `norm_relu` with its derivatives. Where the sum comes after, or there is none, z is empty."""
-
-    @staticmethod
-    def forward(ctx, x, add, weight, bias, running_mean, running_var, momentum, eps, train, after):
-        z, y, mean, rstd = norm_relu(x, add, weight, bias, running_mean, running_var, momentum, eps, train, after)
-        before = add is not None and not after
-        statistics = (mean, rstd) if train else (running_mean, running_var)
-        ctx.save_for_backward(z if before else x, y if after else None, weight, bias, *statistics)
-        ctx.facts = eps, train, before
-        ctx.set_materialize_grads(False)
-        if not before:
-            ctx.mark_non_differentiable(z)
-        return z, y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dz, dy):
-        x, y, weight, bias, mean, spread = ctx.saved_tensors
-        eps, train, before = ctx.facts
-        own = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-        dy = torch.zeros_like(x) if dy is None else dy.contiguous(memory_format=torch.channels_last)
-        dz = dz.contiguous(memory_format=torch.channels_last) if before and dz is not None else None
-        dx, dadd, dweight, dbias = norm_relu_backward(x, dy, dz, y, weight, bias, mean, spread, eps, train, train or own)
-        dadd = dx if before else dadd if y is not None else None
-        dweight, dbias = (dweight.to(weight.dtype), dbias.to(bias.dtype)) if own else (None, None)
-        return dx, dadd, dweight, dbias, None, None, None, None, None, None

@@ -9,17 +9,15 @@ where there are many channels. Sums are rounded at other places than in a plain 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastrobust.runtime.errors import first_line
+from fastrobust.runtime.shared_work import by_threads
 
 CHANNELS, MANY = 64, 256  # of inputs and outputs: from which it pays, and of the largest layer for a whole model to gain
 PLACES = 36  # of a tile of 6 x 6 pixels
@@ -74,18 +72,8 @@ def _joined(products: Tensor, like: Tensor) -> Tensor:
 
 
 def _by_threads(kernel: Callable, images: Tensor, tiles: Tensor) -> None:
-    count, threads = len(images), min(len(images), torch.get_num_threads())
-    arrays, ends = (images.detach().numpy(), tiles.numpy()), [k * count // threads for k in range(threads + 1)]
-    parts = [(*arrays, first, last) for first, last in pairwise(ends)]
-    waiting = [_pool().submit(kernel, *part) for part in parts[1:]]
-    kernel(*parts[0])
-    for other in waiting:
-        other.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())
+    arrays = images.detach().numpy(), tiles.numpy()
+    by_threads(lambda first, last: kernel(*arrays, first, last), len(images))
 
 
 @cache

@@ -1,5 +1,6 @@
 """How a training step is run: eagerly, compiled, or captured whole as one CUDA graph; `fused` means kernels of our own
-(`models/fused.py`, `shadow.py`), `winograd` convolutions of our own (`models/winograd.py`). The step is the same function.
+(`models/fused.py`, `shadow.py`), `numba` such kernels on a CPU (`models/norm_numba.py`), `winograd` those and convolutions
+of our own (`models/winograd.py`). The step is the same function.
 
 A step takes a batch and changes tensors in place; nothing else leaves it. So it can be run on static buffers,
 recorded once on a CUDA stream, and replayed: learning rate, loss scale, random numbers and sums are device tensors that
@@ -21,6 +22,7 @@ from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
 WARM_UP = 3  # eager steps before a capture: they settle cuDNN's choices and the allocator
 WARM_UP_SHARED = 11  # and DistributedDataParallel's buckets
+BY_NUMBA = ("numba", "winograd")  # engines of a CPU
 Run = Callable[[Batch], None]
 
 
@@ -30,15 +32,15 @@ def choose(engine: str, device: torch.device) -> str:
         return "cuda_graph" if device.type == "cuda" else "eager"
     if "cuda_graph" in engine and device.type != "cuda":
         raise ConfigError(f"engine: {engine} needs a CUDA device, this is {device}; use auto, eager or compile")
-    if engine == "winograd" and device.type != "cpu":
-        raise ConfigError(f"engine: winograd is for a CPU, this is {device}; use auto")
+    if engine in BY_NUMBA and device.type != "cpu":
+        raise ConfigError(f"engine: {engine} is for a CPU, this is {device}; use auto")
     return engine
 
 
 def available(engine: str, device: torch.device) -> str:
     """The engine of a run that is resumed on this device: a run begun on a GPU goes on without graphs on a CPU."""
     if device.type == "cuda":
-        return engine.replace("winograd", "eager")
+        return "eager" if engine in BY_NUMBA else engine
     return engine.replace("+cuda_graph", "").replace("cuda_graph", "eager")
 
 

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from fastrobust.attack.gradient import frozen
 from fastrobust.models import fused
+from fastrobust.models.products import Products, have_amx
 from fastrobust.models.winograd import Filtering
 from fastrobust.runtime import cuda_graph
 from fastrobust.train.alignment import EVERY, UNKNOWN, alignment
@@ -50,7 +51,9 @@ class Learner:
     epoch_table, when each takes place, in epochs; averaging, the decay of averaged weights; kernels, whether the model
     uses our own; reads_weights, whether the method reads the model's weights itself; in_parts, whether some updates are
     made of the gradients of several parts of a batch (`part`); watched, whether the alignment of the attack's gradients
-    is noted (`alignment.py`); filtering, whether convolutions are those of `models/winograd.py`; the others as in a config.
+    is noted (`alignment.py`); filtering, whether convolutions are those of `models/winograd.py`; numba, whether BatchNorm
+    with ReLU is that of `models/norm_numba.py`, and in bf16 small convolutions those of `models/products.py`; the others as
+    in a config.
 
     With precision `fp16` the losses of attack and update are multiplied by a dynamic loss scale before they are
     differentiated: input gradients of confident examples are far below fp16's smallest number, and their signs would
@@ -79,8 +82,11 @@ class Learner:
         in_parts: bool = False,
         watched: bool = False,
         filtering: bool = False,
+        numba: bool = False,
     ):
-        self.model, self.part, self.filtering = model, Part(), filtering
+        self.model, self.part = model, Part()
+        amx = numba and precision == "bf16" and have_amx()
+        self.convolutions = Filtering if filtering else Products if amx else contextlib.nullcontext  # those of a pass
         self.moved: dict[str, Tensor] | None = None  # tensors that stand in for the model's own in the forward pass
         self.around_update = lambda learner, x, y, loss: contextlib.nullcontext()  # a context in which updates are made
         self.device = next(model.parameters()).device
@@ -107,8 +113,8 @@ class Learner:
         self.of_logits, self.label_smoothing, self.clip_gradients = LOSSES[loss], label_smoothing, clip_gradients
         self.average = None if averaging is None else Average(model, averaging)
         self.shadow: Shadow | None = None
-        if kernels or self.device.type == "cuda":
-            fused.prepare(model, kernels)
+        if kernels or numba or self.device.type == "cuda":
+            fused.prepare(model, kernels, numba)
         plain = isinstance(self.optimizer, torch.optim.SGD) and clip_gradients is None
         plain = plain and not reads_weights and not in_parts
         if kernels and precision != "fp32" and plain and all(g["factor"] == 1 for g in self.optimizer.param_groups):
@@ -127,7 +133,7 @@ class Learner:
 
     def forward(self, x: Tensor, twice: bool = False) -> Tensor:
         """The logits at x. twice: they can be differentiated twice."""
-        with self.autocast, Filtering() if self.filtering and not twice else contextlib.nullcontext():
+        with self.autocast, contextlib.nullcontext() if twice else self.convolutions():
             if self.moved is not None:
                 return functional_call(self.model, self.moved, x).float()
             return (self.shadow or self.model)(x).float()

@@ -152,6 +152,7 @@ def build(config: Config, loader, device: torch.device, world: World = ALONE, ne
         in_parts=any(phase.accumulate > 1 for phase in config.phases),
         watched=config.guard.action != "off",
         filtering=chosen_engine == "winograd",
+        numba=chosen_engine in engine.BY_NUMBA,
     )
     if world.joined:
         learner.share_gradients()

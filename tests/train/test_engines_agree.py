@@ -43,7 +43,8 @@ def steps(method: str, precision: str, name: str) -> Steps:
     noise = on_noise(method, precision, DEVICE.type, engine="eager" if name == "static" else name, network=Small())
     if name == "static":
         return run_steps(noise, 4, lambda step, batch: engine.StaticStep(step.take, batch))
-    assert noise.step.learner.filtering is (name == "winograd")
+    assert (noise.step.learner.convolutions is winograd.Filtering) == (name == "winograd")
+    assert (getattr(noise.step.learner.model.network.bn1, "kind", None) == fused.NUMBA) == (name in engine.BY_NUMBA)
     if "fused" in name:
         assert noise.step.threat.kernels == KERNELS and (noise.step.learner.shadow is None) == (
             precision == "fp32" or noise.step.method.reads_weights
@@ -58,7 +59,9 @@ def steps(method: str, precision: str, name: str) -> Steps:
 def test_engines_agree(method, precision, monkeypatch):
     monkeypatch.setattr(winograd, "CHANNELS", 8)
     plain = steps(method, precision, "eager")
-    others = ["cuda_graph", "fused+cuda_graph"] if CUDA else ["winograd"] if precision == "fp32" and NUMBA else []
+    others = ["cuda_graph", "fused+cuda_graph"] if CUDA else []
+    if NUMBA and not CUDA:
+        others = ["numba", "winograd"] if precision == "fp32" else ["numba"]
     for name in ("static", "fused", *others):
         found = steps(method, precision, name)
         assert found.rates == plain.rates and len(set(plain.rates)) == 4, name
