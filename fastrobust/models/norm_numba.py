@@ -1,6 +1,6 @@
 """BatchNorm and ReLU (and a residual sum before the BatchNorm) on channels-last activations, on a CPU, by the kernels of
-`norm_numba_kernels.py`: a training pass reads its input twice and writes once, a backward pass reads input and gradient twice
-and writes once; torch's operations take two to three times as many.
+`norm_numba_kernels.py`. A training pass reads its input twice and writes once, a backward pass reads input and gradient
+twice and writes once; torch's operations go through memory about twice as often.
 
 Sums are of blocks of rows, always the same blocks, so that the number of threads changes no bit. Importing this needs numba.
 """

@@ -1,7 +1,7 @@
 """Convolutions of small images as matrix products, in bf16 on a CPU with AMX.
 
-AMX multiplies tiles of 16 rows. oneDNN takes a row of an image for one, so that 4 pixels fill a quarter of a tile. Here every
-position of every image is a row of one large matrix, and its 9 neighbours with all their channels are the columns.
+AMX multiplies tiles of 16 rows. oneDNN fills them along a row of an image, so that 4 pixels fill a quarter of a tile. Here
+every position of every image is a row of one large matrix, and its 9 neighbours with all their channels are the columns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +21,7 @@ def have_amx() -> bool:
 
 
 def columns(x: Tensor, stride: int = 1) -> Tensor:
-    """(N h w) x 9C: of each output of a convolution of 3 x 3 pixels with a border of zeros what it sees. x: N x C x H x W."""
+    """(N h w) x 9C: what each output of a convolution of 3 x 3 pixels with a border of zeros sees. x: N x C x H x W."""
     n, channels, height, width = x.shape
     padded = x.new_zeros(n, height + 2, width + 2, channels)
     padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
@@ -44,8 +43,8 @@ class _Convolution(torch.autograd.Function):
         ctx.stride = stride
         if stride > 1:
             return torch.conv2d(x, weight, None, stride, 1)
-        matrix = weight.permute(2, 3, 1, 0).reshape(-1, len(weight))
-        return _images(columns(x) @ matrix, len(x), *x.shape[2:])
+        matrix = weight.permute(0, 2, 3, 1).reshape(len(weight), -1)  # a view, in channels-last memory
+        return _images(columns(x) @ matrix.T, len(x), *x.shape[2:])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -58,7 +57,8 @@ class _Convolution(torch.autograd.Function):
             given = dy, x, weight, None, [ctx.stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, wanted
             dx = torch.ops.aten.convolution_backward(*given)[0]
         elif of_x:
-            matrix = weight.flip(2, 3).permute(2, 3, 0, 1).reshape(-1, weight.shape[1])
+            mirrored = weight.permute(2, 3, 0, 1).reshape(9, -1, weight.shape[1]).flip(0)
+            matrix = mirrored.reshape(-1, weight.shape[1])
             dx = _images(columns(dy) @ matrix, len(x), *x.shape[2:])
         if of_weight:
             found = dy.permute(0, 2, 3, 1).reshape(-1, len(weight)).T @ columns(x, ctx.stride)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastrobust.config.schema import Config
-from fastrobust.models import fused, winograd
+from fastrobust.models import fused, products, winograd
 from fastrobust.models.weights import build_model
 from fastrobust.runtime import half, memory, trial
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -28,15 +28,15 @@ def speed(config: Config, network: nn.Module | None = None) -> float | None:
 
 
 def engine_for(config: Config, device: torch.device, network: nn.Module | None = None) -> str:
-    """The engine of a config whose precision is chosen. On a CPU `auto` is in bf16 `numba`, for a model with BatchNorm; in fp32
-    what a trial of the model finds faster: `eager` or `winograd`; it says what it found. Raises ConfigError where the engine
-    that is named cannot be had, or the model cannot take the images."""
+    """The engine of a config whose precision is chosen. On a CPU `auto` is in bf16 with AMX `numba`; in fp32 what a trial of
+    the model finds faster: `eager` or `winograd`; it says what it found. Raises ConfigError where the engine that is named
+    cannot be had, or the model cannot take the images."""
     if device.type == "cpu" and config.engine == "winograd" and (trouble := trouble_with_winograd(config, network)):
         raise ConfigError(f"engine: winograd cannot be had: {trouble}. Use auto")
     if device.type == "cpu" and config.engine == "numba" and (trouble := fused.trouble_with_numba()):
         raise ConfigError(f"engine: numba cannot be had: {trouble}. Use auto")
-    if device.type == "cpu" and config.engine == "auto" and config.precision == "bf16" and gains_by_numba(config, network):
-        return "numba"
+    if device.type == "cpu" and config.engine == "auto" and config.precision == "bf16" and products.have_amx():
+        return "eager" if fused.trouble_with_numba() else "numba"
     ratio = None
     if device.type == "cpu" and config.engine == "auto" and config.precision == "fp32" and not config.deterministic:
         ratio = speed_of_winograd(config, network)  # deterministic: a trial may end otherwise next time
@@ -45,13 +45,6 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     chosen = "winograd" if ratio >= trial.SURE else "eager"
     print(f"engine: {chosen}, in a trial Winograd's convolutions were {ratio:.2f} times as fast as plain ones", flush=True)
     return chosen
-
-
-def gains_by_numba(config: Config, network: nn.Module | None) -> bool:
-    """Whether there are kernels for a part of the model."""
-    with torch.random.fork_rng([]):
-        model = network or build_model(config, ("0", "1"))
-    return any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) and fused.trouble_with_numba() is None
 
 
 def trouble_with_winograd(config: Config, network: nn.Module | None) -> str | None:

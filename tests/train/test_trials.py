@@ -8,7 +8,7 @@ from torch import nn
 from training_runs import CPU
 
 from fastrobust.config import reading
-from fastrobust.models import winograd
+from fastrobust.models import fused, products, winograd
 from fastrobust.runtime import trial
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.train import precision, trials
@@ -74,7 +74,19 @@ def test_a_trial_decides(given, monkeypatch, capsys, ratio, chosen):
 )
 def test_no_trial_is_made_where_it_cannot_pay(given, monkeypatch, changes, network):
     asked = ratio_of(monkeypatch, 9.0)
+    monkeypatch.setattr(products, "have_amx", lambda: False)
     assert trials.engine_for(given(**{"engine": "auto"} | changes), CPU, network) == "eager" and not asked
+
+
+def test_half_precision_with_amx_has_kernels_of_numba(given, monkeypatch):
+    monkeypatch.setattr(products, "have_amx", lambda: True)
+    half = {"engine": "auto", "precision": "bf16"}
+    assert trials.engine_for(given(**half), CPU, Network()) == "numba"
+    assert trials.engine_for(given(**half | {"engine": "eager"}), CPU, Network()) == "eager"
+    monkeypatch.setattr(fused, "trouble_with_numba", lambda: "it needs numba (pip install numba): no module")
+    assert trials.engine_for(given(**half), CPU, Network()) == "eager"
+    with pytest.raises(ConfigError, match=r"engine: numba cannot be had: it needs numba .*Use auto"):
+        trials.engine_for(given(engine="numba"), CPU, Network())
 
 
 def test_what_cannot_be_had_by_name_is_refused(given, monkeypatch):
