@@ -22,7 +22,7 @@ from fastrobust.models.norm_function import NUMBA, TRITON, NormRelu
 from fastrobust.models.pixels import KernelNormalized, Normalized
 from fastrobust.runtime.errors import first_line
 
-DTYPES = {TRITON: (torch.float16, torch.bfloat16, torch.float32), NUMBA: (torch.bfloat16, torch.float32)}
+DTYPES = {None: (), TRITON: (torch.float16, torch.bfloat16, torch.float32), NUMBA: (torch.bfloat16, torch.float32)}
 
 
 def trouble(device: torch.device) -> str | None:
@@ -67,8 +67,8 @@ class CountedNorm(nn.BatchNorm2d):
     costs no kernel in a step (`prepare`). That tensor's attribute `unwritten`, a list of one number, is what it lacks. One
     that takes its place has no such attribute, and is counted in at once."""
 
-    kernels: str | None  # the kind of device on which kernels are used
-    kind: str | None  # whose: TRITON or NUMBA
+    kernels: str | None = None  # the kind of device on which kernels are used
+    kind: str | None = None  # whose: TRITON or NUMBA
     apart: bool = False  # whether the running averages that the backward pass holds are copies
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-
 import torch
 
-TRITON, NUMBA = "norm_kernels", "norm_numba"
+TRITON, NUMBA = "triton", "numba"
 
 
-@cache
 def _module(kind: str):
-    """A module with `norm_relu` and `norm_relu_backward`; importing it needs Triton or numba."""
-    return import_module(f"fastrobust.models.{kind}")
+    """A module with `norm_relu` and `norm_relu_backward`; importing it needs Triton or numba. The imports are written out:
+    torch's compiler follows no others."""
+    if kind == TRITON:
+        from fastrobust.models import norm_kernels as kernels
+    else:
+        from fastrobust.models import norm_numba as kernels
+    return kernels
 
 
 class NormRelu(torch.autograd.Function):

@@ -17,8 +17,8 @@ from torch import Tensor
 from fastrobust.models import norm_numba_kernels as kernels
 from fastrobust.runtime.shared_work import by_threads
 
-DTYPES = (torch.bfloat16, torch.float32)
 LONG = 1024  # numbers of a row, about: several positions of an image together
+FEW = 8  # rows
 BLOCKS, BLOCK = 32, 2**17  # blocks of rows at most, numbers of a block at least
 
 
@@ -27,7 +27,7 @@ def norm_relu(
     momentum: float, eps: float, train: bool, after: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(z, y, mean, 1 / standard deviation): z = x + add (empty without `add`), y = relu(batch_norm(z)). The last two are
-    empty unless `train`. `after` cannot be had."""
+    empty unless `train`. after: False, for there is no kernel that adds after the BatchNorm."""
     channels, times = x.shape[1], _times(x)
     z, y = x.new_empty(0) if add is None else torch.empty_like(x), torch.empty_like(x)
     given, out = _rows(x, times), _rows(y, times)
@@ -70,12 +70,10 @@ def norm_relu_backward(
 
 
 def _statistics(x: np.ndarray, summed: tuple | None, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel. Sums are of distances from an origin, the first row: a large mean costs no
+    """Mean and variance of each channel. Sums are of distances from an origin, the mean of a few rows: a large mean costs no
     digits."""
-    first = x[:1].copy()
-    if summed:
-        kernels.add(first, summed[0][:1].copy(), first, 0, 1)
-    origin = _numbers(first)[0]
+    few = np.arange(FEW) * len(x) // FEW
+    origin = _numbers(x[few]).mean(0) + (_numbers(summed[0][few]).mean(0) if summed else np.float32(0))
     if summed:
         s, q = _summed(kernels.statistics_of_sum, (x, *summed), (origin,), channels)
     else:

@@ -41,7 +41,7 @@ def number(context, stored):
 
 @intrinsic
 def stored_like(context, value, example):
-    """A float32 as it is stored: bf16 is rounded to the nearest, and to even between two."""
+    """A float32 as it is stored: bf16 is rounded to the nearest, and to even between two. NaN stays NaN."""
 
     def made(context, builder, signature, arguments):
         if example == types.float32:
@@ -49,7 +49,9 @@ def stored_like(context, value, example):
         bits = builder.bitcast(arguments[0], ir.IntType(32))
         number, odd = bits.type, builder.and_(builder.lshr(bits, bits.type(16)), bits.type(1))
         rounded = builder.add(bits, builder.add(odd, number(0x7FFF)))
-        return builder.trunc(builder.lshr(rounded, number(16)), ir.IntType(16))
+        is_number = builder.fcmp_ordered("ord", arguments[0], arguments[0])
+        kept = builder.select(is_number, builder.lshr(rounded, number(16)), number(0x7FC0))
+        return builder.trunc(kept, ir.IntType(16))
 
     return example(types.float32, example), made
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastrobust.runtime.half import has_bf16
+
 SIDE, CHANNELS = 4, 64  # of outputs: pixels at most, channels at least
 
 
 @cache
 def have_amx() -> bool:
-    return torch.cpu.get_capabilities().get("amx_bf16") is True
+    return has_bf16("amx_bf16")
 
 
 def columns(x: Tensor, stride: int = 1) -> Tensor:
@@ -71,7 +73,7 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         if function is torch.conv2d and not named and fits(*arguments):
-            x, weight, bias, stride = (*arguments, None, 1)[:4] if len(arguments) < 4 else arguments[:4]
+            x, weight, bias, stride = arguments[:4]
             stride = stride if isinstance(stride, int) else stride[0]
             y = _Convolution.apply(x, weight.to(x.dtype), stride)
             return y if bias is None else y + bias.to(y.dtype)[:, None, None]

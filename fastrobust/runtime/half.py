@@ -7,9 +7,11 @@ from functools import partial
 import torch
 
 
-def has_bf16() -> bool:
-    """Whether the processor has instructions for products of bf16 matrices (AVX512-BF16, AMX, Arm's BF16)."""
-    return any(present is True for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+def has_bf16(instructions: str = "bf16") -> bool:
+    """Whether the processor has instructions for products of bf16 matrices (AVX512-BF16, AMX, Arm's BF16), or those whose
+    name ends so. An older torch does not tell."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(present is True for name, present in known.items() if name.endswith(instructions))
 
 
 def passes(on: bool) -> torch.autocast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 
@@ -18,7 +18,10 @@ def by_threads(work: Callable[[int, int], object], count: int) -> None:
     ends = [k * count // threads for k in range(threads + 1)] if threads > 1 else [0, count]
     parts = list(pairwise(ends))
     waiting = [_pool().submit(work, *part) for part in parts[1:]]
-    work(*parts[0])
+    try:
+        work(*parts[0])
+    finally:
+        wait(waiting)
     for other in waiting:
         other.result()
 

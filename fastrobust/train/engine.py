@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from fastrobust.data.batch import Batch
-from fastrobust.models.fused import trouble, unwritten
+from fastrobust.models.fused import trouble, trouble_with_numba, unwritten
 from fastrobust.runtime.cuda_graph import on_stream, record
 from fastrobust.runtime.errors import ConfigError, first_line, is_out_of_memory
 
@@ -38,9 +38,12 @@ def choose(engine: str, device: torch.device) -> str:
 
 
 def available(engine: str, device: torch.device) -> str:
-    """The engine of a run that is resumed on this device: a run begun on a GPU goes on without graphs on a CPU."""
+    """The engine of a run that is resumed on this device: a run begun on a GPU goes on without graphs on a CPU, and one with
+    numba's kernels without them where numba is not."""
+    if engine in BY_NUMBA and (device.type == "cuda" or trouble_with_numba()):
+        return "eager"
     if device.type == "cuda":
-        return "eager" if engine in BY_NUMBA else engine
+        return engine
     return engine.replace("+cuda_graph", "").replace("cuda_graph", "eager")
 
 

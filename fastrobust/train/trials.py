@@ -33,10 +33,14 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     cannot be had, or the model cannot take the images."""
     if device.type == "cpu" and config.engine == "winograd" and (trouble := trouble_with_winograd(config, network)):
         raise ConfigError(f"engine: winograd cannot be had: {trouble}. Use auto")
-    if device.type == "cpu" and config.engine == "numba" and (trouble := fused.trouble_with_numba()):
+    if device.type == "cpu" and config.engine == "numba" and (trouble := trouble_with_kernels(config)):
         raise ConfigError(f"engine: numba cannot be had: {trouble}. Use auto")
     if device.type == "cpu" and config.engine == "auto" and config.precision == "bf16" and products.have_amx():
-        return "eager" if fused.trouble_with_numba() else "numba"
+        trouble = fused.trouble_with_numba()
+        print(
+            f"engine: {'eager' if trouble else 'numba'}, this processor has AMX; {trouble or 'in bf16 it gains'}", flush=True
+        )
+        return "eager" if trouble else "numba"
     ratio = None
     if device.type == "cpu" and config.engine == "auto" and config.precision == "fp32" and not config.deterministic:
         ratio = speed_of_winograd(config, network)  # deterministic: a trial may end otherwise next time
@@ -45,6 +49,13 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     chosen = "winograd" if ratio >= trial.SURE else "eager"
     print(f"engine: {chosen}, in a trial Winograd's convolutions were {ratio:.2f} times as fast as plain ones", flush=True)
     return chosen
+
+
+def trouble_with_kernels(config: Config) -> str | None:
+    """Why a run cannot have `engine: numba`, or None."""
+    if config.precision == "fp16":
+        return "it computes in fp32 or bf16, and precision is fp16"
+    return fused.trouble_with_numba()
 
 
 def trouble_with_winograd(config: Config, network: nn.Module | None) -> str | None:

@@ -94,6 +94,9 @@ def test_nan_stays_and_infinity_is_rounded_to():
     x[0, 0, 0, 0] = torch.nan
     assert norm_relu(layer, x)[1].isnan().sum() == 1
     with torch.no_grad():
+        layer.bias.view(torch.int32).fill_(0x7FFFFFFF)  # a NaN that rounding would carry into a zero
+        assert norm_relu(layer, pixels((1, 2, 2, 2), torch.bfloat16, 0))[1].isnan().all()
+        layer.bias.zero_()
         layer.weight.fill_(1e38)
         assert norm_relu(layer, pixels((1, 2, 2, 2), torch.bfloat16, 0).fill_(1e5))[1].isinf().all()
 

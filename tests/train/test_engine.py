@@ -84,8 +84,9 @@ def test_choose():
     assert engine.choose("compile", cpu) == "compile"
     with pytest.raises(ConfigError, match="needs a CUDA device"):
         engine.choose("compile+cuda_graph", cpu)
-    with pytest.raises(ConfigError, match="winograd is for a CPU"):
-        engine.choose("winograd", cuda)
+    for name in ("winograd", "numba"):
+        with pytest.raises(ConfigError, match=f"{name} is for a CPU"):
+            engine.choose(name, cuda)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +98,18 @@ def test_choose():
         ("eager", "eager"),
         ("fused+cuda_graph", "fused"),
         ("winograd", "winograd"),
+        ("numba", "numba"),
     ],
 )
-def test_a_run_that_was_begun_on_a_gpu_has_an_engine_on_a_cpu(begun, on_a_cpu):
+def test_a_run_that_was_begun_on_a_gpu_has_an_engine_on_a_cpu(begun, on_a_cpu, monkeypatch):
+    monkeypatch.setattr(engine, "trouble_with_numba", lambda: None)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert engine.available(begun, cpu) == on_a_cpu
     assert engine.choose(engine.available(begun, cpu), cpu) == on_a_cpu
-    assert engine.available(begun, cuda) == begun.replace("winograd", "eager")
+    assert engine.available(begun, cuda) == begun.replace("winograd", "eager").replace("numba", "eager")
     assert engine.choose(engine.available("auto", cpu), cpu) == "eager"
+    monkeypatch.setattr(engine, "trouble_with_numba", lambda: "it is not installed")
+    assert engine.available(begun, cpu) == on_a_cpu.replace("winograd", "eager").replace("numba", "eager")
 
 
 def test_failed_capture_says_so_once_and_runs_eagerly(monkeypatch, capsys):

@@ -12,7 +12,8 @@ from training_runs import Steps, on_noise, run_steps
 from triton_kernels import CUDA, DEVICE, missing
 
 from fastrobust.models import fused, winograd
-from fastrobust.train import engine
+from fastrobust.models.products import Products
+from fastrobust.train import engine, learner
 from tests.gpusim import sim
 
 KERNELS, NUMBA = missing() is None, importlib.util.find_spec("numba") is not None
@@ -44,6 +45,7 @@ def steps(method: str, precision: str, name: str) -> Steps:
     if name == "static":
         return run_steps(noise, 4, lambda step, batch: engine.StaticStep(step.take, batch))
     assert (noise.step.learner.convolutions is winograd.Filtering) == (name == "winograd")
+    assert (noise.step.learner.convolutions is Products) == (name == "numba" and precision == "bf16")
     assert (getattr(noise.step.learner.model.network.bn1, "kind", None) == fused.NUMBA) == (name in engine.BY_NUMBA)
     if "fused" in name:
         assert noise.step.threat.kernels == KERNELS and (noise.step.learner.shadow is None) == (
@@ -58,10 +60,11 @@ def steps(method: str, precision: str, name: str) -> Steps:
 @pytest.mark.parametrize(("method", "precision"), CASES)
 def test_engines_agree(method, precision, monkeypatch):
     monkeypatch.setattr(winograd, "CHANNELS", 8)
+    monkeypatch.setattr(learner, "have_amx", lambda: True)
     plain = steps(method, precision, "eager")
     others = ["cuda_graph", "fused+cuda_graph"] if CUDA else []
     if NUMBA and not CUDA:
-        others = ["numba", "winograd"] if precision == "fp32" else ["numba"]
+        others = {"fp32": ["numba", "winograd"], "bf16": ["numba"], "fp16": []}[precision]
     for name in ("static", "fused", *others):
         found = steps(method, precision, name)
         assert found.rates == plain.rates and len(set(plain.rates)) == 4, name

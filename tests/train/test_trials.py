@@ -78,15 +78,18 @@ def test_no_trial_is_made_where_it_cannot_pay(given, monkeypatch, changes, netwo
     assert trials.engine_for(given(**{"engine": "auto"} | changes), CPU, network) == "eager" and not asked
 
 
-def test_half_precision_with_amx_has_kernels_of_numba(given, monkeypatch):
+def test_half_precision_with_amx_has_kernels_of_numba(given, monkeypatch, capsys):
     monkeypatch.setattr(products, "have_amx", lambda: True)
     half = {"engine": "auto", "precision": "bf16"}
     assert trials.engine_for(given(**half), CPU, Network()) == "numba"
+    assert capsys.readouterr().out == "engine: numba, this processor has AMX; in bf16 it gains\n"
     assert trials.engine_for(given(**half | {"engine": "eager"}), CPU, Network()) == "eager"
     monkeypatch.setattr(fused, "trouble_with_numba", lambda: "it needs numba (pip install numba): no module")
     assert trials.engine_for(given(**half), CPU, Network()) == "eager"
     with pytest.raises(ConfigError, match=r"engine: numba cannot be had: it needs numba .*Use auto"):
         trials.engine_for(given(engine="numba"), CPU, Network())
+    with pytest.raises(ConfigError, match="engine: numba cannot be had: it computes in fp32 or bf16, and precision is fp16"):
+        trials.engine_for(given(engine="numba", precision="fp16"), CPU, Network())
 
 
 def test_what_cannot_be_had_by_name_is_refused(given, monkeypatch):
