@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastrobust.models.norm_function import NUMBA, TRITON, NormRelu
+from fastrobust.models.norm_function import NUMBA, TRITON, NormRelu, kernels_of
 from fastrobust.models.pixels import KernelNormalized, Normalized
+from fastrobust.runtime import compiled
 from fastrobust.runtime.errors import first_line
 
 DTYPES = {None: (), TRITON: (torch.float16, torch.bfloat16, torch.float32), NUMBA: (torch.bfloat16, torch.float32)}
@@ -55,11 +56,7 @@ def have_kernels(device: torch.device) -> bool:
 @cache
 def trouble_with_numba() -> str | None:
     """Why there are no kernels for a CPU, or None."""
-    try:
-        import fastrobust.models.norm_numba  # noqa: F401
-    except (ImportError, OSError, MemoryError) as error:  # OSError: LLVM does not fit under a limit of memory
-        return f"it needs numba (pip install numba): {first_line(error)}"
-    return None
+    return compiled.trouble(lambda: kernels_of(NUMBA))
 
 
 class CountedNorm(nn.BatchNorm2d):

@@ -8,7 +8,7 @@ import torch
 TRITON, NUMBA = "triton", "numba"
 
 
-def _module(kind: str):
+def kernels_of(kind: str):
     """A module with `norm_relu` and `norm_relu_backward`; importing it needs Triton or numba. The imports are written out:
     torch's compiler follows no others."""
     if kind == TRITON:
@@ -25,7 +25,7 @@ class NormRelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, x, add, weight, bias, running_mean, running_var, momentum, eps, train, after):
         given = weight, bias, running_mean, running_var, momentum, eps, train, after
-        z, y, mean, rstd = _module(kind).norm_relu(x, add, *given)
+        z, y, mean, rstd = kernels_of(kind).norm_relu(x, add, *given)
         before = add is not None and not after
         statistics = (mean, rstd) if train else (running_mean, running_var)
         ctx.save_for_backward(z if before else x, y if after else None, weight, bias, *statistics)
@@ -43,7 +43,7 @@ class NormRelu(torch.autograd.Function):
         own = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         dy = torch.zeros_like(x) if dy is None else dy.contiguous(memory_format=torch.channels_last)
         dz = dz.contiguous(memory_format=torch.channels_last) if before and dz is not None else None
-        backward = _module(kind).norm_relu_backward
+        backward = kernels_of(kind).norm_relu_backward
         dx, dadd, dweight, dbias = backward(x, dy, dz, y, weight, bias, mean, spread, eps, train, train or own)
         dadd = dx if before else dadd if y is not None else None
         dweight, dbias = (dweight.to(weight.dtype), dbias.to(bias.dtype)) if own else (None, None)

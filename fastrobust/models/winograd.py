@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastrobust.runtime.errors import first_line
+from fastrobust.runtime import compiled
 from fastrobust.runtime.shared_work import by_threads
 
 CHANNELS, MANY = 64, 256  # of inputs and outputs: from which it pays, and of the largest layer for a whole model to gain
@@ -122,8 +122,4 @@ def trouble(model: nn.Module, channels: int) -> str | None:
     layers = (m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == 1)
     if not any(m.kernel_size == (3, 3) and m.stride == (1, 1) and min(m.weight.shape[:2]) >= channels for m in layers):
         return f"the model has no convolution of 3 x 3 pixels, stride 1 and {channels} channels or more"
-    try:
-        _kernels()
-    except (ImportError, OSError, MemoryError) as error:  # OSError: LLVM does not fit under a limit of memory
-        return f"it needs numba (pip install numba): {first_line(error)}"
-    return None
+    return compiled.trouble(_kernels)

@@ -31,18 +31,20 @@ def engine_for(config: Config, device: torch.device, network: nn.Module | None =
     """The engine of a config whose precision is chosen. On a CPU `auto` is in bf16 with AMX `numba`; in fp32 what a trial of
     the model finds faster: `eager` or `winograd`; it says what it found. Raises ConfigError where the engine that is named
     cannot be had, or the model cannot take the images."""
-    if device.type == "cpu" and config.engine == "winograd" and (trouble := trouble_with_winograd(config, network)):
-        raise ConfigError(f"engine: winograd cannot be had: {trouble}. Use auto")
-    if device.type == "cpu" and config.engine == "numba" and (trouble := trouble_with_kernels(config)):
-        raise ConfigError(f"engine: numba cannot be had: {trouble}. Use auto")
-    if device.type == "cpu" and config.engine == "auto" and config.precision == "bf16" and products.have_amx():
+    if device.type != "cpu":
+        return engine.choose(config.engine, device)
+    if config.engine in engine.BY_NUMBA:
+        with_winograd = config.engine == "winograd"
+        if trouble := trouble_with_winograd(config, network) if with_winograd else trouble_with_kernels(config):
+            raise ConfigError(f"engine: {config.engine} cannot be had: {trouble}. Use auto")
+    if config.engine == "auto" and config.precision == "bf16" and products.have_amx():
         trouble = fused.trouble_with_numba()
         print(
             f"engine: {'eager' if trouble else 'numba'}, this processor has AMX; {trouble or 'in bf16 it gains'}", flush=True
         )
         return "eager" if trouble else "numba"
     ratio = None
-    if device.type == "cpu" and config.engine == "auto" and config.precision == "fp32" and not config.deterministic:
+    if config.engine == "auto" and config.precision == "fp32" and not config.deterministic:
         ratio = speed_of_winograd(config, network)  # deterministic: a trial may end otherwise next time
     if ratio is None:
         return engine.choose(config.engine, device)
