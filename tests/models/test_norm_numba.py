@@ -105,13 +105,11 @@ def test_nan_stays_and_infinity_is_rounded_to():
 def test_what_the_kernels_cannot_do_torch_does(what):
     layer, x = norm(4), pixels((2, 4, 3, 3), torch.float32, 0).requires_grad_()
     if what == "fp16":
-        layer, x = layer.eval(), x.detach().half().requires_grad_()
+        layer, x = layer.eval().half(), x.detach().half().requires_grad_()
     elif what == "contiguous":
         x = x.detach().contiguous(memory_format=torch.contiguous_format).requires_grad_()
     elif what == "one number for each channel":
         layer, x = layer.eval(), x.detach()[:1, :, :1, :1].contiguous(memory_format=torch.channels_last).requires_grad_()
-    if what == "fp16":
-        layer = layer.half()
     y = norm_add_relu(layer, x, x) if what == "added after the norm" else norm_relu(layer, x)[1]
     assert "NormRelu" not in type(y.grad_fn).__name__
 
