@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from fastrobust.verification.reduced import Reduced
 HEAVIEST = 100.0  # multiplier of what is given: keeps what rounding can do to a bound far below ROUNDING
 FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
 COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
+FARTHER = 2  # an end of a span that is so many times as far from 0 as the other one changes the triangle little
+FIRST_STEPS = 20  # of the optimiser, for the slopes that later bounds on the last layer begin with
 ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
 MANY = 2048  # ReLUs whose inputs are bounded at once, before any search
 
@@ -242,31 +245,30 @@ class Bounder:
         cost = -coefficients * lines.offset[:, self.last] * (domains.signs[:, self.last] == 0)
         least = cost.topk(min(COSTLY, cost.shape[1]), dim=1).values[:, -1:]
         owners, places = ((cost > 0) & (cost >= least)).nonzero(as_tuple=True)
-        given = domains.rows.clone()
+        given, span = domains.rows.clone(), domains.span.clone()
         given[:, self.reduced.inputs] -= tolerance
-        return self.spanned(domains, owners, places + self.last.start, steps, rate, given)
-
-    def spanned(
-        self,
-        domains: Domains,
-        owners: Tensor,
-        places: Tensor,
-        steps: int = 0,
-        rate: float = 0.1,
-        given: Tensor | None = None,
-    ) -> Domains:
-        """With bounds on the inputs of the ReLUs `places` in the domains `owners`. given: rows, one for each domain, that
-        are at most 0 where the bounds have to hold."""
-        span = domains.span.clone()
-        for owner, place in zip(owners.split(ROWS // 2), places.split(ROWS // 2), strict=True):
-            z, both = self.reduced.weights[place], owner.repeat(2)
-            asked = replace(domains.take(both), rows=torch.cat([z, -z]))
-            found, *_, weight = self.optimise(asked, None if given is None else given[both], steps, rate)
-            widened = torch.from_numpy(slack(found.numpy())) * (1 + weight[:, 0].double())
-            low, high = (found - widened).reshape(2, -1)
-            span[owner, 0, place] = torch.maximum(span[owner, 0, place], low)
-            span[owner, 1, place] = torch.minimum(span[owner, 1, place], -high)
+        for owner, place in zip(owners.split(ROWS // 2), (places + self.last.start).split(ROWS // 2), strict=True):
+            z, low, high = self.reduced.weights[place], -span[owner, 0, place], span[owner, 1, place]
+            sides = [low <= FARTHER * high, high <= FARTHER * low]
+            both = torch.cat([owner[side] for side in sides])
+            slopes = torch.cat(
+                [slope[place[side] - self.last.start] for slope, side in zip(self.slopes, sides, strict=True)]
+            )
+            asked = replace(domains.take(both), rows=torch.cat([z[sides[0]], -z[sides[1]]]), low=slopes)
+            asked.push.zero_()
+            found, *_, weight = self.optimise(asked, given[both], steps, rate)
+            found -= torch.from_numpy(slack(found.numpy())) * (1 + weight[:, 0].double())
+            low, high = found.split([int(side.sum()) for side in sides])
+            at = [(owner[side], k, place[side]) for k, side in enumerate(sides)]
+            span[at[0]], span[at[1]] = torch.maximum(span[at[0]], low), torch.minimum(span[at[1]], -high)
         return with_signs(replace(domains, span=span))
+
+    @cached_property
+    def slopes(self) -> Tensor:
+        """Good slopes for bounds on the inputs of the last layer's ReLUs from below and from above, float32 2 x n x U."""
+        rows = self.reduced.weights[self.last]
+        roots = self.root(torch.cat([rows, -rows]))
+        return self.optimise(roots, None, FIRST_STEPS, 0.1)[1].unflatten(0, (2, len(rows)))
 
 
 def with_signs(domains: Domains) -> Domains:

@@ -20,6 +20,7 @@ MORE, NEAR = 20, 0.05  # further steps where so much is left of what the first b
 END_STEPS = 100  # where nothing is left to split: a linear program takes HiGHS half a second
 ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where ReLUs are bounded anew
 DESCENTS, DOWN = 32, 10  # corners from which the row is followed downwards, the worst of a batch; steps
+ASIDE, FIRST_ASIDE = 0.1, 0.1  # share of the time for a search of another kind; seconds that its first call may take
 MOST = 500_000  # domains, for the sake of memory
 
 
@@ -111,17 +112,29 @@ def program(bounder: Bounder, row: Tensor, seconds: float) -> tuple[str, Tensor 
 
 
 def decide(
-    bounder: Bounder, rows: Tensor, deadline: float, broken: Callable[[Tensor], Tensor]
+    bounder: Bounder,
+    rows: Tensor,
+    deadline: float,
+    broken: Callable[[Tensor], Tensor],
+    beside: Callable[[list[int]], bool] = lambda targets: False,
 ) -> tuple[list[int], Tensor | None, int]:
     """(of the rows, N x (D + 1 + U), those of which it is not known whether row . [x, 1, r] > TOLERANCE everywhere; an
     adversarial input if one was found; domains visited). `broken` says of inputs (N x D) whether they are adversarial; the
-    deadline is one of time.monotonic()."""
+    deadline is one of time.monotonic(). `beside` gets ASIDE of the time, and the numbers of the open rows. Where it answers
+    True, the search stops."""
+    began, aside, last = time.monotonic(), 0.0, FIRST_ASIDE
     roots = rooted(bounder, rows)
     open_ = Open(rows, roots.take(roots.bound <= TOLERANCE))
     visited, stuck = len(roots), set()
     while True:
+        targets = stuck | open_.targets()
         if not len(open_) or time.monotonic() > deadline or visited > MOST:
-            return sorted(stuck | open_.targets()), None, visited
+            return sorted(targets), None, visited
+        if aside + last < ASIDE * ((now := time.monotonic()) - began):
+            if beside(sorted(targets)):
+                return sorted(targets), None, visited
+            last = time.monotonic() - now
+            aside += last
         worst = open_.worst(BATCH)
         again = torch.isin(worst.depth, torch.tensor(ANEW))
         if again.any():

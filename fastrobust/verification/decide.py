@@ -11,6 +11,7 @@ single precision and one in double precision both misclassify. `timeout`: neithe
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from fastrobust.verification import bounds, branch, search
 from fastrobust.verification.lowering import lower_model
 from fastrobust.verification.network import DTYPE, Network
 from fastrobust.verification.reduced import TooLarge
+from fastrobust.verification.squares import Squares
 
 INSIDE = 1 - 1e-6  # searches use this part of epsilon, so that rounding to single precision stays within epsilon
 
@@ -140,6 +142,16 @@ class Decider:
                     return broken, found
         return broken, found
 
+    def margin_to(self, label: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """The logit of the label above that of another class, of points (N x C x H x W) and a class each (int64 N)."""
+
+        def margin(points: Tensor, goals: Tensor) -> Tensor:
+            with torch.no_grad():
+                logits = self.model(points).float()
+            return logits[:, int(label)] - logits.gather(1, goals[:, None])[:, 0]
+
+        return margin
+
     def search(self, index: int, x: Tensor, label: Tensor, timeout: float) -> Verdict:
         """One image that plain bounds and a first attack leave open."""
         began = time.monotonic()
@@ -154,6 +166,15 @@ class Decider:
             broken, points = self.attack(many, label.expand(len(targets)), targets, **options)
             return points[broken]
 
+        low, high = ((x + side).clamp(0, 1) for side in (-self.inside.radius, self.inside.radius))
+        squares = Squares(self.margin_to(label), low, high, others)
+
+        def another(todo: Tensor) -> Tensor:
+            with evaluating(self.model):
+                point = squares.follow(todo.tolist())
+            points = x[None][:0] if point is None else point[None]
+            return points[confirmed(points)]
+
         def rounded(pixels: Tensor) -> Tensor:
             inner = (pixels.reshape(-1, *self.shape) - x.to(DTYPE)).clamp(-self.epsilon * INSIDE, self.epsilon * INSIDE)
             return (x.to(DTYPE) + inner).clamp(0, 1).float()
@@ -163,7 +184,7 @@ class Decider:
 
         try:
             bounded = self.margins(x, label, 20, deadline)
-            found = search.decide(*bounded, deadline, attack, rounded, confirmed)
+            found = search.decide(*bounded, deadline, attack, rounded, confirmed, another)
         except TooLarge:
             found = search.Found(search.OPEN, "too many open ReLUs")
         seconds = round(time.monotonic() - began, 4)

@@ -48,10 +48,11 @@ def decide(
     attack: Callable[[Tensor], Tensor],
     rounded: Callable[[Tensor], Tensor],
     confirmed: Callable[[Tensor], Tensor],
+    another: Callable[[Tensor], Tensor] = lambda rows: torch.empty(0),
 ) -> Found:
     """From what `margins` gave. attack: tries to break the rows with these numbers, and gives the points with which it did.
     rounded: inputs (float64 N x all) as points that may be shown. confirmed: which points break a row beyond doubt; nothing
-    else counts."""
+    else counts. another: an attack that is called again and again, and goes on where it was."""
     todo = (least <= branch.TOLERANCE).nonzero()[:, 0]
     if not len(todo):
         return Found(HOLDS, "optimised bounds")
@@ -64,7 +65,15 @@ def decide(
     adversarial = lambda corners: confirmed(points_of(corners))
     began, few = time.monotonic(), len(bounder.reduced.lower) <= FEW
     until = began + FIRST * (deadline - began) if few else deadline
-    left, corner, domains = branch.decide(bounder, questions[todo], until, adversarial)
+    witnesses: list[Tensor] = []
+
+    def beside(rows: list[int]) -> bool:
+        witnesses.extend(another(todo[rows]))
+        return bool(witnesses)
+
+    left, corner, domains = branch.decide(bounder, questions[todo], until, adversarial, beside)
+    if witnesses:
+        return Found(FAILS, "search by squares", domains, witnesses[0])
     if corner is not None:
         return Found(FAILS, "branch and bound", domains, points_of(corner[None])[0])
     for target in todo[left].tolist():

@@ -91,7 +91,7 @@ def test_the_program_at_the_end_agrees_with_brute_force(monkeypatch):
 def test_few_open_relus_leave_two_thirds_of_the_time_to_the_program(monkeypatch, few):
     model, now, told = tiny(0, scale=6.0), [0.0], {}
 
-    def branched(bounder, rows, until, broken):
+    def branched(bounder, rows, until, broken, beside):
         told["branch and bound"] = until - now[0]
         now[0] = until
         return list(range(len(rows))), None, 7
