@@ -25,7 +25,7 @@ FASTER = 4  # multipliers have further to go than slopes, which lie in [0, 1]
 COSTLY = 24  # ReLUs of the last layer whose bounds are renewed at a time, in a domain
 FARTHER = 2  # an end of a span that is so many times as far from 0 as the other one changes the triangle little
 FIRST_STEPS = 20  # of the optimiser, for the slopes that later bounds on the last layer begin with
-ROWS = 512  # at once, when the last layer is bounded anew: more does not fit into the caches
+ROWS = {"cpu": 512, "cuda": 16384}  # at once, when the last layer is bounded anew: what the caches hold, or fills a GPU
 MANY = 2048  # ReLUs whose inputs are bounded at once, before any search
 
 
@@ -245,9 +245,9 @@ class Bounder:
         cost = -coefficients * lines.offset[:, self.last] * (domains.signs[:, self.last] == 0)
         least = cost.topk(min(COSTLY, cost.shape[1]), dim=1).values[:, -1:]
         owners, places = ((cost > 0) & (cost >= least)).nonzero(as_tuple=True)
-        given, span = domains.rows.clone(), domains.span.clone()
+        given, span, size = domains.rows.clone(), domains.span.clone(), ROWS[domains.rows.device.type] // 2
         given[:, self.reduced.inputs] -= tolerance
-        for owner, place in zip(owners.split(ROWS // 2), (places + self.last.start).split(ROWS // 2), strict=True):
+        for owner, place in zip(owners.split(size), (places + self.last.start).split(size), strict=True):
             z, low, high = self.reduced.weights[place], -span[owner, 0, place], span[owner, 1, place]
             sides = [low <= FARTHER * high, high <= FARTHER * low]
             both = torch.cat([owner[side] for side in sides])
@@ -257,7 +257,7 @@ class Bounder:
             asked = replace(domains.take(both), rows=torch.cat([z[sides[0]], -z[sides[1]]]), low=slopes)
             asked.push.zero_()
             found, *_, weight = self.optimise(asked, given[both], steps, rate)
-            found -= torch.from_numpy(slack(found.numpy())) * (1 + weight[:, 0].double())
+            found -= slack(found) * (1 + weight[:, 0].double())
             low, high = found.split([int(side.sum()) for side in sides])
             at = [(owner[side], k, place[side]) for k, side in enumerate(sides)]
             span[at[0]], span[at[1]] = torch.maximum(span[at[0]], low), torch.minimum(span[at[1]], -high)

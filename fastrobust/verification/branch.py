@@ -13,7 +13,7 @@ from fastrobust.verification.bounds import Bounder, Domains, join
 from fastrobust.verification.narrowing import follow, narrow, pays, renew
 
 TOLERANCE = 1e-4  # what a margin must exceed to count as positive
-BATCH = 256  # domains that are split at once
+BATCH = {"cpu": 256, "cuda": 4096}  # domains that are split at once
 CANDIDATES = 5  # ReLUs that are tried before one is chosen for a split
 STEPS, RATE = 10, 0.05  # of the optimiser, for the bound of a domain
 MORE, NEAR = 20, 0.05  # further steps where so much is left of what the first bound lacked: nothing grows from a proof
@@ -21,7 +21,7 @@ END_STEPS = 100  # where nothing is left to split: a linear program takes HiGHS 
 ANEW, ANEW_STEPS = (0, 2, 4, 6, 9, 12, 18, 24, 30, 36), 14  # levels of a tree where ReLUs are bounded anew
 DESCENTS, DOWN = 32, 10  # corners from which the row is followed downwards, the worst of a batch; steps
 ASIDE, FIRST_ASIDE = 0.1, 0.1  # share of the time for a search of another kind; seconds that its first call may take
-MOST = 500_000  # domains, for the sake of memory
+MOST = 250_000  # open domains, for the sake of memory
 
 
 def split(bounder: Bounder, domains: Domains) -> tuple[Tensor, Tensor]:
@@ -128,14 +128,14 @@ def decide(
     visited, stuck = len(roots), set()
     while True:
         targets = stuck | open_.targets()
-        if not len(open_) or time.monotonic() > deadline or visited > MOST:
+        if not len(open_) or time.monotonic() > deadline or len(open_) > MOST:
             return sorted(targets), None, visited
         if aside + last < ASIDE * ((now := time.monotonic()) - began):
             if beside(sorted(targets)):
                 return sorted(targets), None, visited
             last = time.monotonic() - now
             aside += last
-        worst = open_.worst(BATCH)
+        worst = open_.worst(BATCH[rows.device.type])
         again = torch.isin(worst.depth, torch.tensor(ANEW))
         if again.any():
             told = again & pays(worst)

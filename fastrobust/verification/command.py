@@ -16,6 +16,7 @@ from fastrobust.data.held_out import spread
 from fastrobust.evaluation.answers import answers
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
+from fastrobust.runtime.distributed import pick_device
 from fastrobust.runtime.errors import FastrobustError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
@@ -34,6 +35,7 @@ def command(arguments) -> int:
         return a_property(arguments)
     if arguments.epsilon is None:
         raise FastrobustError("the verification of a run needs a radius, such as --epsilon 0.1 or --epsilon 8/255")
+    device = pick_device(arguments.device)
     trained = open_trained(arguments.run, arguments.data)
     if (norm := arguments.norm or trained.config.norm) != "linf":
         why = "it was trained in it: --norm linf verifies it in L-infinity" if arguments.norm is None else "use --norm linf"
@@ -55,7 +57,7 @@ def command(arguments) -> int:
         print(f"{len(chosen) - len(todo)} of {len(chosen)} images have been decided before")
     try:
         about_time = (arguments.epsilon, arguments.timeout, arguments.workers)
-        workers.decide_all(trained.model, network, data, verdicts, todo, chosen, *about_time)
+        workers.decide_all(trained.model, network, data, verdicts, todo, chosen, *about_time, str(device))
     except KeyboardInterrupt:
         print(f"stopped; the verdicts so far are in {folder}: run the same command to go on", file=sys.stderr)
         return 130
@@ -65,7 +67,7 @@ def command(arguments) -> int:
     if (more := examples_in(folder / "summary.json")) > len(chosen):  # of the same weights and test set
         print(f"summary.json keeps the result on {more} images of an earlier call")
     else:
-        write_json(folder / "summary.json", summary | machine.environment("cpu"))
+        write_json(folder / "summary.json", summary | machine.environment(device.type))
     show(summary, folder)
     if arguments.json:
         print(json.dumps(summary))
@@ -82,7 +84,7 @@ def a_property(arguments) -> int:
         if getattr(arguments, name) is not None:
             raise FastrobustError(f"--{name} says nothing about a property; its file holds the inputs that are meant")
     began = time.monotonic()
-    answer = properties.verify(Path(arguments.run), Path(arguments.vnnlib), arguments.timeout)
+    answer = properties.verify(Path(arguments.run), Path(arguments.vnnlib), arguments.timeout, pick_device(arguments.device))
     seconds = round(time.monotonic() - began, 3)
     if arguments.output:
         write_text(Path(arguments.output), answer.text())

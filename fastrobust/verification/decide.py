@@ -45,10 +45,18 @@ class Verdict:
 
 
 class Decider:
-    """Decides images of one shape (C x H x W) for one model in eval mode on the CPU. network: the model's, if known."""
+    """Decides images of one shape (C x H x W) for one model in eval mode on the CPU. network: the model's, if known.
+    device: where branch and bound works."""
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...], epsilon: float, network: Network | None = None):
-        self.model, self.epsilon, self.shape = model, epsilon, shape
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: tuple[int, ...],
+        epsilon: float,
+        network: Network | None = None,
+        device: torch.device = search.CPU,
+    ):
+        self.model, self.epsilon, self.shape, self.device = model, epsilon, shape, device
         self.inside = Threat(epsilon * INSIDE)
         self.network = lower_model(model, shape) if network is None else network
         classes = np.eye(len(self.network.outputs.shift))
@@ -184,7 +192,7 @@ class Decider:
 
         try:
             bounded = self.margins(x, label, 20, deadline)
-            found = search.decide(*bounded, deadline, attack, rounded, confirmed, another)
+            found = search.decide(*bounded, deadline, attack, rounded, confirmed, another, self.device)
         except TooLarge:
             found = search.Found(search.OPEN, "too many open ReLUs")
         seconds = round(time.monotonic() - began, 4)

@@ -31,14 +31,14 @@ def decide(
     signs: int8 U, positive or negative for a ReLU that is active or inactive in the part of the box that is asked about,
     else 0. ends: int8 D, -1 or 1 for an input that is at that end of its range there, else 0. span: 2 x U, bounds on the
     inputs of the other ReLUs there."""
-    count, inputs = len(reduced.lower), reduced.inputs
-    part = lambda rows: (np.delete(rows.numpy(), inputs, -1), rows[..., inputs].numpy())  # (of [x, r], constants)
+    count, inputs, array = len(reduced.lower), reduced.inputs, lambda t: t.cpu().numpy()
+    part = lambda rows: (np.delete(array(rows), inputs, -1), array(rows[..., inputs]))  # (of [x, r], constants)
     (weights, shift), (row, constant) = part(reduced.weights), part(row)
-    low, high = reduced.lower.numpy(), reduced.upper.numpy()
+    low, high = array(reduced.lower), array(reduced.upper)
     if span is not None:
-        low, high = (np.where(signs.numpy() == 0, new, old) for new, old in zip(span.numpy(), (low, high), strict=True))
-    signs = np.zeros(count) if signs is None else signs.numpy()
-    ends = np.zeros(inputs) if ends is None else ends.numpy()
+        low, high = (np.where(array(signs) == 0, new, old) for new, old in zip(array(span), (low, high), strict=True))
+    signs = np.zeros(count) if signs is None else array(signs)
+    ends = np.zeros(inputs) if ends is None else array(ends)
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
     wide = sparse.hstack([sparse.csr_array((count, inputs)), eye])
     diagonal = lambda values: sparse.dia_array((values[None], [0]), shape=(count, count))

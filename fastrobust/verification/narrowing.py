@@ -13,7 +13,7 @@ from fastrobust.verification.bounds import Bounder, Domains, with_signs
 from fastrobust.verification.network import ROUNDING
 from fastrobust.verification.reduced import Reduced
 
-PRICES = torch.tensor([[0.5], [1], [2], [4]], dtype=torch.float64)  # of the room in a bound, as multiples of the mean
+PRICES = (0.5, 1, 2, 4)  # of the room in a bound, as multiples of the mean
 NEWS, ROUNDS = 0.02, 2  # spans are renewed if so large a share of signs and ends is newly fixed; so often in a row at most
 ENDS = 0.01  # spans are renewed only if so large a share of the inputs is fixed at an end
 
@@ -132,7 +132,9 @@ class Local:
         cost, room = cost[both, self.inputs], room[both[:, 0]]
         away = 2 * (slope * cost).sign().clamp(max=0).neg() * lines.free  # to the end that the bound on the row dislikes
         gain, dear = slope.abs() * away, cost.abs() * away
-        price = PRICES * (gain.sum(1) / dear.sum(1).clamp(min=1e-12))  # any price of room gives a bound
+        price = gain.new_tensor(PRICES)[:, None] * (
+            gain.sum(1) / dear.sum(1).clamp(min=1e-12)
+        )  # any price of room gives a bound
         saved = torch.minimum(gain, price[:, :, None] * dear).sum(2) - price * room
         value = value + saved.max(0).values.clamp(min=0) - ROUNDING * (1 + value.abs())
         low, high = value.split(len(owners))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 
 DTYPE = torch.float64
 ROUNDING = 1e-9  # every bound is widened by it: far above what the additions behind a bound lose in double precision
+Numbers = TypeVar("Numbers", Tensor, np.ndarray)
 LARGE = 1e3  # bounds beyond it are widened in proportion
 
 
-def slack(bounds: np.ndarray) -> np.ndarray:
+def slack(bounds: Numbers) -> Numbers:
     """How much each of these bounds is widened."""
-    return ROUNDING * np.maximum(1, abs(bounds) / LARGE)
+    return ROUNDING * (abs(bounds) / LARGE).clip(1)
 
 
 @dataclass(frozen=True)

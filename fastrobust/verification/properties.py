@@ -42,19 +42,19 @@ class Answer:
         return f"{self.answer}\n({chr(10).join(named)}\n)\n"
 
 
-def verify(network: Path, property_: Path, timeout: float) -> Answer:
-    """timeout: seconds for all of it. Raises FastrobustError."""
+def verify(network: Path, property_: Path, timeout: float, device: torch.device = search.CPU) -> Answer:
+    """timeout: seconds for all of it. device: of branch and bound. Raises FastrobustError."""
     deadline = time.monotonic() + timeout
     onnx, cases = OnnxNetwork(network), vnnlib.read(property_)
     found = [Answer("unsat", "no input is in the box")]
     for case in cases:
-        found.append(_decide(onnx, case, deadline))
+        found.append(_decide(onnx, case, deadline, device))
         if found[-1].answer == "sat":
             return found[-1]
     return next((answer for answer in found if answer.answer != "unsat"), found[-1])
 
 
-def _decide(onnx: OnnxNetwork, case: vnnlib.Case, deadline: float) -> Answer:
+def _decide(onnx: OnnxNetwork, case: vnnlib.Case, deadline: float, device: torch.device) -> Answer:
     size = len(case.low)
     if size != torch.Size(onnx.shape).numel():
         raise FastrobustError(f"the property has {size} inputs, {onnx.path} takes {' x '.join(map(str, onnx.shape))}")
@@ -95,7 +95,7 @@ def _decide(onnx: OnnxNetwork, case: vnnlib.Case, deadline: float) -> Answer:
             found = search.Found(search.FAILS, "attack", witness=points[0])
         else:
             bounded = search.margins(network, (case.low, case.high), network.outputs, 20, deadline)
-            found = search.decide(*bounded, deadline, attack, rounded, confirmed)
+            found = search.decide(*bounded, deadline, attack, rounded, confirmed, device=device)
     except TooLarge:
         found = search.Found(search.OPEN, "too many open ReLUs")
     if found.answer == search.FAILS:

@@ -8,7 +8,7 @@ U is a few hundred where the network has thousands, and everything after this po
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,11 @@ class Reduced:
         empty, count = torch.zeros(0, dtype=DTYPE), len(centre)
         pixels = sparse.hstack([sparse.diags_array(radius.numpy()), sparse.csr_array(centre.numpy()[:, None])], format="csr")
         return Reduced(empty.reshape(0, count + 1), empty, empty, (), centre, radius, torch.arange(count), {0: pixels})
+
+    def to(self, device: torch.device) -> Reduced:
+        """With its tensors there, and without the values that a further layer would take."""
+        names = ("weights", "lower", "upper", "centre", "radius", "kept")
+        return replace(self, values={}, **{name: getattr(self, name).to(device) for name in names})
 
     @property
     def inputs(self) -> int:

@@ -3,6 +3,7 @@ at the last a mixed-integer program."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.network import Network, Sum
 
 HOLDS, FAILS, OPEN = "holds", "fails", "open"
+CPU = torch.device("cpu")
 FEW, FIRST = 300, 1 / 3  # with at most FEW open ReLUs branch and bound has the share FIRST of the time, and HiGHS the rest
 
 
@@ -27,6 +29,11 @@ class Found:
     by: str
     domains: int = 0
     witness: Tensor | None = None
+
+
+def made_on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside, new tensors are made on the device. (For the CPU nothing is done: this costs time.)"""
+    return contextlib.nullcontext() if device == CPU else device
 
 
 def margins(
@@ -49,10 +56,12 @@ def decide(
     rounded: Callable[[Tensor], Tensor],
     confirmed: Callable[[Tensor], Tensor],
     another: Callable[[Tensor], Tensor] = lambda rows: torch.empty(0),
+    device: torch.device = CPU,
 ) -> Found:
     """From what `margins` gave. attack: tries to break the rows with these numbers, and gives the points with which it did.
     rounded: inputs (float64 N x all) as points that may be shown. confirmed: which points break a row beyond doubt; nothing
-    else counts. another: an attack that is called again and again, and goes on where it was."""
+    else counts. another: an attack that is called again and again, and goes on where it was. device: where
+    branch and bound works; all else is done on the CPU."""
     todo = (least <= branch.TOLERANCE).nonzero()[:, 0]
     if not len(todo):
         return Found(HOLDS, "optimised bounds")
@@ -61,17 +70,24 @@ def decide(
     if len(points := attack(todo)):
         return Found(FAILS, "attack", witness=points[0])
 
-    points_of = lambda corners: rounded(bounder.reduced.images(corners))
-    adversarial = lambda corners: confirmed(points_of(corners))
+    points_of = lambda corners: rounded(bounder.reduced.images(corners.cpu()))
+
+    def adversarial(corners: Tensor) -> Tensor:
+        with CPU:  # whatever `made_on` says around it
+            return confirmed(points_of(corners)).to(corners.device)
+
     began, few = time.monotonic(), len(bounder.reduced.lower) <= FEW
     until = began + FIRST * (deadline - began) if few else deadline
     witnesses: list[Tensor] = []
 
     def beside(rows: list[int]) -> bool:
-        witnesses.extend(another(todo[rows]))
+        with CPU:
+            witnesses.extend(another(todo[rows]))
         return bool(witnesses)
 
-    left, corner, domains = branch.decide(bounder, questions[todo], until, adversarial, beside)
+    with made_on(device):
+        there = bounder if device == CPU else Bounder(bounder.reduced.to(device), bounder.deadline)
+        left, corner, domains = branch.decide(there, questions[todo].to(device), until, adversarial, beside)
     if witnesses:
         return Found(FAILS, "search by squares", domains, witnesses[0])
     if corner is not None:

@@ -32,13 +32,13 @@ CHUNK = 10  # images that a worker takes at a time, fewer where that would leave
 _decider = None  # of a worker
 
 
-def start_worker(model: bytes, network: bytes, shape: tuple[int, ...], epsilon: float, die_with_parent: Callable) -> None:
+def start_worker(model: bytes, network: bytes, shape: tuple[int, ...], epsilon: float, device: str, die: Callable) -> None:
     global _decider
-    die_with_parent(0)
+    die(0)  # with the parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # numbers below 1e-38 are slow, and far below what bounds are widened by
-    _decider = Decider(pickle.loads(model), shape, epsilon, pickle.loads(network))
+    _decider = Decider(pickle.loads(model), shape, epsilon, pickle.loads(network), torch.device(device))
 
 
 def work(indices: list[int], images, labels, timeout: float) -> list:
@@ -91,16 +91,17 @@ def decide_all(
     epsilon: float,
     timeout: float,
     workers: int,
+    device: str = "cpu",
 ) -> None:
     """Decide the images with the numbers `todo`, of all that are `chosen`, and keep each verdict as it is found. network:
-    the model's. timeout: seconds for one image. Raises FastrobustError."""
+    the model's. timeout: seconds for one image. device: of branch and bound, for all workers. Raises FastrobustError."""
     size = max(1, min(CHUNK, len(todo) // (4 * workers)))
     chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
     total = len(chosen)
     tally = Counter(kept.found[i]["verdict"] for i in chosen if i in kept.found)
     if not chunks:
         return
-    about = (portable(model), pickle.dumps(network), tuple(data.images.shape[1:]), epsilon, DieWith(os.getpid()))
+    about = (portable(model), pickle.dumps(network), tuple(data.images.shape[1:]), epsilon, device, DieWith(os.getpid()))
     pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("spawn"), start_worker, about)
     try:
         with Progress("verify", total, total - len(todo)) as bar:

@@ -22,6 +22,7 @@ from fastrobust.verification import branch, milp, search
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
 from fastrobust.verification.lowering import lower_model
+from tests.gpusim import sim
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 
@@ -193,6 +194,19 @@ def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
                 assert (point - image).abs().max() <= epsilon + 1e-7
                 assert model(v.witness[None]).argmax() != v.label
     assert kinds == {"misclassified", "verified", "falsified"}
+
+
+@pytest.mark.parametrize("device", ["cpu:0", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_verdicts_are_the_same_on_another_device(device):
+    """cpu:0 is the CPU by another name: branch and bound is carried there and back as to a GPU."""
+    if device == "cuda" and (sim.HERE or not torch.cuda.is_available()):
+        pytest.skip("needs a CUDA GPU")
+    model, x = tiny(0, scale=6.0), images(24, 5)[[7, 9, 23]]
+    labels = model(x.float() / 255).argmax(1)
+    here = Decider(model, SHAPE, 0.1).decide(list(range(3)), x, labels, 60.0)
+    there = Decider(model, SHAPE, 0.1, device=torch.device(device)).decide(list(range(3)), x, labels, 60.0)
+    assert [v.verdict for v in there] == [v.verdict for v in here]
+    assert {v.verdict for v in here if v.domains} == {"verified", "falsified"}  # both by branch and bound
 
 
 def test_no_time_gives_timeouts_not_wrong_verdicts():

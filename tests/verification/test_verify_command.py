@@ -162,6 +162,8 @@ def test_no_process_outlives_a_command_that_is_killed(finished_run, tmp_path):
 def test_bad_arguments(finished_run, capsys):
     assert cli(["verify", str(finished_run), "--epsilon", "0"]) == 2
     assert "larger than 0" in capsys.readouterr().err
+    assert cli(["verify", str(finished_run), "--epsilon", "0.1", "--device", "cuda:99"]) == 2
+    assert "cuda:99 is not there" in capsys.readouterr().err
     for mistake in (["--epsilon", "0.1", "--timeout", "nan"], ["--epsilon", "0.1", "--timeout", "0"], ["--epsilon", "8"]):
         with pytest.raises(SystemExit) as caught:
             cli(["verify", str(finished_run), *mistake])
