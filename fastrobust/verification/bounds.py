@@ -251,10 +251,8 @@ class Bounder:
             z, low, high = self.reduced.weights[place], -span[owner, 0, place], span[owner, 1, place]
             sides = [low <= FARTHER * high, high <= FARTHER * low]
             both = torch.cat([owner[side] for side in sides])
-            slopes = torch.cat(
-                [slope[place[side] - self.last.start] for slope, side in zip(self.slopes, sides, strict=True)]
-            )
-            asked = replace(domains.take(both), rows=torch.cat([z[sides[0]], -z[sides[1]]]), low=slopes)
+            low = torch.cat([self.slopes[k][place[side] - self.last.start] for k, side in enumerate(sides)])
+            asked = replace(domains.take(both), rows=torch.cat([z[sides[0]], -z[sides[1]]]), low=low)
             asked.push.zero_()
             found, *_, weight = self.optimise(asked, given[both], steps, rate)
             found -= slack(found) * (1 + weight[:, 0].double())

@@ -180,8 +180,7 @@ class Decider:
         def another(todo: Tensor) -> Tensor:
             with evaluating(self.model):
                 point = squares.follow(todo.tolist())
-            points = x[None][:0] if point is None else point[None]
-            return points[confirmed(points)]
+            return x[None][:0] if point is None or not confirmed(point[None]).item() else point[None]
 
         def rounded(pixels: Tensor) -> Tensor:
             inner = (pixels.reshape(-1, *self.shape) - x.to(DTYPE)).clamp(-self.epsilon * INSIDE, self.epsilon * INSIDE)

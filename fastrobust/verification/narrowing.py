@@ -132,9 +132,8 @@ class Local:
         cost, room = cost[both, self.inputs], room[both[:, 0]]
         away = 2 * (slope * cost).sign().clamp(max=0).neg() * lines.free  # to the end that the bound on the row dislikes
         gain, dear = slope.abs() * away, cost.abs() * away
-        price = gain.new_tensor(PRICES)[:, None] * (
-            gain.sum(1) / dear.sum(1).clamp(min=1e-12)
-        )  # any price of room gives a bound
+        mean = gain.sum(1) / dear.sum(1).clamp(min=1e-12)
+        price = gain.new_tensor(PRICES)[:, None] * mean  # any price of room gives a bound
         saved = torch.minimum(gain, price[:, :, None] * dear).sum(2) - price * room
         value = value + saved.max(0).values.clamp(min=0) - ROUNDING * (1 + value.abs())
         low, high = value.split(len(owners))

@@ -60,8 +60,8 @@ def decide(
 ) -> Found:
     """From what `margins` gave. attack: tries to break the rows with these numbers, and gives the points with which it did.
     rounded: inputs (float64 N x all) as points that may be shown. confirmed: which points break a row beyond doubt; nothing
-    else counts. another: an attack that is called again and again, and goes on where it was. device: where
-    branch and bound works; all else is done on the CPU."""
+    else counts. another: an attack that is called again and again, and goes on where it was. device: where branch and
+    bound works; all else is done on the CPU."""
     todo = (least <= branch.TOLERANCE).nonzero()[:, 0]
     if not len(todo):
         return Found(HOLDS, "optimised bounds")
