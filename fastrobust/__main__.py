@@ -276,8 +276,7 @@ def verify(p: argparse.ArgumentParser) -> None:
     add_limit(p)
     p.add_argument("--timeout", type=positive, default=60.0, metavar="SECONDS", help="for each image (default: 60)")
     add_workers(p, "processes")
-    told = "where branch and bound works: cpu, cuda or cuda:N (default: cpu; a GPU was not measured yet)"
-    p.add_argument("--device", default="cpu", help=told)
+    p.add_argument("--device", default="cpu", help="of branch and bound: cpu, cuda or cuda:N (default: cpu)")
     add_data(p)
     told = "where verdicts go (default: RUN/verification/epsilon-EPSILON); with --vnnlib, the file for the answer"
     p.add_argument("-o", "--output", metavar="DIR", type=path, help=told)
