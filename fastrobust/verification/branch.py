@@ -127,12 +127,12 @@ def decide(
     open_ = Open(rows, roots.take(roots.bound <= TOLERANCE))
     visited, stuck = len(roots), set()
     while True:
-        targets = stuck | open_.targets()
-        if not len(open_) or time.monotonic() > deadline or len(open_) > MOST:
-            return sorted(targets), None, visited
-        if aside + last < ASIDE * ((now := time.monotonic()) - began):
-            if beside(sorted(targets)):
-                return sorted(targets), None, visited
+        count, now = len(open_), time.monotonic()
+        if not count or count > MOST or now > deadline:
+            return sorted(stuck | open_.targets()), None, visited
+        if aside + last < ASIDE * (now - began):
+            if beside(targets := sorted(stuck | open_.targets())):
+                return targets, None, visited
             last = time.monotonic() - now
             aside += last
         worst = open_.worst(BATCH[rows.device.type])

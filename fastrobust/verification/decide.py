@@ -11,7 +11,6 @@ single precision and one in double precision both misclassify. `timeout`: neithe
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -150,16 +149,6 @@ class Decider:
                     return broken, found
         return broken, found
 
-    def margin_to(self, label: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The logit of the label above that of another class, of points (N x C x H x W) and a class each (int64 N)."""
-
-        def margin(points: Tensor, goals: Tensor) -> Tensor:
-            with torch.no_grad():
-                logits = self.model(points).float()
-            return logits[:, int(label)] - logits.gather(1, goals[:, None])[:, 0]
-
-        return margin
-
     def search(self, index: int, x: Tensor, label: Tensor, timeout: float) -> Verdict:
         """One image that plain bounds and a first attack leave open."""
         began = time.monotonic()
@@ -175,10 +164,14 @@ class Decider:
             return points[broken]
 
         low, high = ((x + side).clamp(0, 1) for side in (-self.inside.radius, self.inside.radius))
-        squares = Squares(self.margin_to(label), low, high, others)
+
+        def margin(points: Tensor, goals: Tensor) -> Tensor:
+            return -gradient.margin_to(goals)(self.model(points).float(), label.expand(len(points)))
+
+        squares = Squares(margin, low, high, others)
 
         def another(todo: Tensor) -> Tensor:
-            with evaluating(self.model):
+            with evaluating(self.model), torch.no_grad():
                 point = squares.follow(todo.tolist())
             return x[None][:0] if point is None or not confirmed(point[None]).item() else point[None]
 

@@ -72,12 +72,12 @@ def test_an_image_that_only_squares_break_is_falsified(monkeypatch):
     """Where plain attacks and branch and bound find nothing, the search beside it does; its point is checked as any."""
     decider = Decider(tiny(0, scale=3.0), SHAPE, 0.2)
     monkeypatch.setattr(Decider, "attack", lambda self, x, *_, **__: (torch.zeros(len(x), dtype=torch.bool), x))
-    slow = lambda bounder, rows, until, broken, beside: (
-        [0],
-        None,
-        int(any(beside(list(range(len(rows)))) for _ in range(50))),
-    )
-    monkeypatch.setattr(branch, "decide", slow)
+
+    def nothing_but_squares(bounder, rows, until, broken, beside):
+        found = any(beside(list(range(len(rows)))) for _ in range(50))
+        return list(range(len(rows))), None, int(found)
+
+    monkeypatch.setattr(branch, "decide", nothing_but_squares)
     monkeypatch.setattr(branch, "program", lambda *_: ("timeout", None))
     found = []
     for k in range(12):
