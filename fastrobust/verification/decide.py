@@ -63,6 +63,15 @@ class Decider:
 
     def decide(self, indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict]:
         """images: uint8 N x C x H x W. timeout: seconds for each image that plain bounds and attacks leave open."""
+        verdicts = self.look(indices, images, labels, timeout)
+        return [
+            verdict or self.search(i, image, label, timeout)
+            for verdict, i, image, label in zip(verdicts, indices, images, labels, strict=True)
+        ]
+
+    def look(self, indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict | None]:
+        """What the forward pass, plain bounds and attacks say, fast for many images at once: none for those they leave
+        open. Arguments as of `decide`."""
         x, began = images.float() / 255, time.monotonic()
         verdicts: list[Verdict | None] = [None] * len(x)
 
@@ -88,8 +97,6 @@ class Decider:
         for verdict in verdicts:
             if verdict is not None:
                 verdict.seconds = round((time.monotonic() - began) / len(x), 4)
-        for i in (i for i, verdict in enumerate(verdicts) if verdict is None):
-            verdicts[i] = self.search(indices[i], x[i], labels[i], timeout)
         return verdicts
 
     def margins(
@@ -149,9 +156,9 @@ class Decider:
                     return broken, found
         return broken, found
 
-    def search(self, index: int, x: Tensor, label: Tensor, timeout: float) -> Verdict:
-        """One image that plain bounds and a first attack leave open."""
-        began = time.monotonic()
+    def search(self, index: int, image: Tensor, label: Tensor, timeout: float) -> Verdict:
+        """One image (uint8 C x H x W) that `look` leaves open."""
+        x, began = image.float() / 255, time.monotonic()
         deadline = began + timeout
         classes = torch.arange(len(self.network.outputs.shift))
         others = classes[classes != label]

@@ -7,7 +7,7 @@ import pickle
 import signal
 import sys
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,11 +22,11 @@ from fastrobust.data.loaders.torch_workers import DieWith
 from fastrobust.data.sets import ImageSet
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line
 from fastrobust.runtime.progress import Progress
-from fastrobust.verification.decide import Decider
+from fastrobust.verification.decide import Decider, Verdict
 from fastrobust.verification.network import Network
 from fastrobust.verification.store import VERDICTS, Verdicts
 
-CHUNK = 10  # images that a worker takes at a time, fewer where that would leave another worker idle
+CHUNK = 10  # images that a worker looks at together, fewer where that would leave another worker idle
 
 
 _decider = None  # of a worker
@@ -41,8 +41,12 @@ def start_worker(model: bytes, network: bytes, shape: tuple[int, ...], epsilon: 
     _decider = Decider(pickle.loads(model), shape, epsilon, pickle.loads(network), torch.device(device))
 
 
-def work(indices: list[int], images, labels, timeout: float) -> list:
-    return _decider.decide(indices, images, labels, timeout)
+def look(*images) -> list[Verdict | None]:
+    return _decider.look(*images)
+
+
+def search(index: list[int], image, label, timeout: float) -> list[Verdict]:
+    return [_decider.search(index[0], image[0], label[0], timeout)]
 
 
 def portable(model: nn.Module) -> bytes:
@@ -93,24 +97,29 @@ def decide_all(
     workers: int,
     device: str = "cpu",
 ) -> None:
-    """Decide the images with the numbers `todo`, of all that are `chosen`, and keep each verdict as it is found. network:
+    """Decide the images with the numbers `todo`, of all that are `chosen`, and keep each verdict as it is found: several
+    images are looked at together, and each that stays open is searched on its own, before others are looked at. network:
     the model's. timeout: seconds for one image. device: of branch and bound, for all workers. Raises FastrobustError."""
     size = max(1, min(CHUNK, len(todo) // (4 * workers)))
-    chunks = [todo[i : i + size] for i in range(0, len(todo), size)]
-    total = len(chosen)
+    jobs = deque((look, todo[i : i + size]) for i in range(0, len(todo), size))
+    total, pending = len(chosen), {}
     tally = Counter(kept.found[i]["verdict"] for i in chosen if i in kept.found)
-    if not chunks:
+    if not jobs:
         return
     about = (portable(model), pickle.dumps(network), tuple(data.images.shape[1:]), epsilon, device, DieWith(os.getpid()))
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("spawn"), start_worker, about)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), start_worker, about)
     try:
         with Progress("verify", total, total - len(todo)) as bar:
-            with main_left_alone():
-                futures = [pool.submit(work, chunk, data.images[chunk], data.labels[chunk], timeout) for chunk in chunks]
-            pending = set(futures)
-            while pending:
-                done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
-                verdicts = [v for future in done for v in future.result()]
+            while jobs or pending:
+                while jobs and len(pending) < 2 * workers:  # one lies ready for each worker
+                    task, part = jobs.popleft()
+                    with main_left_alone():
+                        future = pool.submit(task, part, data.images[part], data.labels[part], timeout)
+                    pending[future] = part
+                done, _ = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                found = [pair for future in done for pair in zip(pending.pop(future), future.result(), strict=True)]
+                verdicts = [v for _, v in found if v]
+                jobs.extendleft((search, [i]) for i, v in reversed(found) if not v)
                 for v in verdicts:
                     if v.index in kept.found:
                         tally[kept.found[v.index]["verdict"]] -= 1

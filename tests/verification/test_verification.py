@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from data_files import real
 from small_networks import SHAPE, images, program, rows_at, tiny
 
+import fastrobust
 from fastrobust.attack import gradient
 from fastrobust.attack.pgd import pgd
 from fastrobust.attack.threat import Threat
@@ -22,6 +24,7 @@ from fastrobust.verification import branch, milp, search
 from fastrobust.verification.bounds import Bounder
 from fastrobust.verification.decide import Decider
 from fastrobust.verification.lowering import lower_model
+from fastrobust.verification.store import Verdicts
 from tests.gpusim import sim
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
@@ -232,8 +235,8 @@ def test_what_rounding_adds_to_a_forward_pass_is_far_below_the_tolerance():
 def test_a_time_limit_is_kept_from_the_first_bounds_on(monkeypatch, timeout):
     """By a clock that only moves as bounds are computed and gradients taken, a second for each."""
     model = tiny(3)
-    decider, x, now = Decider(model, SHAPE, 0.3), images(1)[0].float() / 255, [0.0]
-    label = model(x[None]).argmax(1)[0]
+    decider, x, now = Decider(model, SHAPE, 0.3), images(1)[0], [0.0]
+    label = model(x[None].float() / 255).argmax(1)[0]
 
     def slow(function):
         def call(*arguments, **named):
@@ -262,3 +265,20 @@ def test_verdicts_of_mnist_images_are_those_of_the_records():
     verdicts = Decider(trained.model, (1, 28, 28), 0.3).decide(list(range(20)), data.images[:20], data.labels[:20], 60)
     odd = {v.index: v.verdict for v in verdicts if v.verdict != "verified"}
     assert odd == {6: "falsified", 8: "misclassified", 18: "falsified"}
+
+
+def test_a_verdict_is_kept_before_the_next_image_is_searched(tmp_path, monkeypatch):
+    """Of eight images, looked at two by two, that the search does not decide in two seconds."""
+    trained = open_trained(RESULTS / "mnist/mnist_fgsm_warmup_0.safetensors", str(real("mnist")))
+    data, add = trained.images(), Verdicts.add
+
+    def add_and_stop(self, verdicts):
+        add(self, verdicts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Verdicts, "add", add_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        same = (data.images[19:20].expand(8, -1, -1, -1), data.labels[19:20].expand(8))
+        fastrobust.verify(trained.model, *same, epsilon=0.3, timeout=2, workers=1, output=tmp_path)
+    (line,) = (tmp_path / "verdicts.jsonl").read_text().splitlines()
+    assert json.loads(line)["verdict"] == "timeout"
