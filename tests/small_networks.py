@@ -35,6 +35,13 @@ def images(count: int, seed: int = 0, shape=SHAPE) -> torch.Tensor:
     return torch.randint(0, 256, (count, *shape), generator=generator, dtype=torch.uint8)
 
 
+def decide(decider, indices: list[int], images: torch.Tensor, labels: torch.Tensor, timeout: float) -> list:
+    """Each image's verdict, in this process. images: uint8 N x C x H x W."""
+    verdicts = decider.look(indices, images, labels, timeout)
+    each = zip(verdicts, indices, images, labels, strict=True)
+    return [verdict or decider.search(*one, timeout) for verdict, *one in each]
+
+
 def scaled(around, points: torch.Tensor) -> torch.Tensor:
     """Images (flat) as inputs of a reduced network."""
     inputs = ((points - around.centre) / around.radius)[:, around.kept]

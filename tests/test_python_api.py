@@ -301,6 +301,8 @@ print(fastrobust.verify(net, x, y, epsilon=0.01, workers=2).verdicts)
 def test_verify_in_a_script_without_a_main_guard(tmp_path):
     """Worker processes must not run the script again; the verdicts are those of the decider in this process."""
     pytest.importorskip("highspy")
+    from small_networks import decide
+
     from fastrobust.verification.decide import Decider
 
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -309,7 +311,7 @@ def test_verify_in_a_script_without_a_main_guard(tmp_path):
     torch.manual_seed(0)
     x, y = torch.randint(0, 256, (12, 1, 6, 6), dtype=torch.uint8), torch.arange(12) % 3
     network = nn.Sequential(nn.Flatten(), nn.Linear(36, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
-    found = Decider(Normalized(network, (0.0,), (1.0,)), (1, 6, 6), 0.01).decide(list(range(12)), x, y, 60.0)
+    found = decide(Decider(Normalized(network, (0.0,), (1.0,)), (1, 6, 6), 0.01), list(range(12)), x, y, 60.0)
     assert done.stdout.splitlines()[-1] == str([v.verdict for v in found])
     with pytest.raises(FastrobustError, match=r"GELU \('1'\) is not supported"):
         fastrobust.verify(nn.Sequential(Net(), nn.GELU()), *TEST, epsilon=0.01)

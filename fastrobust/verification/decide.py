@@ -61,17 +61,9 @@ class Decider:
         classes = np.eye(len(self.network.outputs.shift))
         self.asked = [self.network.outputs.rows(own - np.delete(classes, k, 0)) for k, own in enumerate(classes)]
 
-    def decide(self, indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict]:
-        """images: uint8 N x C x H x W. timeout: seconds for each image that plain bounds and attacks leave open."""
-        verdicts = self.look(indices, images, labels, timeout)
-        return [
-            verdict or self.search(i, image, label, timeout)
-            for verdict, i, image, label in zip(verdicts, indices, images, labels, strict=True)
-        ]
-
     def look(self, indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict | None]:
-        """What the forward pass, plain bounds and attacks say, fast for many images at once: none for those they leave
-        open. Arguments as of `decide`."""
+        """What the forward pass, plain bounds and attacks say of many images at once, fast; None for the images that they
+        leave open. images: uint8 N x C x H x W. timeout: seconds for the bounds of one image."""
         x, began = images.float() / 255, time.monotonic()
         verdicts: list[Verdict | None] = [None] * len(x)
 
@@ -157,7 +149,7 @@ class Decider:
         return broken, found
 
     def search(self, index: int, image: Tensor, label: Tensor, timeout: float) -> Verdict:
-        """One image (uint8 C x H x W) that `look` leaves open."""
+        """One image (uint8 C x H x W) that `look` leaves open. timeout: seconds."""
         x, began = image.float() / 255, time.monotonic()
         deadline = began + timeout
         classes = torch.arange(len(self.network.outputs.shift))

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 import highspy  # noqa: F401 (so that its absence is noticed before the work begins)
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 from fastrobust.data.loaders.torch_workers import DieWith
 from fastrobust.data.sets import ImageSet
@@ -41,12 +41,12 @@ def start_worker(model: bytes, network: bytes, shape: tuple[int, ...], epsilon: 
     _decider = Decider(pickle.loads(model), shape, epsilon, pickle.loads(network), torch.device(device))
 
 
-def look(*images) -> list[Verdict | None]:
-    return _decider.look(*images)
+def look(indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict | None]:
+    return _decider.look(indices, images, labels, timeout)
 
 
-def search(index: list[int], image, label, timeout: float) -> list[Verdict]:
-    return [_decider.search(index[0], image[0], label[0], timeout)]
+def search(indices: list[int], images: Tensor, labels: Tensor, timeout: float) -> list[Verdict]:
+    return [_decider.search(*one, timeout) for one in zip(indices, images, labels, strict=True)]
 
 
 def portable(model: nn.Module) -> bytes:

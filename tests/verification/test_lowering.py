@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from small_networks import images, program, rows_at, scaled
+from small_networks import decide, images, program, rows_at, scaled
 from torch import nn
 
 from fastrobust.models import Normalized, create
@@ -140,7 +140,7 @@ def test_each_layer_against_the_model_brute_force_and_sampled_points(kind):
         if count:
             exact = min(program(around, question, pattern) for question in questions for pattern in signs)
         assert least.min() <= exact + 1e-9 and exact <= margins.min() + 1e-9
-        (verdict,) = decider.decide([0], pixels, label[None], 10)
+        (verdict,) = decide(decider, [0], pixels, label[None], 10)
         assert verdict.verdict == ("verified" if exact > branch.TOLERANCE else "falsified")
         if verdict.witness is not None:
             assert model(verdict.witness[None]).argmax() != label
@@ -195,7 +195,7 @@ def test_what_does_not_fit_into_memory_is_undecided(monkeypatch):
     with pytest.raises(TooLarge):
         decider.margins(pixels[0] / 255, label[0], 0)
     monkeypatch.setattr(Decider, "attack", lambda self, x, *_: (torch.zeros(len(x), dtype=torch.bool), x))
-    (verdict,) = decider.decide([0], pixels, label, 10)
+    (verdict,) = decide(decider, [0], pixels, label, 10)
     assert (verdict.verdict, verdict.by) == ("timeout", "too many open ReLUs")
 
 

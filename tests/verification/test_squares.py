@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from small_networks import SHAPE, images, tiny
+from small_networks import SHAPE, decide, images, tiny
 
 from fastrobust.verification import branch, squares
 from fastrobust.verification.decide import Decider
@@ -83,7 +83,7 @@ def test_an_image_that_only_squares_break_is_falsified(monkeypatch):
     for k in range(12):
         image = images(1, 100 + k)
         label = decider.model(image.float() / 255).argmax(1)
-        found += decider.decide([k], image, label, 20)
+        found += decide(decider, [k], image, label, 20)
         if (point := found[-1].witness) is not None:
             assert found[-1].by == "search by squares" and found[-1].verdict == "falsified"
             assert ((point - image[0].float() / 255).abs() <= 0.2).all() and decider.model(point[None]).argmax() != label

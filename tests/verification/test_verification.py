@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import real
-from small_networks import SHAPE, images, program, rows_at, tiny
+from small_networks import SHAPE, decide, images, program, rows_at, tiny
 
 import fastrobust
 from fastrobust.attack import gradient
@@ -125,11 +125,11 @@ def test_linear_programs_answer_where_the_optimiser_does_not(answers, monkeypatc
         monkeypatch.setattr(branch, name, 0)
     asked, ask = [], milp.decide
 
-    def decide(reduced, row, tolerance, seconds, *part):
+    def decide_program(reduced, row, tolerance, seconds, *part):
         asked.append(row)
         return ask(reduced, row, tolerance, seconds, *part) if answers else ("timeout", None)
 
-    monkeypatch.setattr(branch.milp, "decide", decide)
+    monkeypatch.setattr(branch.milp, "decide", decide_program)
     verdicts = []
     for seed in range(12):
         decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
@@ -170,7 +170,7 @@ def test_both_verdicts_occur_in_the_comparison_with_brute_force():
         decider = Decider(tiny(seed, scale=3.0, deep=False), SHAPE, (0.05, 0.2)[seed % 2])
         x = images(1, 100 + seed)
         label = decider.model(x.float() / 255).argmax(1)
-        verdicts += [v.verdict for v in decider.decide([0], x, label, 10)]
+        verdicts += [v.verdict for v in decide(decider, [0], x, label, 10)]
     assert verdicts.count("verified") >= 2 and verdicts.count("falsified") >= 2
 
 
@@ -182,7 +182,7 @@ def test_verdicts_never_contradict_an_attack_and_witnesses_are_adversarial():
     kinds = set()
     for epsilon in (0.06, 0.1):
         decider = Decider(model, SHAPE, epsilon)
-        verdicts = decider.decide(list(range(8)), x, labels, 10.0)
+        verdicts = decide(decider, list(range(8)), x, labels, 10.0)
         assert [v.index for v in verdicts] == list(range(8)) and verdicts[0].verdict == "misclassified"
         kinds |= {v.verdict for v in verdicts}
         robust = pgd(model, x, labels, threat=Threat(epsilon), alpha=epsilon / 8, steps=40, restarts=5).robust
@@ -206,8 +206,8 @@ def test_verdicts_are_the_same_on_another_device(device):
         pytest.skip("needs a CUDA GPU")
     model, x = tiny(0, scale=6.0), images(24, 5)[[7, 9, 23]]
     labels = model(x.float() / 255).argmax(1)
-    here = Decider(model, SHAPE, 0.1).decide(list(range(3)), x, labels, 60.0)
-    there = Decider(model, SHAPE, 0.1, device=torch.device(device)).decide(list(range(3)), x, labels, 60.0)
+    here = decide(Decider(model, SHAPE, 0.1), list(range(3)), x, labels, 60.0)
+    there = decide(Decider(model, SHAPE, 0.1, device=torch.device(device)), list(range(3)), x, labels, 60.0)
     assert [v.verdict for v in there] == [v.verdict for v in here]
     assert {v.verdict for v in here if v.domains} == {"verified", "falsified"}  # both by branch and bound
 
@@ -215,8 +215,8 @@ def test_verdicts_are_the_same_on_another_device(device):
 def test_no_time_gives_timeouts_not_wrong_verdicts():
     model, x = tiny(0, scale=6.0), images(24, 5)  # about half of them are beyond plain bounds and attacks
     labels = model(x.float() / 255).argmax(1)
-    long = Decider(model, SHAPE, 0.1).decide(list(range(24)), x, labels, 10.0)
-    short = Decider(model, SHAPE, 0.1).decide(list(range(24)), x, labels, 1e-9)
+    long = decide(Decider(model, SHAPE, 0.1), list(range(24)), x, labels, 10.0)
+    short = decide(Decider(model, SHAPE, 0.1), list(range(24)), x, labels, 1e-9)
     assert any(v.verdict == "timeout" for v in short)
     assert all(a.verdict == b.verdict or a.verdict == "timeout" for a, b in zip(short, long, strict=True))
 
@@ -262,7 +262,7 @@ def test_verdicts_of_mnist_images_are_those_of_the_records():
     """benchmarks/results/mnist/mnist_fgsm_ibp_0_verified_0.3_first_500.json counts them; these are its first 20."""
     trained = open_trained(RESULTS / "mnist/mnist_fgsm_ibp_0.safetensors", str(real("mnist")))
     data = trained.images()
-    verdicts = Decider(trained.model, (1, 28, 28), 0.3).decide(list(range(20)), data.images[:20], data.labels[:20], 60)
+    verdicts = decide(Decider(trained.model, (1, 28, 28), 0.3), list(range(20)), data.images[:20], data.labels[:20], 60)
     odd = {v.index: v.verdict for v in verdicts if v.verdict != "verified"}
     assert odd == {6: "falsified", 8: "misclassified", 18: "falsified"}
 
