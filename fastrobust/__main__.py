@@ -34,9 +34,9 @@ WORK = {  # command: (where its work is, what it does)
     "configs": ("fastrobust.config.packaged", "list the configs that come with fastrobust, or show one"),
 }
 ATTACKS = (
-    "pgd-50-10 (steps, restarts), pgd-t-50-1 (targeted), apgd-ce, apgd-t, fab-t, square, autoattack (these four in "
-    "turn), your own package.module:Class, or several with commas between them: each attacks what the ones before "
-    "left robust"
+    "pgd-50-10 (steps, restarts), pgd-t-50-1 (targeted), apgd-ce, apgd-t, fab-t, square; autoattack (these four in "
+    "turn), apgd (the first two), your own package.module:Class, or several with commas between them: each attacks "
+    "what the ones before left robust"
 )
 EXAMPLES = {
     "train": """\

@@ -15,7 +15,7 @@ from fastrobust.attack.base import Attack, Setting
 from fastrobust.attack.verdicts import correct, evaluating
 from fastrobust.config.parts import ATTACK_GROUPS
 from fastrobust.data.augment import to_unit
-from fastrobust.runtime.errors import ConfigError
+from fastrobust.runtime.errors import ConfigError, installing
 
 PARTS = ATTACK_GROUPS["autoattack"]
 TARGETS = 9  # rival classes that the targeted parts try, most likely first
@@ -27,7 +27,7 @@ def version() -> str:
     try:
         return f"pyautoattack {importlib.metadata.version('pyautoattack')}"
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("AutoAttack's attacks need a package: pip install 'fastrobust[autoattack]'") from None
+        raise ConfigError(f"AutoAttack's attacks need a package: {installing('autoattack')}") from None
 
 
 def classes_of(model: nn.Module, images: Tensor) -> int:

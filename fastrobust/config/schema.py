@@ -53,8 +53,9 @@ class Config(Section):
         "auto", "eager", "compile", "cuda_graph", "compile+cuda_graph", "fused", "fused+cuda_graph", "numba", "winograd"
     ] = key(
         "how a step is run. `auto` is `cuda_graph` on a GPU, and `eager` on a CPU with two exceptions: in bf16 with AMX it "
-        "is `numba`; in fp32 it is `winograd` where a trial of a few steps finds that 1.15 times as fast. If compiling or "
-        "capturing fails, a warning says so and training goes on eagerly. `fused`, `numba`, `winograd`: see below",
+        "is `numba`; in fp32 it is `winograd` where a trial of a few steps finds that 1.15 times as fast (no trial with "
+        "`deterministic: true`). If compiling or capturing fails, a warning says so and training goes on eagerly. `fused`, "
+        "`numba`, `winograd`: see below",
         "auto",
     )
     loader: word(("auto", *parts.LOADERS), "package.module:Class") = key(

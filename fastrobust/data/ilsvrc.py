@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastrobust.data import formats
-from fastrobust.runtime.errors import DataError, first_line
+from fastrobust.runtime.errors import DataError, first_line, installing
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
 _TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
@@ -51,7 +51,7 @@ def validation_classes(devkit: Path) -> list[str]:
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise DataError(f"reading {_META} in {devkit} needs scipy: pip install 'fastrobust[imagenet]'") from None
+        raise DataError(f"reading {_META} in {devkit} needs scipy: {installing('imagenet')}") from None
     try:
         synsets = loadmat(io.BytesIO(files[_META].read()), squeeze_me=True)["synsets"]
         leaves = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets if s["num_children"] == 0}  # the rest are groups

@@ -1,6 +1,6 @@
 """What attacks did to each image of a test set: kept beside the run, merged over attacks, and given with an interval.
 
-    RUN/evaluations/pgd-50-10_epsilon-0.3_1f0c2a9b.safetensors
+    RUN/evaluations/pgd-50-10_epsilon-0.3_1f0c2a9b7d3e.safetensors
 
 holds bool tensors of one element per test image (`clean`: classified correctly; `attacked`: handed to this attack;
 `broken`: shown not to be robust by it) and, in the header's `facts`, what was run on what, as JSON.

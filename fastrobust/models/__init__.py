@@ -8,7 +8,7 @@ from torch import nn
 from fastrobust.config import parts
 from fastrobust.config.hints import nearest
 from fastrobust.models.pixels import Normalized
-from fastrobust.runtime.errors import ConfigError, first_line
+from fastrobust.runtime.errors import ConfigError, first_line, installing
 from fastrobust.runtime.torchvision_compat import import_torchvision
 
 
@@ -87,7 +87,7 @@ def _timm(name: str, channels: int, classes: int, options: dict[str, Any]) -> nn
         import_torchvision()  # timm imports it
         import timm
     except ImportError:
-        raise ConfigError(f"model.name: timm/{name} needs timm: pip install 'fastrobust[timm]'") from None
+        raise ConfigError(f"model.name: timm/{name} needs timm: {installing('timm')}") from None
     if name not in timm.list_models():
         near = nearest(name, timm.list_models())
         raise ConfigError(f"model.name: timm has no model '{name}'" + (f"; did you mean 'timm/{near}'?" if near else ""))

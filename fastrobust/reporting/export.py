@@ -30,7 +30,7 @@ from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known, robustbench
 from fastrobust.reporting.known import EXACT, EXACT_NOTE, OTHER_WEIGHTS, Accuracy, Known
 from fastrobust.reporting.stored import Summary
-from fastrobust.runtime.errors import FastrobustError, RunError, first_line
+from fastrobust.runtime.errors import FastrobustError, RunError, first_line, installing
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
 from fastrobust.runtime.progress import duration
 from fastrobust.runtime.torchvision_compat import import_torchvision
@@ -63,7 +63,7 @@ def command(arguments) -> int:
     print(f"{folder}/: model.py with weights.pt (the same logits as the run's),")
     print(f"  README.md, robustbench.json{'' if tensors is None else ', robustbench.pt'}")
     if difference is None:
-        print("model.onnx is left out: it needs onnx, onnxscript and onnxruntime:\n  pip install 'fastrobust[export]'")
+        print(f"model.onnx is left out: it needs onnx, onnxscript and onnxruntime:\n  {installing('export')}")
     else:
         print(f"  model.onnx (logits differ by at most {difference:.1e} in onnxruntime)")
     if arguments.json:

@@ -1,5 +1,5 @@
 """What a report measures on a trained model: robust accuracy against epsilon, accuracies by class, and a few images with
-their perturbations, adversarial predictions and input gradients. Small and quick: an evaluation is `evaluation.py`'s."""
+their perturbations, adversarial predictions and input gradients. Small and quick: `fastrobust/evaluation/` evaluates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

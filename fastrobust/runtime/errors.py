@@ -1,6 +1,7 @@
 """The errors that fastrobust raises on purpose."""
 
 import re
+from importlib import metadata
 
 
 class FastrobustError(Exception):
@@ -13,6 +14,16 @@ class FastrobustError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception says in its first line, or else its name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def installing(extra: str) -> str:
+    """The command that installs what an extra of this package needs. It names the packages, as no index may have ours."""
+    try:
+        needed = metadata.requires("fastrobust") or []
+    except metadata.PackageNotFoundError:
+        needed = []
+    named = [line.split(";")[0].strip() for line in needed if re.search(rf"""extra == ['"]{extra}['"]""", line)]
+    return "pip install " + (" ".join(f"'{one}'" for one in named) or f"-e '.[{extra}]' in the project's folder")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ from fastrobust.config.sections import Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
-from fastrobust.runtime.errors import ConfigError, FastrobustError, RunError
+from fastrobust.runtime.errors import ConfigError, FastrobustError, RunError, installing
 from fastrobust.runtime.files import explained, write_json, write_text
 from fastrobust.runtime.interrupt import Interrupted
 from fastrobust.runtime.progress import Progress, duration
@@ -205,7 +205,7 @@ def submit(sweep: Sweep, todo: list[Point], cluster: str, options: list[str]) ->
     try:
         import submitit
     except ImportError:
-        raise ConfigError("--cluster needs submitit: pip install 'fastrobust[slurm]'") from None
+        raise ConfigError(f"--cluster needs submitit: {installing('slurm')}") from None
     folder, ledger = sweep.directory / "jobs", sweep.directory / "submitted.json"
     with explained(f"{folder} cannot be made"):
         folder.mkdir(parents=True, exist_ok=True)

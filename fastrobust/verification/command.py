@@ -17,7 +17,7 @@ from fastrobust.evaluation.answers import answers
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime import machine, run_directory
 from fastrobust.runtime.distributed import pick_device
-from fastrobust.runtime.errors import FastrobustError
+from fastrobust.runtime.errors import FastrobustError, installing
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.verification.store import FOLDER, VERDICTS, Verdicts
 
@@ -27,7 +27,7 @@ def command(arguments) -> int:
     try:
         from fastrobust.verification import lowering, workers  # which need scipy and HiGHS
     except ImportError as error:
-        raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
+        raise FastrobustError(f"verification needs {error.name}: {installing('verify')}") from None
 
     if arguments.epsilon == 0 or not 0 < arguments.timeout < 1e7:
         raise FastrobustError("--epsilon and --timeout must be larger than 0")

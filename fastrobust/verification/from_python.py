@@ -16,7 +16,7 @@ from fastrobust.evaluation.from_python import check_model, image_set
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
 from fastrobust.runtime.distributed import pick_device
-from fastrobust.runtime.errors import DataError, FastrobustError
+from fastrobust.runtime.errors import DataError, FastrobustError, installing
 from fastrobust.verification.store import Verdicts
 
 
@@ -44,16 +44,16 @@ def verify(
 ) -> Verification:
     """Decide for each image whether any image within epsilon (L-infinity, in pixels of [0, 1]) is misclassified.
 
-    model: takes N x C x H x W, pixels in [0, 1], and gives logits; of convolutions, linear layers, BatchNorm, average
-    pooling, padding, sums and ReLUs in any order. images: uint8 N x C x H x W; labels: N whole numbers; or a Dataset in
-    place of both. timeout: seconds for one image. workers: processes, by default one for each core. device: where
-    branch and bound works, cpu or cuda. output: a folder for verdicts and adversarial images, in which the same call goes on
-    later. Raises FastrobustError, which names the layer that cannot be verified."""
+    model: takes N x C x H x W, pixels in [0, 1], and gives logits; of convolutions, linear layers, BatchNorm, average and
+    max pooling, padding, sums, concatenations, ReLUs and LeakyReLUs in any order. images: uint8 N x C x H x W; labels: N
+    whole numbers; or a Dataset in place of both. timeout: seconds for one image. workers: processes, by default one for
+    each core. device: where branch and bound works, cpu or cuda. output: a folder for verdicts and adversarial images, in
+    which the same call goes on later. Raises FastrobustError, which names the layer that cannot be verified."""
     try:
         from fastrobust.verification import lowering  # which need scipy and HiGHS
         from fastrobust.verification import workers as pool
     except ImportError as error:
-        raise FastrobustError(f"verification needs {error.name}: pip install 'fastrobust[verify]'") from None
+        raise FastrobustError(f"verification needs {error.name}: {installing('verify')}") from None
     if not 0 < epsilon <= 1 or not 0 < timeout < 1e7:
         raise FastrobustError(f"epsilon must lie in (0, 1] and timeout be positive; they are {epsilon:g} and {timeout:g}")
     if workers is not None and (not isinstance(workers, int) or workers < 1):

@@ -32,7 +32,7 @@ LINEAR = BIASED | {  # in the first thing that they take
     *("expand", "narrow", "select", "flip", "roll", "pad", "neg", "div", "truediv", "true_divide", "mean", "sum"),
     *("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
 }  # fmt: skip
-TAKEN = "Convolutions, linear layers, BatchNorm, average pooling, padding, sums, Flatten and ReLU are"
+TAKEN = "Convolutions, linear layers, BatchNorm, pooling, padding, sums, concatenation, Flatten, ReLU and LeakyReLU are"
 AT_ONCE = 2**24  # numbers that a function makes at a time while its matrix is found
 
 
@@ -63,15 +63,51 @@ class Expression:
         return Sum({s: self.matrix(s) for s in self.parts}, self.shift.flatten().numpy())
 
     def matrix(self, s: int) -> sparse.csr_array:
-        size = math.prod(self.graph.shapes[s])
-        count = max(1, AT_ONCE // max(size, self.shift.numel()))
-        columns = []
-        for first in range(0, size, count):
-            unit = torch.zeros(min(count, size - first), size, dtype=DTYPE)
-            unit[torch.arange(len(unit)), first + torch.arange(len(unit))] = 1
-            found = torch.vmap(self.parts[s])(unit.reshape(-1, *self.graph.shapes[s]))
-            columns.append(sparse.csc_array(found.flatten(1).T.numpy()))
-        return sparse.hstack(columns, format="csr")
+        """Columns that reach different outputs, such as those of pixels far apart, are found together: first which outputs
+        each row of an image reaches, then the columns of one row and of others that meet none of its outputs."""
+        shape, made = self.graph.shapes[s], self.shift.shape
+        width, across = shape[-1], made[-1] if made else 1
+        size, outputs = math.prod(shape), self.shift.numel()
+        rows, at_once = size // width, max(1, AT_ONCE // max(size, outputs))
+
+        def probed(points: Tensor) -> Tensor:
+            """points: N x rows x width."""
+            return torch.vmap(self.parts[s])(points.reshape(-1, *shape)).flatten(1)
+
+        any_ = torch.rand(width, dtype=DTYPE, generator=torch.Generator().manual_seed(0)) + 0.5
+        reached = torch.zeros(rows, outputs // across, dtype=torch.bool)
+        for some in torch.arange(rows).split(at_once):
+            points = torch.zeros(len(some), rows, width, dtype=DTYPE)
+            points[torch.arange(len(some)), some] = any_
+            reached[some] = (probed(points) != 0).view(len(some), -1, across).any(2)
+        where, column, values = [], [], []
+        for group in apart(reached):
+            owner = (reached[group].int() * torch.tensor(group)[:, None]).sum(0)
+            for some in torch.arange(width).split(at_once):
+                points = torch.zeros(len(some), rows, width, dtype=DTYPE)
+                points[torch.arange(len(some))[:, None], torch.tensor(group), some[:, None]] = 1
+                found = probed(points)
+                n, output = found.nonzero(as_tuple=True)
+                where.append(output)
+                column.append(owner[output // across] * width + some[n])
+                values.append(found[n, output])
+        place = torch.cat(where).int().numpy(), torch.cat(column).int().numpy()
+        matrix = sparse.csr_array((torch.cat(values).numpy(), place), shape=(outputs, size))
+        matrix.sort_indices()
+        return matrix
+
+
+def apart(reached: Tensor) -> list[list[int]]:
+    """Groups of rows that have no output in common. reached: which outputs each row reaches, bool rows x outputs."""
+    taken, groups = torch.zeros_like(reached), []
+    for row, outputs in enumerate(reached):
+        free = (~(taken[: len(groups)] & outputs).any(1)).nonzero()[:, 0].tolist()
+        if free:
+            groups[free[0]].append(row)
+        else:
+            groups.append([row])
+        taken[free[0] if free else len(groups) - 1] |= outputs
+    return groups
 
 
 def _operator(name: str) -> Callable:

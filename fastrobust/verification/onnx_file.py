@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastrobust.runtime.errors import FastrobustError, first_line
+from fastrobust.runtime.errors import FastrobustError, first_line, installing
 from fastrobust.runtime.files import explained
 
 TAKEN = "Conv, Gemm, MatMul, BatchNormalization, average and max pooling, Pad, sums, Relu and what only moves values are"
@@ -27,7 +27,7 @@ class OnnxNetwork:
             import onnx
             import onnxruntime
         except ImportError as error:
-            raise FastrobustError(f"ONNX files need {error.name}: pip install 'fastrobust[verify]'") from None
+            raise FastrobustError(f"ONNX files need {error.name}: {installing('verify')}") from None
         with explained(f"{path} cannot be read"):
             content = path.read_bytes()
         options = onnxruntime.SessionOptions()

@@ -61,7 +61,11 @@ def portable(model: nn.Module) -> bytes:
     except (AttributeError, ImportError, TypeError, pickle.PicklingError):
         pass
     try:
-        return pickle.dumps(torch.fx.symbolic_trace(model))
+        traced = torch.fx.symbolic_trace(model)
+        for node in traced.graph.nodes:
+            node.type = None  # an annotation that is a string cannot be pickled
+        traced.recompile()
+        return pickle.dumps(traced)
     except Exception as error:  # tracing runs the user's code
         raise FastrobustError(
             f"verification: the verifying processes cannot read {type(model).__name__} ({first_line(error)}): put its class "

@@ -30,7 +30,7 @@ def test_without_autoattacks_package_nothing_is_trained(monkeypatch, tmp_path, c
     monkeypatch.setattr(importlib.metadata, "version", missing)
     monkeypatch.setattr(methods, "run", lambda *job: pytest.fail("trained"))
     assert methods.main(["--scale", "small", "--results", str(tmp_path)]) == 2
-    assert "pip install 'fastrobust[autoattack]'" in capsys.readouterr().err
+    assert "pip install 'pyautoattack>=" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*"))
 
 

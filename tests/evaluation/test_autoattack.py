@@ -108,7 +108,7 @@ def test_without_the_package_the_extra_is_named(model, data, monkeypatch, tmp_pa
         raise autoattack.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(autoattack.importlib.metadata, "version", absent)
-    with pytest.raises(ConfigError, match=r"pip install 'fastrobust\[autoattack\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'pyautoattack>="):
         run(model, data, ["pgd-1-1", "apgd-ce"], folder=tmp_path)
     assert not list(tmp_path.iterdir()), "it is said before PGD's work"
     run(model, data, ["pgd-1-1"])

@@ -207,9 +207,25 @@ def test_a_class_that_other_processes_do_not_have_goes_to_them_as_torchs_modules
         def forward(self, x):
             return x.flatten(1) if x.sum() > 0 else x
 
-    model, x = Here().eval(), torch.rand(3, *SHAPE)
-    there = pickle.loads(workers.portable(model))
-    assert not isinstance(there, Residual) and torch.equal(there(x), model(x))
+    x = torch.rand(3, *SHAPE)
+    for model in (Here().eval(), Normalized(Here(), (0.5,), (0.2,)).eval()):
+        there = pickle.loads(workers.portable(model))
+        assert type(there) is not type(model) and torch.equal(there(x), model(x))
     assert isinstance(pickle.loads(workers.portable(Residual())), Residual)
     with pytest.raises(FastrobustError, match=r"cannot read ByShape .*a module that can be imported"):
         workers.portable(ByShape())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(2, 4, 3, 2, 1, groups=2), nn.ConvTranspose2d(2, 3, 3, 2), nn.AvgPool2d(2, 1), nn.Linear(9, 4)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_columns_that_are_found_together_are_those_found_one_by_one(layer):
+    layer, shape = layer.double(), (2, 7, 9)
+    size = layer(torch.zeros(1, *shape, dtype=torch.float64)).numel()
+    (relu,) = lower_model(nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(size, 2)), shape).relus
+    units = torch.eye(2 * 7 * 9, dtype=torch.float64).view(-1, *shape)
+    with torch.no_grad():
+        alone = (layer(units) - layer(torch.zeros(1, *shape, dtype=torch.float64))).flatten(1).T
+    torch.testing.assert_close(torch.from_numpy(relu.parts[0].toarray()), alone, rtol=0, atol=1e-15)

@@ -341,7 +341,7 @@ def test_files_that_cannot_be_used_are_errors(files, tmp_path, capsys, monkeypat
         assert words in capsys.readouterr().err
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     assert cli(["verify", path, "--vnnlib", file]) == 2
-    assert "ONNX files need onnx: pip install 'fastrobust[verify]'" in capsys.readouterr().err
+    assert "ONNX files need onnx: pip install 'highspy>=" in capsys.readouterr().err
 
 
 def test_a_file_that_is_run_otherwise_than_by_onnxruntime_is_an_error(files, monkeypatch):

@@ -19,7 +19,7 @@ from fastrobust.data.batch import Batch
 from fastrobust.data.loaders import prefetch
 from fastrobust.data.loaders.base import Job, Loader
 from fastrobust.data.prepared.records import Records
-from fastrobust.runtime.errors import ConfigError, DataError
+from fastrobust.runtime.errors import ConfigError, DataError, installing
 
 AHEAD = 2  # batches in DALI's hands
 
@@ -31,8 +31,8 @@ def dali():
         from nvidia.dali import Pipeline, fn, types
     except ImportError as error:
         raise ConfigError(
-            f"loader: dali is not installed ({error}); `pip install 'fastrobust[dali]'` (CUDA 12) or "
-            "'fastrobust[dali-cuda130]', or set `loader: torch`"
+            f"loader: dali is not installed ({error}); `{installing('dali')}` (CUDA 12), "
+            f"`{installing('dali-cuda130')}`, or set `loader: torch`"
         ) from None
     return fn, types, Pipeline
 

@@ -21,7 +21,7 @@ from fastrobust.data.batch import Batch
 from fastrobust.data.loaders import prefetch
 from fastrobust.data.loaders.base import Job, Loader
 from fastrobust.data.prepared.records import Records
-from fastrobust.runtime.errors import ConfigError, DataError, first_line
+from fastrobust.runtime.errors import ConfigError, DataError, first_line, installing
 
 DEPTH = 2  # batches that the threads work on, and batches that wait
 
@@ -36,7 +36,7 @@ def functions():
         from fastrobust.data.loaders.cut import part
         from fastrobust.data.loaders.resize import shrink
     except ImportError as error:
-        advice = "`pip install 'fastrobust[ffcv]'`, or set `loader: torch`"
+        advice = f"`{installing('ffcv')}`, or set `loader: torch`"
         raise ConfigError(f"loader: ffcv needs a package that does not load ({first_line(error)}); {advice}") from None
     cv2.setNumThreads(1)  # the loader has threads of its own
     return decode_jpeg, cv2, part, shrink
