@@ -20,7 +20,7 @@ from fastrobust.config.parts import ATTACK_GROUPS
 from fastrobust.data import sets
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import results
-from fastrobust.evaluation.answers import alike, answers
+from fastrobust.evaluation.answers import alike, answers, unsteady
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import half, memory, trial
 from fastrobust.runtime.distributed import ALONE, World
@@ -154,6 +154,8 @@ def run_attacks(
         clean = classified(model, images, labels, batch_size, lambda n: bar.advance(n, "" if bar.due() else None))
     for kind in kinds.values():  # what cannot be run here is said before hours of other attacks
         kind.check_model(model, images)
+    if world.rank == 0 and (trouble := unsteady(model, images)):
+        print(f"warning: {trouble}", file=sys.stderr)
     answered = answers(model, images.shape[1:])
     robust, searched = clean.clone(), world.first(lambda: searched_in(precision, model, images))
     records = []

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastrobust.attack.verdicts import evaluating, plain_fp32
+from fastrobust.data.augment import to_unit
 
 CLOSE = 0.02  # of the largest logit, or of the largest length: devices differ by far less
 ROUNDED = 1e-3  # of the largest logit: lengths below that may be rounding
@@ -40,3 +41,16 @@ def alike(one: Sequence[float] | None, other: Sequence[float] | None) -> bool:
     logits, lengths = largest((*one[:-2], *other[:-2])), largest((*one[-2:], *other[-2:]))
     scales = [logits] * len(one[:-2]) + 2 * [max(lengths, ROUNDED * logits)]
     return not any(abs(a - b) > CLOSE * scale for a, b, scale in zip(one, other, scales, strict=True))
+
+
+def unsteady(model: nn.Module, images: Tensor) -> str | None:
+    """Why accuracies of this model are not of its weights and images alone, or None. images: N x C x H x W, as stored."""
+    device, x = next(model.parameters()).device, to_unit(images[:8])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model), plain_fp32(), torch.no_grad():
+        logits, again, alone = model(x).float(), model(x).float(), model(x[:1]).float()
+    far = CLOSE * logits.abs().max()
+    if ((again - logits).abs() > far).any():
+        return "the model answers the same images otherwise each time (dropout?): accuracies hold for these draws alone"
+    if ((alone - logits[:1]).abs() > far).any():
+        return "the model's answers depend on the other images of a batch (BatchNorm?): accuracies hold for this batch size"
+    return None

@@ -159,7 +159,8 @@ def at_radius(
     result["worst_case"] = {
         "robust_accuracy": robust / result["examples"],
         "robust_interval": list(results.wilson(robust, result["examples"])),
-        "attacks": sorted({r.settings["attack"] for r in every}),
+        "attacks": sorted({r.settings["attack"] for r in every if r.facts["finished"]}),
+        "not_finished": sorted({r.settings["attack"] for r in every if not r.facts["finished"]}),
     }
     show(result, config.data.dataset, folder)
     if adversarial is not None:
@@ -257,9 +258,10 @@ def show(result: dict, dataset: str, folder: Path | None) -> None:
     refused = sum(line["refused"] for line in result["attacks"])
     if refused:
         print(f"refused          {refused} successes that the fp32 check did not confirm")
-    if set(worst["attacks"]) != {line["attack"] for line in result["attacks"]}:
+    if set(worst["attacks"]) != {line["attack"] for line in result["attacks"]} or worst["not_finished"]:
         print(f"worst case       {worst['robust_accuracy']:.2%}{interval(worst['robust_interval'])}, n = {n}")
-        print(wrapped(INDENT, f"over {', '.join(worst['attacks'])}"))
+        parts = f"; not finished: {', '.join(worst['not_finished'])}" if worst["not_finished"] else ""
+        print(wrapped(INDENT, f"over {', '.join(worst['attacks'])}{parts}"))
     print(f"seconds          {result['seconds']:.1f}")
     if folder:
         print(f"kept in          {folder}")

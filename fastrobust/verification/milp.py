@@ -4,6 +4,9 @@ Variables: the inputs x in their box; for every ReLU whose sign is open its inpu
 program asks for an input at which row . [x, 1, r] is at most the tolerance; if there is none, the row is positive. HiGHS
 satisfies constraints up to a tolerance, here 1e-9, far inside that of the margin; an input that it finds counts only once
 a forward pass agrees.
+
+HiGHS takes small entries of the matrix for 0. So every ReLU is in units of its largest input, and each equation in units of
+its largest entry: what is taken for 0 then is 1e-12 of that, less than the tolerance of a constraint.
 """
 
 import highspy
@@ -16,6 +19,7 @@ from fastrobust.verification.network import DTYPE
 from fastrobust.verification.reduced import Reduced
 
 BROKEN = 1e-3  # a row this far below 0 is broken after rounding too
+SMALL = 1e-12  # entries that HiGHS takes for 0: the least that it allows
 
 
 def decide(
@@ -37,6 +41,11 @@ def decide(
     low, high = array(reduced.lower), array(reduced.upper)
     if span is not None:
         low, high = (np.where(array(signs) == 0, new, old) for new, old in zip(array(span), (low, high), strict=True))
+    size = np.maximum(np.abs(low), np.abs(high))
+    size[size == 0] = 1
+    units = np.concatenate([np.ones(inputs), size])
+    weights, row, low, high = weights * units, row * units, low / size, high / size
+    largest = np.maximum(np.abs(weights).max(1, initial=0), size)
     signs = np.zeros(count) if signs is None else array(signs)
     ends = np.zeros(inputs) if ends is None else array(ends)
     eye, none = sparse.eye_array(count), sparse.csr_array((count, count))
@@ -44,7 +53,7 @@ def decide(
     diagonal = lambda values: sparse.dia_array((values[None], [0]), shape=(count, count))
     # columns: x, r, z, d
     blocks = [
-        ([sparse.csr_array(-weights), eye, none], shift, shift),  # z = weights @ [r, x] + shift
+        ([sparse.csr_array(-weights / largest[:, None]), diagonal(size / largest), none], *[shift / largest] * 2),  # z = …
         ([wide, -eye, none], np.zeros(count), np.full(count, np.inf)),  # r >= z
         ([wide, -eye, diagonal(-low)], np.full(count, -np.inf), -low),  # r <= z - low (1 - d)
         ([wide, none, diagonal(-high)], np.full(count, -np.inf), np.zeros(count)),  # r <= high d
@@ -56,7 +65,7 @@ def decide(
     lp.num_row_, lp.num_col_ = matrix.shape
     lp.col_cost_, lp.offset_ = objective, float(constant)
     lp.col_lower_ = np.concatenate([np.where(ends == 0, -1, ends), np.zeros(count), np.where(signs > 0, 0, low), signs > 0])
-    lp.col_upper_ = np.concatenate([np.where(ends == 0, 1, ends), high, np.where(signs < 0, 0, high), signs >= 0])
+    lp.col_upper_ = np.concatenate([np.where(ends == 0, 1, ends), high.clip(0), np.where(signs < 0, 0, high), signs >= 0])
     lp.row_lower_ = np.concatenate([*(b[1] for b in blocks), [-np.inf]])
     lp.row_upper_ = np.concatenate([*(b[2] for b in blocks), [tolerance - constant]])
     lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
@@ -71,11 +80,13 @@ def decide(
         "time_limit": max(0.1, seconds),
         "primal_feasibility_tolerance": 1e-9,
         "mip_feasibility_tolerance": 1e-9,
+        "small_matrix_value": SMALL,
         "objective_target": -BROKEN,  # any such input will do
     }
     for name, value in options.items():
         solver.setOptionValue(name, value)
-    solver.passModel(lp)
+    if solver.passModel(lp) == highspy.HighsStatus.kError:  # numbers too large for it
+        return "timeout", None
     solver.run()
     if solver.getModelStatus() == highspy.HighsModelStatus.kInfeasible:
         return "verified", None

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastrobust.runtime.errors import FastrobustError, first_line, installing
 from fastrobust.runtime.files import explained
 
+FLOATS, WHOLE = (1, 11), (6, 7)  # ONNX's numbers of float and double, int32 and int64
 TAKEN = "Conv, Gemm, MatMul, BatchNormalization, average and max pooling, Pad, sums, Relu and what only moves values are"
 
 
@@ -196,8 +197,12 @@ def _gather(attributes: dict, x, indices: Tensor):
 
 
 def _cast(attributes: dict, x):
-    whole = attributes["to"] in (6, 7)  # int32, int64: of shapes
-    return x.to(torch.int64) if whole and isinstance(x, Tensor) else x
+    kind = attributes["to"]
+    if kind in FLOATS:
+        return x.to(torch.float64) if isinstance(x, Tensor) else x
+    if kind not in WHOLE or not isinstance(x, Tensor):  # whole numbers are of shapes
+        raise FastrobustError(f"a Cast to type {kind} of ONNX rounds; float and double are taken")
+    return x.to(torch.int64)
 
 
 def _constant(attributes: dict):

@@ -72,7 +72,7 @@ def parse(text: str) -> list[Case]:
         raise FastrobustError("it must declare X_0, X_1, ... and Y_0, Y_1, ..., each once and without a gap")
     boxes: dict[bytes, tuple] = {}
     alone = [line for alternatives in asserted if len(alternatives) == 1 for line in alternatives[0]]
-    for chosen in itertools.product(*(alternatives for alternatives in asserted if len(alternatives) > 1)):
+    for chosen in itertools.product(*(alternatives for alternatives in asserted if len(alternatives) != 1)):
         low, high, group = _case([*alone, *itertools.chain(*chosen)], *counts)
         boxes.setdefault(low.tobytes() + high.tobytes(), (low, high, []))[2].append(group)
         if sum(len(groups) for *_, groups in boxes.values()) > MOST:

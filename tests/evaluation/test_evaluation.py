@@ -252,6 +252,18 @@ def test_results_are_kept_in_the_run_and_not_beside_a_file(copied_run, tmp_path,
     assert not (tmp_path / results.FOLDER).exists()
 
 
+def test_the_worst_case_tells_attacks_that_were_not_finished_apart(copied_run, capsys):
+    command(capsys, copied_run, "--attack", "pgd-2-1", "--limit", 10)
+    (kept,) = (copied_run / results.FOLDER).iterdir()
+    record = results.read(kept)
+    record.facts["finished"] = False
+    kept.unlink()
+    record.save(copied_run / results.FOLDER)
+    found, out = command(capsys, copied_run, "--attack", "pgd-1-1", "--limit", 10)
+    assert found["worst_case"]["attacks"] == ["pgd-1-1"] and found["worst_case"]["not_finished"] == ["pgd-2-1"]
+    assert "over pgd-1-1; not finished: pgd-2-1" in out
+
+
 def test_where_results_cannot_be_kept_it_is_said(copied_run, capsys):
     (copied_run / results.FOLDER).write_text("a file")
     assert cli(["evaluate", str(copied_run), "--attack", "pgd-1-1", "--limit", "10", "--device", "cpu"]) == 0

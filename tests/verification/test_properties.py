@@ -129,7 +129,7 @@ def test_constants_and_shapes_that_a_file_computes(tmp_path):
 
 def formula(choose: random.Random, depth: int) -> str:
     if depth and choose.random() < 0.7:
-        parts = [formula(choose, depth - 1) for _ in range(choose.randint(1, 3))]
+        parts = [formula(choose, depth - 1) for _ in range(choose.randint(0, 3))]
         return f"({choose.choice(['and', 'or'])} {' '.join(parts)})"
     if choose.random() < 0.3:
         return f"({choose.choice(['<=', '>='])} X_{choose.randint(0, 1)} {choose.uniform(-1, 1):.3f})"
@@ -322,10 +322,13 @@ def test_files_that_cannot_be_used_are_errors(files, tmp_path, capsys, monkeypat
     path, file = map(str, files)
     soft = write(tmp_path / "soft.onnx", [helper.make_node("Softmax", ["x"], ["y"], name="last")], (1, 1, 3))
     wide = write(tmp_path / "wide.onnx", [helper.make_node("Relu", ["x"], ["y"])], (1, 4))
+    rounds = [helper.make_node("Cast", ["x"], ["h"], name="half", to=10), helper.make_node("Cast", ["h"], ["y"], to=1)]
+    half = write(tmp_path / "half.onnx", rounds, (1, 1, 3))
     more = write(tmp_path / "more.onnx", [helper.make_node("Concat", ["x", "x"], ["y"], axis=-1)], (1, 3))
     (tmp_path / "no.onnx").write_text("nothing")
     for options, words in (
         ([str(soft), "--vnnlib", file], "Softmax ('last') is not supported"),
+        ([str(half), "--vnnlib", file], "Cast ('half') is not supported: a Cast to type 10"),
         ([str(wide), "--vnnlib", file], "the property has 3 inputs"),
         ([str(more), "--vnnlib", file], "the property has 3 outputs"),
         ([str(tmp_path / "no.onnx"), "--vnnlib", file], "is not an ONNX file"),

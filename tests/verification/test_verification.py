@@ -58,6 +58,26 @@ def test_branch_and_bound_and_the_integer_program_agree_with_brute_force(seed):
         assert point is None or wrong(point[None] * (1 - 1e-12)).all()
 
 
+@pytest.mark.parametrize("factor", [2.0**-30, 2.0**30, 2.0**40])
+def test_layers_in_other_units_do_not_change_the_programs_answer(factor):
+    """The first layer times a factor and the last one divided by it is the same function in exact arithmetic."""
+    answers = []
+    for seed in range(12):
+        model = tiny(seed, scale=3.0, deep=False)
+        x = images(1, 100 + seed)[0].float() / 255
+        label = model(x[None]).argmax()
+        _, bounder, questions = Decider(model, SHAPE, (0.05, 0.2)[seed % 2]).margins(x, label, 5)
+        least = [brute_force(bounder.reduced, question) for question in questions]
+        with torch.no_grad():
+            model.network[0].weight.mul_(factor), model.network[0].bias.mul_(factor), model.network[-1].weight.div_(factor)
+        _, bounder, questions = Decider(model, SHAPE, (0.05, 0.2)[seed % 2]).margins(x, label, 5)
+        for question, lowest in zip(questions, least, strict=True):
+            kind, _ = milp.decide(bounder.reduced, question, branch.TOLERANCE, 30)
+            assert kind == ("verified" if lowest > branch.TOLERANCE else "point")
+            answers.append(kind)
+    assert min(answers.count(kind) for kind in ("verified", "point")) > 3
+
+
 def test_the_program_at_the_end_agrees_with_brute_force(monkeypatch):
     """What branch and bound leaves is given to HiGHS with all that is known of the least point: signs, ends and spans. With
     these its answer is that of every pattern of signs, and it looks for a point that rounding leaves broken."""
