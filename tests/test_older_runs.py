@@ -102,7 +102,7 @@ def as_before(run: Path, config: Path, test: sets.ImageSet | None = None) -> Pat
         save_file(weights, run / "model.safetensors", metadata | {"sha256": weights_checksum(weights, metadata)})
     if (run / "summary.json").exists():
         summary = json.loads((run / "summary.json").read_text())
-        since = ("engine", "loader", "training_images", "images", "test_images")
+        since = ("engine", "loader", "training_images", "images", "test_images", "weights_sha256", "answers")
         kept = {key: value for key, value in summary.items() if key not in since}
         (run / "summary.json").write_text(json.dumps(kept))
     for path in list((run / results.FOLDER).glob("*.safetensors")):

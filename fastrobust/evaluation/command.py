@@ -18,7 +18,7 @@ from fastrobust.data import loaders
 from fastrobust.data.augment import to_unit
 from fastrobust.evaluation import corruptions, images_file, masking, results
 from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names, report, run_attacks
-from fastrobust.evaluation.answers import alike
+from fastrobust.evaluation.answers import alike, answers
 from fastrobust.evaluation.trained import Trained, open_trained
 from fastrobust.runtime import distributed, memory
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -210,7 +210,8 @@ def check_sanity(
     if folder:
         of = f"_{found['images'][:8]}" if result["data"] else ""
         kind = "" if norm == "linf" else f"{norm}-"
-        write_json(folder / f"sanity_{kind}epsilon-{epsilon:.6g}{of}.json", found)
+        told = {"answers": answers(trained.model, data.images.shape[1:]), "resolution": data.images.shape[-1]}
+        write_json(folder / f"sanity_{kind}epsilon-{epsilon:.6g}{of}.json", found | told)
     return found
 
 

@@ -28,7 +28,7 @@ from fastrobust.models import Normalized
 from fastrobust.models.fused import norm_silu, plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known, robustbench
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, OTHER_WEIGHTS, Accuracy, Known
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
 from fastrobust.reporting.stored import Summary
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line, installing
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
@@ -213,7 +213,7 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
         "the changed image stays in [0, 1]. Nothing is claimed about other changes (other norms, rotations, blur,\n"
         "corruptions), larger radii, or other data.",
         "## Accuracy",
-        *([OTHER_WEIGHTS] if facts.other_weights else []),
+        *([facts.left_out] if facts.left_out else []),
         accuracy_table(facts.accuracies),
         *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.images}): {m.in_words()}." for m in facts.masking),
         *([] if facts.masking else [f"{CHECKS} were not made."]),

@@ -3,7 +3,9 @@ gradients. The model card and the report page show the same facts."""
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastrobust.runtime.run_directory import SUMMARY, WEIGHTS
 from fastrobust.verification.store import FOLDER as VERIFICATION
 
 OTHER_WEIGHTS = "The run's summary is about other weights than those that lie beside it: its accuracies are left out."
+OTHER_CODE = "The run's summary is about other code of the model with these weights: its accuracies are left out."
 NONE, EXACT = "none", "exact verification"  # in the place of an attack's name
 EXACT_NOTE = (
     "Exact verification: a verified image is proved to be classified correctly at every point within epsilon. The interval "
@@ -82,6 +85,8 @@ class Masking(InBall):
     run."""
 
     weights: str
+    answers: list[float] | None = None
+    resolution: int | None = None
     verdict: str
     failed: list[str]
     not_run: tuple[str, ...] = ()
@@ -104,10 +109,11 @@ class Masking(InBall):
 
 
 class Settings(Stored):
-    """Which weights an exact verification is about; version 0.1 named them by the SHA-256 of their file."""
+    """What an exact verification is about; version 0.1 named the weights by the SHA-256 of their file."""
 
     weights: str | None = None
     weights_sha256: str | None = None
+    answers: list[float] | None = None
 
 
 class Verification(Settings):
@@ -121,14 +127,14 @@ class Verification(Settings):
 @dataclass
 class Known:
     """`autoattack`: the row of AutoAttack to quote, where all four parts were run on the run's own test images, and
-    `autoattack_clean` the clean accuracy on these. `other_weights`: there is a summary, and it is about other weights."""
+    `autoattack_clean` the clean accuracy on these. `left_out`: why there is a summary and it does not count."""
 
     summary: Summary | None = None
     accuracies: list[Accuracy] = field(default_factory=list)
     masking: list[Masking] = field(default_factory=list)
     autoattack: Accuracy | None = None
     autoattack_clean: float | None = None
-    other_weights: bool = False
+    left_out: str = ""
 
     def add(self, row: Accuracy) -> Accuracy:
         """A row of the accuracies, once. A record tells the alpha of the same row of a summary that has none."""
@@ -141,33 +147,35 @@ def read(run: Path, weights: str | None, model: Normalized | None = None) -> Kno
     """The facts in a run directory about the weights with this digest. Without one (there are no weights yet), or for a
     path that is no directory, there are fewer. Results of other code than the model's are left out. Raises RunError for
     files that are damaged."""
-    summary = stored.read(run / SUMMARY, Summary)
-    other = bool(summary and weights and summary.weights_sha256 not in (None, weights))
-    known = Known(None if other else summary, other_weights=other)
+    summary, its_code = stored.read(run / SUMMARY, Summary), code_of(model)
+    known = Known(summary)
+    if summary and weights and summary.weights_sha256 not in (None, weights):
+        known = Known(left_out=OTHER_WEIGHTS)
+    elif summary and not its_code(summary.answers, summary.resolution):
+        known = Known(left_out=OTHER_CODE)
     for e in known.summary.evaluations if known.summary else []:
         known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
         found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha}
         known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, **found))
     if weights is not None:
-        read_evaluations(known, run / results.FOLDER, weights, model)
-        read_verification(known, run, weights)
+        read_evaluations(known, run / results.FOLDER, weights, its_code)
+        read_verification(known, run, weights, lambda told: its_code(told, summary and summary.resolution))
     return known
 
 
-def of_its_code(record: results.Record, model: Normalized | None) -> bool:
-    """Whether the model answers as the one that was attacked did."""
-    if model is None or (found := record.facts.get("answers")) is None:
-        return True
-    side = record.settings["resolution"]
-    return alike(found, answers(model, (len(model.mean), side, side)))
+def code_of(model: Normalized | None) -> Callable[[Sequence[float] | None, int | None], bool]:
+    """Whether what a result tells (the answers of its model, on images this wide) is of this model's code. What does not
+    tell is believed."""
+    ours = cache(lambda side: answers(model, (len(model.mean), side, side)))
+    return lambda told, side: None in (model, told, side) or alike(told, ours(side))
 
 
-def read_evaluations(known: Known, folder: Path, weights: str, model: Normalized | None) -> None:
+def read_evaluations(known: Known, folder: Path, weights: str, its_code: Callable[..., bool]) -> None:
     """The records of attacks, those of one radius and one set of images together, and the checks for masked gradients."""
     groups: dict[tuple, list[results.Record]] = {}
     for record in results.read_all(folder):
-        s = record.settings
-        if s["weights"] == weights and record.facts["finished"] and of_its_code(record, model):
+        s, told = record.settings, record.facts.get("answers")
+        if s["weights"] == weights and record.facts["finished"] and its_code(told, s.get("resolution")):
             groups.setdefault((results.norm_of(s), s["epsilon"], s["examples"], s["data"]), []).append(record)
     first = known.summary and known.summary.evaluations[0]
     trained_in, wanted = (first.norm, first.epsilon) if first else ("linf", None)
@@ -190,7 +198,7 @@ def read_evaluations(known: Known, folder: Path, weights: str, model: Normalized
             if norm == trained_in and data is None and better:
                 known.autoattack, known.autoattack_clean = row, clean / n
     found = [stored.read(file, Masking) for file in sorted(folder.glob("sanity_*.json"))]
-    known.masking += [checks for checks in found if checks.weights == weights]
+    known.masking += [m for m in found if m.weights == weights and its_code(m.answers, m.resolution)]
 
 
 def rank(row: Accuracy, epsilon: float | None) -> tuple:
@@ -210,18 +218,20 @@ def autoattack_of(records: list[results.Record]) -> int | None:
     return int(robust.sum())
 
 
-def read_verification(known: Known, run: Path, weights: str) -> None:
-    """The summaries of exact verifications. Those of version 0.1 have settings.json beside them, which names the weights."""
+def read_verification(known: Known, run: Path, weights: str, its_code: Callable[..., bool]) -> None:
+    """The summaries of exact verifications. settings.json beside them tells the code, and for version 0.1 the weights."""
     found = []
     for file in run.glob(f"{VERIFICATION}/*/{SUMMARY}"):
         summary = stored.read(file, Verification)
-        about = summary if summary.weights else stored.read(file.with_name("settings.json"), Settings) or summary
+        try:
+            counts = (summary.verified, summary.examples, summary.timeout)
+            row = Accuracy(EXACT, summary.epsilon, *counts, data=summary.data)
+        except ValueError as error:
+            raise RunError(f"{file} is damaged: {error}") from None
+        settings = stored.read(file.with_name("settings.json"), Settings) or summary
+        about = summary if summary.weights else settings
         of_file = about.weights_sha256 and about.weights_sha256 == hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
-        if about.weights == weights or of_file:
-            try:
-                counts = (summary.verified, summary.examples, summary.timeout)
-                found.append(Accuracy(EXACT, summary.epsilon, *counts, data=summary.data))
-            except ValueError as error:
-                raise RunError(f"{file} is damaged: {error}") from None
+        if (about.weights == weights or of_file) and its_code(settings.answers):
+            found.append(row)
     for row in sorted(found, key=lambda row: (row.epsilon, row.examples)):
         known.add(row)

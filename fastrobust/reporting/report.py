@@ -14,7 +14,7 @@ from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import inspection, known
 from fastrobust.reporting.charts import Line, chart, escape, page, picture, table
 from fastrobust.reporting.inspection import STEPS
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE, OTHER_WEIGHTS
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -112,7 +112,7 @@ def warnings(one: Run) -> str:
         told = ["is not finished: what it has so far is shown."]
     elif one.summary.stopped:
         told = [one.summary.stopped]
-    told += [OTHER_WEIGHTS] if one.known and one.known.other_weights else []
+    told += [one.known.left_out] if one.known and one.known.left_out else []
     return "".join(f'<p class="warn"><b>{escape(one.name)}</b> {escape(text)}</p>' for text in told)
 
 

@@ -76,6 +76,8 @@ class Summary(Environment):
     test_images: str | None = None
     tested_on: str = ""
     weights_sha256: str | None = None
+    answers: list[float] | None = None
+    resolution: int | None = None
 
 
 @dataclass

@@ -21,6 +21,7 @@ from fastrobust.data import layouts, loaders
 from fastrobust.data.formats import Unusable
 from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import evaluate
+from fastrobust.evaluation.answers import answers
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights, weights_digest
 from fastrobust.runtime import distributed, half, interrupt, limits, memory, run_directory
@@ -272,12 +273,12 @@ def finish(training: Training) -> dict[str, Any]:
 
     if average is not None:
         average.swap()
-    digest, evaluations, live = weights_digest(model), saved_and_evaluated(run_directory.WEIGHTS), []
+    about = {"weights_sha256": weights_digest(model), "answers": answers(model, test.images.shape[1:])}
+    evaluations, live = saved_and_evaluated(run_directory.WEIGHTS), []
     if average is not None:
         average.swap()
         live = saved_and_evaluated(run_directory.LIVE)
-    summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()}
-    summary |= {"weights_sha256": digest}
+    summary = summarize(training, evaluations) | {"images": training.images, "test_images": test.checksum()} | about
     summary |= {"weights": "averaged", "evaluations_of_live_weights": live} if live else {}
     if training.selected:
         summary |= {"weights": training.selected["weights"], "selection": selection.facts(training)}

@@ -109,10 +109,11 @@ def test_autoattack_and_masking_verdicts_are_on_the_page_as_in_the_card(judged, 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_what_is_about_other_weights_is_left_out(copied, told, older, tmp_path):
-    """A summary of earlier versions does not say which weights it is about."""
+    """A summary of earlier versions does not say which weights and code it is about."""
     summary = json.loads((copied / "summary.json").read_text())
     assert summary["weights_sha256"] == digest(copied)
-    write_json(copied / "summary.json", {key: summary[key] for key in summary if key != "weights_sha256" or not older})
+    since = {"weights_sha256", "answers"} if older else set()
+    write_json(copied / "summary.json", {key: summary[key] for key in summary if key not in since})
     model, config, classes = read_weights(copied)
     with torch.no_grad():
         next(model.parameters()).add_(1e-3)
@@ -320,6 +321,45 @@ def test_records_of_other_code_do_not_count(finished_run, tmp_path):
         facts = {"settings": about | {"attack": attack}, "finished": True, "answers": found}
         results.Record(facts, clean, clean.clone(), ~clean).save(run / results.FOLDER)
     assert {row.attack for row in known.read(run, digest(run), model).accuracies} == {"none", "pgd-7-2", "square"}
+
+
+BENT = """
+import os
+from torch import nn
+
+def network(channels, classes):
+    bend = getattr(nn, os.environ["BEND"])()
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 28 * 28, 16), bend, nn.Linear(16, classes))
+"""
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_results_of_other_code_do_not_count(quick, tmp_path, monkeypatch, told, older):
+    """The summary, the exact verdicts and the masking checks of one activation, then the other's. Files of earlier versions
+    do not tell the code, and are believed."""
+    (tmp_path / "bent_model.py").write_text(BENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("BEND", "ReLU")
+    assert cli(["train", str(quick(model={"name": "bent_model:network"}))]) == 0
+    run = tmp_path / "runs" / "bars"
+    checks = ["--attack", "pgd-1-1", "--sanity", "--transfer", str(run), "--device", "cpu"]
+    assert cli(["evaluate", str(run), *checks, "--limit", "10"]) == 0
+    assert cli(["verify", str(run), "--epsilon", "0.004", "--limit", "5", "--workers", "1"]) == 0
+    for file in run.rglob("*.json") if older else ():
+        found = json.loads(file.read_text())
+        write_json(file, {key: value for key, value in found.items() if key != "answers"})
+    card, lines, _ = told(run)
+    names = {line[0] for line in lines[1:]}
+    assert {"none", "pgd-1-1", "exact verification"} <= names and "masked gradients at" in card
+    monkeypatch.setenv("BEND", "Tanh")
+    assert cli(["evaluate", str(run), "--attack", "pgd-2-1", "--device", "cpu"]) == 0
+    card, lines, page = told(run)
+    names = {line[0] for line in lines[1:]}
+    assert ({"none", "pgd-2-1"} == names) == ("masked gradients were not made" in card) == (not older)
+    assert ("exact verification" in names) == any("pgd-1-1" in key for key in page) == older
+    assert (known.OTHER_CODE in card) == (html.escape(known.OTHER_CODE) in (tmp_path / "r.html").read_text()) == (not older)
+    entry = json.loads((tmp_path / "export" / "robustbench.json").read_text())
+    assert (entry["clean_acc"] is None) == (not older)
 
 
 def test_records_that_are_not_finished_do_not_count(finished_run, tmp_path):

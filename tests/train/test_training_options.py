@@ -17,6 +17,7 @@ from training_runs import assert_same_end, on_noise, run_steps, stop_at
 from fastrobust.__main__ import main as cli
 from fastrobust.config import reading
 from fastrobust.config.sections import Averaging
+from fastrobust.evaluation.answers import answers
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime.errors import ConfigError
 from fastrobust.runtime.interrupt import Interrupted
@@ -98,6 +99,7 @@ def test_a_run_keeps_and_evaluates_both(quick, tmp_path, capsys):
     assert torch.equal(averaged[name], stored[f"learner.averaged.{name}"].contiguous())
     assert torch.equal(live[name], stored[f"learner.model.{name}"].contiguous())
     assert open_trained(run / "model.live.safetensors").digest != open_trained(run).digest == summary["weights_sha256"]
+    assert summary["answers"] == answers(open_trained(run).model, (3, 28, 28))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.4])
