@@ -197,6 +197,7 @@ def check_sanity(
         "epsilon": epsilon,
         "weights": trained.digest,
         "images": data.checksum(),
+        "chosen": data.chosen,
         "data": result["data"],
         "checks": [vars(check) for check in checks],
     }

@@ -28,7 +28,7 @@ from fastrobust.models import Normalized
 from fastrobust.models.fused import norm_silu, plain_norm_relu
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import known, robustbench
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, Accuracy, Known
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, OTHER_IMAGES, Known
 from fastrobust.reporting.stored import Summary
 from fastrobust.runtime.errors import FastrobustError, RunError, first_line, installing
 from fastrobust.runtime.files import explained, write_atomically, write_json, write_text
@@ -214,8 +214,11 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
         "corruptions), larger radii, or other data.",
         "## Accuracy",
         *([facts.left_out] if facts.left_out else []),
-        accuracy_table(facts.accuracies),
-        *(f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.images}): {m.in_words()}." for m in facts.masking),
+        accuracy_table(facts),
+        *(
+            f"{CHECKS} at {ball_in_words(m.epsilon, m.norm)} ({m.examples:,} images{facts.which(m)}): {m.in_words()}."
+            for m in facts.masking
+        ),
         *([] if facts.masking else [f"{CHECKS} were not made."]),
         "## Training",
         training(config, facts.summary),
@@ -228,19 +231,18 @@ def card(config, classes: tuple[str, ...], facts: Known, onnx: bool) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def accuracy_table(rows: list[Accuracy]) -> str:
-    if not rows:
+def accuracy_table(facts: Known) -> str:
+    if not facts.accuracies:
         return "None is known for these weights."
     lines = ["| attack | epsilon | accuracy | 95 % interval | test images |", "|---|---|---|---|---|"]
-    for row in rows:
+    for row in facts.accuracies:
         low, high = row.interval
-        images = f"{row.examples}{f' of {row.data}' if row.data else ''}"
         cells = [
             row.attack + row.unusual,
             radius_in_words(row.epsilon, row.norm),
             row.in_words(),
             f"{low:.2%} to {high:.2%}",
-            images,
+            f"{row.examples}{facts.which(row)}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -248,8 +250,10 @@ def accuracy_table(rows: list[Accuracy]) -> str:
         "Accuracy under an attack is an upper bound: a stronger attack may find more. The interval (Wilson) is about",
         "the choice of test images alone.",
     ]
-    if any(row.attack == EXACT for row in rows):
+    if any(row.attack == EXACT for row in facts.accuracies):
         lines += ["", EXACT_NOTE]
+    if any(found.other for found in (*facts.accuracies, *facts.masking)):
+        lines += ["", OTHER_IMAGES]
     return "\n".join(lines)
 
 
@@ -270,11 +274,12 @@ def training(config, summary: Summary | None) -> str:
 
 def entry(config, facts: Known) -> dict[str, Any]:
     """The fields of RobustBench's model_info files; accuracies in percent, as text. What is not known is null: of
-    the summary's accuracy too, where what is quoted is of another radius or of another number of images."""
+    the summary's accuracy too, where what is quoted is of another radius, of another number of images or of other images."""
     percent = lambda value: None if value is None else f"{100 * value:.2f}"
     first, auto = facts.summary and facts.summary.evaluations[0], facts.autoattack
     quoted = auto or first  # both have a norm, an epsilon and a number of examples
     about = lambda found: (found.norm, found.epsilon, found.examples)
+    alike = first and about(first) == about(quoted) and not (auto and auto.other)
     architecture = {
         "preact_resnet18": "PreActResNet-18",
         "mnist_net": "2 convolutions, 2 linear layers (Tjeng et al., 2017)",
@@ -291,7 +296,7 @@ def entry(config, facts: Known) -> dict[str, Any]:
         "architecture": architecture.get(config.model.name, config.model.name),
         "eps": describe(quoted.epsilon if quoted else config.epsilon),
         "clean_acc": percent(facts.autoattack_clean if auto else first and first.clean_accuracy),
-        "reported": percent(first.robust_accuracy if first and about(first) == about(quoted) else None),
+        "reported": percent(first.robust_accuracy if alike else None),
         "autoattack_acc": percent(auto and auto.accuracy),
         "footnote": f"Measured on {quoted.examples} test images{norm}." if quoted else None,
     }

@@ -22,6 +22,7 @@ from fastrobust.verification.store import FOLDER as VERIFICATION
 
 OTHER_WEIGHTS = "The run's summary is about other weights than those that lie beside it: its accuracies are left out."
 OTHER_CODE = "The run's summary is about other code of the model with these weights: its accuracies are left out."
+OTHER_IMAGES = "Not the summary's: these are not the test images that the run was tested on at the end of its training."
 NONE, EXACT = "none", "exact verification"  # in the place of an attack's name
 EXACT_NOTE = (
     "Exact verification: a verified image is proved to be classified correctly at every point within epsilon. The interval "
@@ -34,7 +35,8 @@ class Accuracy:
     """So many of `examples` test images are robust: classified correctly at all points that an attack tried, or, for an
     exact verification, proved to be so at every point of the ball. `undecided`: images that ran out of time there.
     `data`: the --data that the images were read from, if any. `norm`: of the ball, `linf` or `l2`. `search`: `bf16` where an
-    attack's steps were computed in that. `alpha`: the size of its steps, where it has one."""
+    attack's steps were computed in that. `alpha`: the size of its steps, where it has one. `images`: the digest of the test
+    images, where it is known. `other`: these are known to be others than the summary's (`Known.others`)."""
 
     attack: str
     epsilon: float
@@ -45,6 +47,8 @@ class Accuracy:
     norm: str = "linf"
     search: str | None = None
     alpha: float | None = None
+    images: str | None = None
+    other: bool = False
 
     def __post_init__(self):
         if not 0 <= self.robust <= self.robust + (self.undecided or 0) <= self.examples or not self.examples:
@@ -75,9 +79,8 @@ class Accuracy:
     def to_dict(self) -> dict[str, Any]:
         row = {"attack": self.attack, "norm": self.norm, "epsilon": self.epsilon, "accuracy": self.accuracy}
         row |= {"interval": list(self.interval), "examples": self.examples}
-        return row | {
-            key: value for key in ("undecided", "data", "search", "alpha") if (value := getattr(self, key)) is not None
-        }
+        keys = ("undecided", "data", "search", "alpha", "images")
+        return row | {key: value for key in keys if (value := getattr(self, key)) is not None}
 
 
 class Masking(InBall):
@@ -93,11 +96,9 @@ class Masking(InBall):
     checks: tuple[dict[str, Any], ...] = ()
     examples: int
     data: str | None = None
-
-    @property
-    def images(self) -> str:
-        """`300 images`, or `300 images of PATH`."""
-        return f"{self.examples:,} images{f' of {self.data}' if self.data else ''}"
+    images: str | None = None
+    chosen: str | None = None
+    other: bool = False
 
     def in_words(self) -> str:
         """`masked: single step failed`, or `healthy: 7 of 8 checks passed, black box not run`."""
@@ -114,6 +115,7 @@ class Settings(Stored):
     weights: str | None = None
     weights_sha256: str | None = None
     answers: list[float] | None = None
+    images: str | None = None
 
 
 class Verification(Settings):
@@ -137,10 +139,33 @@ class Known:
     left_out: str = ""
 
     def add(self, row: Accuracy) -> Accuracy:
-        """A row of the accuracies, once. A record tells the alpha of the same row of a summary that has none."""
-        if row not in self.accuracies:
-            self.accuracies = [one for one in self.accuracies if one != replace(row, alpha=None)] + [row]
+        """A row of the accuracies, once: of two about the same one may tell an alpha or images that the other does not."""
+        for i, one in enumerate(self.accuracies):
+            untold = {key: None for key in ("alpha", "images") if None in (getattr(one, key), getattr(row, key))}
+            if replace(one, **untold) == replace(row, **untold):
+                told = {key: getattr(one, key) or getattr(row, key) for key in untold}
+                self.accuracies[i] = replace(one, **told)
+                return self.accuracies[i]
+        self.accuracies.append(row)
         return row
+
+    def others(self, n: int, data: str | None, images: str | None, whole: str | None) -> bool:
+        """Whether n test images are known to be others than the summary's. As many must have the same digest (`images`), and
+        so must whole test sets (`whole`). Of other subsets it is not known. Those of a --data are told by its name."""
+        s = self.summary
+        if s is None or data is not None:
+            return False
+        own = s.test_images if s.chosen == "all" else None
+        return differ(whole, own) or (n == s.evaluations[0].examples and differ(images, s.test_images))
+
+    def which(self, found: Accuracy | Masking) -> str:
+        """Which images these are, where their number does not tell: ` of PATH`, `, not the summary's, SHA-256 1f0c2a9b…`."""
+        own = self.summary and self.summary.test_images
+        told = (found.examples, found.data)
+        among = {one.images for one in (*self.accuracies, *self.masking) if (one.examples, one.data) == told}
+        unclear = found.images != own and len(among - {None, own}) > 1
+        words = f" of {found.data}" if found.data else ", not the summary's" if found.other else ""
+        return words + (f", SHA-256 {found.images[:8]}…" if found.images and (found.other or unclear) else "")
 
 
 def read(run: Path, weights: str | None, model: Normalized | None = None) -> Known:
@@ -154,13 +179,18 @@ def read(run: Path, weights: str | None, model: Normalized | None = None) -> Kno
     elif summary and not its_code(summary.answers, summary.resolution):
         known = Known(left_out=OTHER_CODE)
     for e in known.summary.evaluations if known.summary else []:
-        known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples))
-        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha}
+        images = known.summary.test_images
+        known.add(Accuracy(NONE, 0.0, round(e.clean_accuracy * e.examples), e.examples, images=images))
+        found = {"norm": e.norm, "search": "bf16" if e.arithmetic == "bf16" else None, "alpha": e.alpha, "images": images}
         known.add(Accuracy(e.attack, e.epsilon, round(e.robust_accuracy * e.examples), e.examples, **found))
     if weights is not None:
         read_evaluations(known, run / results.FOLDER, weights, its_code)
         read_verification(known, run, weights, lambda told: its_code(told, summary and summary.resolution))
     return known
+
+
+def differ(one: str | None, other: str | None) -> bool:
+    return None not in (one, other) and one != other
 
 
 def code_of(model: Normalized | None) -> Callable[[Sequence[float] | None, int | None], bool]:
@@ -179,32 +209,38 @@ def read_evaluations(known: Known, folder: Path, weights: str, its_code: Callabl
             groups.setdefault((results.norm_of(s), s["epsilon"], s["examples"], s["data"]), []).append(record)
     first = known.summary and known.summary.evaluations[0]
     trained_in, wanted = (first.norm, first.epsilon) if first else ("linf", None)
-    for (norm, epsilon, n, _), records in sorted(groups.items()):
-        clean, data = int(records[0].clean.sum()), records[0].facts.get("data")
-        known.add(Accuracy(NONE, 0.0, clean, n, data=data))
+    for (norm, epsilon, n, digest), records in sorted(groups.items()):
+        clean, data, chosen = int(records[0].clean.sum()), records[0].facts.get("data"), records[0].facts.get("chosen")
+        images = digest if chosen else None  # version 0.1 had another digest, and other rules by which images are chosen
+        of = {"data": data, "images": images}
+        of["other"] = known.others(n, whole=images if chosen == "all" else None, **of)
+        known.add(Accuracy(NONE, 0.0, clean, n, **of))
         for record in records:
             if bool((record.attacked == record.clean).all()):
                 robust = int((record.clean & ~record.broken).sum())
                 s = record.settings
-                about = {"data": data, "norm": norm, "search": s.get("arithmetic"), "alpha": s.get("alpha")}
-                known.add(Accuracy(s["attack"], epsilon, robust, n, **about))
+                about = {"norm": norm, "search": s.get("arithmetic"), "alpha": s.get("alpha")}
+                known.add(Accuracy(s["attack"], epsilon, robust, n, **about, **of))
         if len(records) > 1:
             name = f"worst case over {', '.join(sorted({r.settings['attack'] for r in records}))}"
-            known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, data=data, norm=norm))
+            known.add(Accuracy(name, epsilon, int(results.worst_case(records).sum()), n, norm=norm, **of))
         whole = autoattack_of(records)
         if whole is not None:
-            row = known.add(Accuracy("autoattack", epsilon, whole, n, data=data, norm=norm))
+            row = known.add(Accuracy("autoattack", epsilon, whole, n, norm=norm, **of))
             better = known.autoattack is None or rank(row, wanted) > rank(known.autoattack, wanted)
             if norm == trained_in and data is None and better:
                 known.autoattack, known.autoattack_clean = row, clean / n
     found = [stored.read(file, Masking) for file in sorted(folder.glob("sanity_*.json"))]
-    known.masking += [m for m in found if m.weights == weights and its_code(m.answers, m.resolution)]
+    for m in found:
+        if m.weights == weights and its_code(m.answers, m.resolution):
+            m.other = known.others(m.examples, m.data, m.images, m.images if m.chosen == "all" else None)
+            known.masking.append(m)
 
 
 def rank(row: Accuracy, epsilon: float | None) -> tuple:
-    """Of several results of AutoAttack on the run's own test images the one to quote: at the radius of its summary, on the
-    most images, at the largest radius."""
-    return row.epsilon == epsilon, row.examples, row.epsilon
+    """Of several results of AutoAttack on the run's own test images the one to quote: not on others than its summary's, at
+    the radius of that, on the most images, at the largest radius."""
+    return not row.other, row.epsilon == epsilon, row.examples, row.epsilon
 
 
 def autoattack_of(records: list[results.Record]) -> int | None:
@@ -225,13 +261,13 @@ def read_verification(known: Known, run: Path, weights: str, its_code: Callable[
         summary = stored.read(file, Verification)
         try:
             counts = (summary.verified, summary.examples, summary.timeout)
-            row = Accuracy(EXACT, summary.epsilon, *counts, data=summary.data)
+            row = Accuracy(EXACT, summary.epsilon, *counts, data=summary.data, images=summary.images)
         except ValueError as error:
             raise RunError(f"{file} is damaged: {error}") from None
-        settings = stored.read(file.with_name("settings.json"), Settings) or summary
+        settings = stored.read(file.with_name("settings.json"), Settings) or Settings()
         about = summary if summary.weights else settings
         of_file = about.weights_sha256 and about.weights_sha256 == hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
         if (about.weights == weights or of_file) and its_code(settings.answers):
-            found.append(row)
+            found.append(replace(row, other=known.others(row.examples, row.data, row.images, settings.images)))
     for row in sorted(found, key=lambda row: (row.epsilon, row.examples)):
         known.add(row)

@@ -14,7 +14,7 @@ from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.reporting import inspection, known
 from fastrobust.reporting.charts import Line, chart, escape, page, picture, table
 from fastrobust.reporting.inspection import STEPS
-from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE
+from fastrobust.reporting.known import EXACT, EXACT_NOTE, NONE, OTHER_IMAGES
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
 from fastrobust.runtime.errors import FastrobustError
@@ -129,11 +129,12 @@ def summary_table(runs: list[Run]) -> str:
         put("data and model", i, f"{config.data.dataset}, {config.model.name}")
         for row in one.known.accuracies:
             low, high = row.interval
-            images = f"n = {row.examples:,}{f' of {row.data}' if row.data else ''}{row.unusual}"
+            images = f"n = {row.examples:,}{one.known.which(row)}{row.unusual}"
             name = "clean accuracy" if row.attack == NONE else f"{row.attack}, {ball_in_words(row.epsilon, row.norm)}"
             put(name, i, row.in_words(), f"{low * 100:.1f} to {high * 100:.1f}, {images}")
         for m in one.known.masking:
-            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), m.images)
+            images = f"{m.examples:,} images{one.known.which(m)}"
+            put(f"masked gradients, {ball_in_words(m.epsilon, m.norm)}", i, m.in_words(), images)
         times = [r.seconds for r in one.history]
         if times:
             span = f"; {duration(min(times))} to {duration(max(times))}" if len(times) > 1 else ""
@@ -156,6 +157,8 @@ def summary_table(runs: list[Run]) -> str:
     )
     if any(row.attack == EXACT for one in runs for row in one.known.accuracies):
         note += f" {EXACT_NOTE}"
+    if any(found.other for one in runs for found in (*one.known.accuracies, *one.known.masking)):
+        note += f" {OTHER_IMAGES}"
     body = table([[escape(name), *cells] for name, cells in rows.items()], heads(runs))
     return f'<h2>Summary</h2>{body}<p class="note">{note}</p>'
 

@@ -74,6 +74,7 @@ class Summary(Environment):
     recovered: list[dict[str, Any]] = []
     training_images: int | None = None
     test_images: str | None = None
+    chosen: str | None = None
     tested_on: str = ""
     weights_sha256: str | None = None
     answers: list[float] | None = None

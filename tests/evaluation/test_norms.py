@@ -57,7 +57,8 @@ def test_card_and_page_tell_the_norm(copied, capsys, tmp_path, monkeypatch):
     found, _ = evaluated(capsys, *asked)
     digest = found["weights"]
     rows = [row for row in known.read(copied, digest).accuracies if row.norm == "l2"]
-    assert rows == [Accuracy("pgd-5-1", 1.5, round(found["robust_accuracy"] * 40), 40, norm="l2", alpha=0.375)]
+    about = {"norm": "l2", "alpha": 0.375, "images": found["images"]}
+    assert rows == [Accuracy("pgd-5-1", 1.5, round(found["robust_accuracy"] * 40), 40, **about)]
     assert cli(["export", str(copied), "-o", str(tmp_path / "export")]) == 0
     assert "| pgd-5-1 | L2 1.5 | " in (tmp_path / "export" / "README.md").read_text()
     assert cli(["report", str(copied), "--limit", "0", "-o", str(tmp_path / "r.html")]) == 0

@@ -156,6 +156,37 @@ def test_results_on_other_data_say_so(copied, told, tmp_path):
     assert page["pgd-2-1, epsilon 0.01"].endswith(f"n = 30 of {other})")
 
 
+def test_results_on_images_that_were_replaced_say_so(quick, told, tmp_path, capsys):
+    """Subsets of one test set, and of another in its place. The oracle: the digests that the commands give."""
+    data = write_folder(tmp_path / "data", 70, 20)
+    assert cli(["train", str(quick(data__path=str(data)))]) == 0
+    run, images = tmp_path / "runs" / "bars", {}
+    for place in ("before", "after"):
+        for n in (20, 10):
+            capsys.readouterr()
+            more = ["--sanity", "--transfer", str(run)] if (place, n) == ("after", 20) else []
+            asked = ["--attack", "pgd-3-1", "--limit", str(n), "--device", "cpu", "--json", *more]
+            assert cli(["evaluate", str(run), *asked]) == 0
+            images[place, n] = json.loads(capsys.readouterr().out.splitlines()[-1])["images"][:8]
+        if place == "before":
+            _, lines, page = told(run)
+            assert {line[4] for line in lines[1:]} == {"20", "10"} and "SHA-256" not in str(page)
+        write_folder(data, 0, 90)
+        for file in sorted((data / "test").glob("*/*.png")):
+            file.unlink() if int(file.stem) < 70 else None
+    assert cli(["verify", str(run), "--epsilon", "0.004", "--limit", "5", "--workers", "1"]) == 0
+    card, lines, page = told(run)
+    other = f", not the summary's, SHA-256 {images['after', 20]}…"
+    found = [line[4] for line in lines[1:] if line[0] == "pgd-3-1"]
+    tens = [f"10, SHA-256 {images[place, 10]}…" for place in ("before", "after")]
+    assert sorted(found) == sorted(["20", f"20{other}", *tens]) and images["before", 10] != images["after", 10]
+    (exact,) = [line[4] for line in lines if line[0] == "exact verification"]
+    assert re.fullmatch(r"5, not the summary's, SHA-256 [0-9a-f]{8}…", exact)
+    assert f"n = 20{other})" in page["pgd-3-1, epsilon 0.05"] and "n = 20)" in page["pgd-3-1, epsilon 0.05"]
+    assert f"(20 images{other})" in card and f"(20 images{other})" in page["masked gradients, epsilon 0.05"]
+    assert card.count(known.OTHER_IMAGES) == 1
+
+
 def test_checks_for_masked_gradients_on_other_data_say_so(copied, told):
     checks = SANITY | {"weights": digest(copied), "epsilon": 0.2, "data": "/other"}
     write_json(copied / results.FOLDER / "sanity_epsilon-0.2_0.json", checks)
@@ -210,11 +241,11 @@ def test_damaged_files_are_named(copied, tmp_path, capsys, name, content):
 # ---- which result of AutoAttack is quoted
 
 
-def write_autoattack(run, epsilon: float, n: int, given: str | None) -> None:
+def write_autoattack(run, epsilon: float, n: int, given: str | None, **of) -> None:
     clean = torch.arange(n) % 10 > 0
     for attack in known.autoattack.PARTS:
         settings = {"attack": attack, "epsilon": epsilon, "examples": n, "data": f"{n} images", "weights": digest(run)}
-        facts = {"settings": settings, "finished": True, "data": given}
+        facts = {"settings": settings, "finished": True, "data": given} | of
         results.Record(facts, clean, clean.clone(), clean & (torch.arange(n) % 2 == 1)).save(run / results.FOLDER)
 
 
@@ -232,6 +263,22 @@ def test_the_entry_quotes_results_on_the_same_images_alone(finished_run, tmp_pat
     assert entry["reported"] == (f"{100 * summary['robust_accuracy']:.2f}" if reported else None)
     assert entry["autoattack_acc"] == ("40.00" if quoted else None)
     assert entry["footnote"] == f"Measured on {n} test images."
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_entry_puts_accuracies_on_other_images_side_by_side_with_none(finished_run, tmp_path, same):
+    """As many test images: those of the summary, or others in their place. These count only where there is nothing else."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    if same:
+        write_json(run / "summary.json", summary | {"test_images": "200 images"})
+    write_autoattack(run, 0.1, 200, None, chosen="all")
+    entry = export.entry(read_weights(run)[1], known.read(run, digest(run)))
+    assert (entry["clean_acc"], entry["autoattack_acc"]) == ("90.00", "40.00")
+    assert entry["reported"] == (f"{100 * summary['robust_accuracy']:.2f}" if same else None)
+    write_autoattack(run, 0.3, 50, None, chosen="each class in proportion, evenly spaced")
+    quoted = known.read(run, digest(run)).autoattack
+    assert (quoted.examples, quoted.other) == ((200, False) if same else (50, False))
 
 
 def test_of_several_results_of_autoattack_the_runs_own_radius_and_the_most_images_are_quoted(finished_run, tmp_path):
