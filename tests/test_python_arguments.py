@@ -69,7 +69,7 @@ def test_so_are_those_of_evaluate(run, tmp_path, capsys):
     assert fastrobust.evaluate(run.model, other, **options).clean_accuracy > 0.9
     assert "are taken for the model's (a, b, c, …) by their numbers" in capsys.readouterr().out
     other.classes[3] = "a"
-    with pytest.raises(FastrobustError, match="trained on 10 classes"):
+    with pytest.raises(FastrobustError, match="the model has 10 classes"):
         fastrobust.evaluate(run.model, other, **options)
 
 
@@ -153,3 +153,26 @@ def test_a_home_is_written_out_in_paths(run, monkeypatch):
         fastrobust.fit("mnist_net", "~/absent", epsilon=0.1)
     with pytest.raises(FastrobustError, match=r"'svhnn' is not one of mnist, .*cifar100, svhn, .*did you mean 'svhn'\?"):
         fastrobust.fit("mnist_net", "svhnn", epsilon=0.1)
+
+
+def test_classes_that_are_given_are_matched_with_a_datasets_own(tmp_path, capsys):
+    """Both Datasets number them otherwise than `classes` does; the test images lack some, as a folder of images may."""
+    some, turned, words = Named(200, 2, ("b", "h")), NAMES[::-1], [f"class {k}" for k in range(10)]
+    found = fit(tmp_path, some, classes=turned)
+    assert found.classes == turned and found.summary["clean_accuracy"] > 0.9
+    assert fastrobust.evaluate(found.model, some, epsilon=0.0, attack="pgd-1-1").clean_accuracy > 0.9
+    assert "no images of" in capsys.readouterr().out
+    assert fit(tmp_path / "words", Named(200, 2, NAMES), classes=words, epochs=1).classes == tuple(words)
+    assert "are taken for the model's (class 0, class 1, class 2, …) by their numbers" in capsys.readouterr().out
+    with pytest.raises(FastrobustError, match=r"2 classes \(b, h\), but the model has 10 classes \(class 0, class 1"):
+        fit(tmp_path / "fewer", some, classes=words)
+
+
+def test_names_without_images_are_no_matter(run, tmp_path):
+    """Two classes of a Dataset that names ten."""
+    whole = Named(600, 1, NAMES)
+    part = Subset(whole, [k for k, (_, y) in enumerate(whole.items) if NAMES[y] in "bh"])
+    options = {"classes": ("h", "b"), "epsilon": 0.02, "epochs": 1, "batch_size": 50, "output": tmp_path, "config": FEW}
+    found = fastrobust.fit(nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)), part, test=part, **options)
+    assert found.classes == ("h", "b") and found.summary["images"]["train"].keys() == {"h", "b"}
+    assert fastrobust.evaluate(run.model, part, epsilon=0.0, attack="pgd-1-1").clean_accuracy > 0.9

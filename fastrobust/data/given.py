@@ -51,8 +51,8 @@ def read(data: Any, classes: Sequence[str] | None = None) -> Given:
 
 
 def read_for(classes: tuple[str, ...], data: Any, whose: str) -> Given:
-    """Images for a model of these classes. A Dataset that names its own (`names_of`) is matched by name, else labels are
-    indices into `classes`. Raises DataError."""
+    """Images for a model of these classes. A Dataset that names its own (`names_of`) is matched by name; names that it has
+    no images of are no matter. Else labels are indices into `classes`. Raises DataError."""
     if isinstance(data, tuple | list) or names_of(data) is None:
         return read(data, classes)
     found = read(data)
@@ -62,8 +62,10 @@ def read_for(classes: tuple[str, ...], data: Any, whose: str) -> Given:
             f"note: the images' classes ({names[0]}, …) are taken for {whose}'s ({names[1]}, …) by their numbers", flush=True
         )
         return found._replace(classes=classes)
-    images, labels = torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.from_numpy(found.labels)
-    matched = ImageSet(images, labels, found.classes, "the Dataset").labelled_as(classes, whose)
+    kept = [k for k, name in enumerate(found.classes) if name in classes or (found.labels == k).any()]
+    images, labels = torch.from_numpy(found.images).permute(0, 3, 1, 2), np.searchsorted(kept, found.labels)
+    named = ImageSet(images, torch.from_numpy(labels), tuple(found.classes[k] for k in kept), "the Dataset")
+    matched = named.labelled_as(classes, whose)
     return found._replace(labels=matched.labels.numpy(), classes=classes)
 
 

@@ -41,7 +41,7 @@ class ImageSet:
         unknown = [name for name in self.classes if name not in classes]
         if unknown:
             raise DataError(
-                f"{self.source} has images of {listed(unknown)}, but {whose} was trained on {listed(classes)}: "
+                f"{self.source} has images of {listed(unknown)}, but {whose} has {listed(classes)}: "
                 "give images of the same classes, under the same names"
             )
         places = torch.tensor([classes.index(name) for name in self.classes])

@@ -170,10 +170,10 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
         return
     if test is None:
         raise DataError("give test=(images, labels) too: robustness is measured on images that were not trained on")
-    train = given.read(data, classes)
+    train = given.read(data) if classes is None else given.read_for(tuple(map(str, classes)), data, "the model")
     if classes is None and given.names_of(data) is None and train.labels.min() > 0:
         raise DataError(given.FROM_ONE)
-    held = given.read(test, train.classes) if classes else given.read_for(train.classes, test, "the model")
+    held = given.read_for(train.classes, test, "the model")
     file = directory / IMAGES
     if file.exists():
         for split, mine in (("train", train), ("test", held)):

@@ -315,7 +315,7 @@ def test_a_part_of_the_classes_is_allowed_and_said(capsys, have, absent):
     ],
 )
 def test_a_class_that_the_model_does_not_know_is_refused(capsys, have, unknown):
-    trained = r"runs/a was trained on 6 classes \(cat, dog, eel, fox, gnu, ...\)"
+    trained = r"runs/a has 6 classes \(cat, dog, eel, fox, gnu, ...\)"
     with pytest.raises(DataError, match=f"^the zoo has images of {unknown}, but {trained}: give images of the same classes"):
         animals(have, [0, 1]).labelled_as(NAMES, "runs/a")
     assert capsys.readouterr().out == ""

@@ -328,7 +328,7 @@ def test_unknown_classes_are_refused_by_name(copied, tmp_path, capsys, command):
     options = {"evaluate": ["--device", "cpu"], "verify": ["--epsilon", EPSILON], "report": ["-o", str(tmp_path / "r")]}
     status = cli([command, str(copied), "--data", str(folder), *options[command]])
     assert status == (0 if command == "report" else 2)  # a page about many runs is made without this one's attacks
-    message = f"{folder} has images of 2 classes (cat, dog), but {copied} was trained on 3 classes (a, b, c)"
+    message = f"{folder} has images of 2 classes (cat, dog), but {copied} has 3 classes (a, b, c)"
     assert message in capsys.readouterr().err
     if command == "report":
         page = (tmp_path / "r").read_text()
@@ -354,7 +354,7 @@ def test_the_evaluation_of_a_training_run_goes_by_name(three, config_file, tmp_p
     assert cli(["train", config]) == (2 if odd else 0)
     shown, run = capsys.readouterr(), tmp_path / "runs" / "bars"
     if odd:
-        assert message in shown.err and "was trained on 3 classes (a, b, c)" in shown.err
+        assert message in shown.err and "has 3 classes (a, b, c)" in shown.err
         assert not run.exists()  # it is noticed before the training, not after it
         return
     model, _, classes = read_weights(run)
@@ -371,7 +371,7 @@ def test_labels_are_mapped_by_name_and_the_pixels_stay(three):
     assert [mapped.classes[i] for i in mapped.labels] == [data.classes[i] for i in data.labels]
     assert torch.equal(mapped.images, data.images) and mapped.checksum() != data.checksum()
     assert data.labelled_as(data.classes, "the model") is data
-    with pytest.raises(DataError, match=r"has images of class c, but the model was trained on 2 classes \(a, b\)"):
+    with pytest.raises(DataError, match=r"has images of class c, but the model has 2 classes \(a, b\)"):
         data.labelled_as(("a", "b"), "the model")
 
 
