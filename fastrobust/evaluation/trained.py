@@ -37,6 +37,12 @@ class Trained:
                 f"{len(trained_on)} of the held-out images were trained on, such as {min(trained_on)}: the training images "
                 f"in {found.source} are no longer those that {run} was begun with. Put them back"
             )
+        held_out = loaders.test_split(self.config) == "held_out"
+        if held_out and run_directory.read_digest(run) not in (None, loaders.digest(self.config)):
+            raise DataError(
+                f"the training images in {self.config.data.prepared} are no longer those that {run} was begun with, so that "
+                "held-out images may have been trained on. Put them back, or train anew"
+            )
         return found
 
     def training_images(self, limit: int) -> ImageSet:

@@ -11,6 +11,7 @@
               evaluations/         what attacks did to each image (`evaluation/results.py`); interrupted ones go on there
               summary.json         what came out
               images.txt.gz        the files that it trains on, in their order, where each image has one
+              images.sha256        a digest of its prepared training images, of which some are held out
               skipped_images.txt   those that it leaves out, and why (`data.skip_corrupt`)
 
 Files are replaced in one piece: written beside their place, flushed to disk, then renamed. A checkpoint ends with its own
@@ -52,7 +53,7 @@ CONFIG, ENVIRONMENT, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, LIVE, SUMMARY = FIL
     "model.live.safetensors",
     "summary.json",
 )
-IMAGES, SKIPPED = "images.txt.gz", "skipped_images.txt"
+IMAGES, SKIPPED, DIGEST = "images.txt.gz", "skipped_images.txt", "images.sha256"
 
 
 def taken(run: Path) -> RunError:
@@ -79,8 +80,10 @@ def as_lines(names: Sequence[str]) -> list[str]:
     return [name.encode(errors="backslashreplace").decode().replace("\n", "\\n") for name in names]
 
 
-def write_images(run: Path, names: Sequence[str], skipped: dict[str, Sequence[str]]) -> None:
-    """The files that a run trains on, and those of each split that it leaves out."""
+def write_images(run: Path, names: Sequence[str], skipped: dict[str, Sequence[str]], digest: str | None = None) -> None:
+    """The files that a run trains on or the digest of its prepared images, and those of each split that it leaves out."""
+    if digest:
+        write_text(run / DIGEST, digest + "\n")
     if names:
         content = gzip.compress("\n".join(as_lines(names)).encode(), mtime=0)
         write_atomically(run / IMAGES, lambda file: file.write(content))
@@ -98,6 +101,12 @@ def read_images(run: Path) -> list[str] | None:
         raise RunError(
             f"{run / IMAGES} is damaged ({first_line(error)}): delete it, and the images are not compared"
         ) from None
+
+
+def read_digest(run: Path) -> str | None:
+    """The digest of a run's prepared training images, or None where it has none. Raises RunError."""
+    with explained(f"{run / DIGEST} cannot be read"):
+        return (run / DIGEST).read_text().strip() if (run / DIGEST).exists() else None
 
 
 def open_run(run: str | Path) -> tuple[Path, Config]:

@@ -140,7 +140,8 @@ def create(training: Training) -> None:
     """The run's directory, with the lists of its images. Raises ConfigError where a run could not begin."""
     curves.check(training.config)
     directory = run_directory.create(training.config)
-    run_directory.write_images(directory, getattr(training.loader, "names", ()), training.skipped)
+    names, digest = getattr(training.loader, "names", ()), loaders.digest(training.config)
+    run_directory.write_images(directory, names, training.skipped, digest)
 
 
 def training(config: Config, directory: Path, device: torch.device, world: World, network=None) -> Training:

@@ -7,13 +7,14 @@ import shutil
 
 import pytest
 import yaml
+from data_files import prepare
 from training_runs import CPU
 
 from fastrobust.__main__ import main as cli
 from fastrobust.evaluation.trained import open_trained
 from fastrobust.runtime.distributed import ALONE
 from fastrobust.runtime.errors import DataError, RunError
-from fastrobust.runtime.run_directory import IMAGES, SKIPPED, as_lines, read_images, write_images
+from fastrobust.runtime.run_directory import DIGEST, IMAGES, SKIPPED, as_lines, read_images, write_images
 from fastrobust.train import start
 from fastrobust.train.training import Training
 
@@ -134,3 +135,24 @@ def test_names_of_any_kind_are_listed(tmp_path):
     write_images(tmp_path, names, {"train": ["x"], "test": []})
     assert read_images(tmp_path) == as_lines(names) and len(set(as_lines(names))) == 3
     assert (tmp_path / SKIPPED).read_text() == "train: x\n"
+
+
+def test_prepared_images_that_changed_are_no_test_of_held_out_ones(quick, data, tmp_path, capsys):
+    """They have no list of files. Written anew from the same source they are the same; with more others are held out."""
+    shutil.rmtree(data / "test")
+    files = tmp_path / "files"
+    arguments = ["image_folder", "--data", data, "-o", files, "--sizes", "28", "--workers", "1", "--splits", "train"]
+    assert prepare("dali", arguments) == 0
+    config = quick(data__path=str(data), data__prepared=str(files), data__held_out=20, data__workers=1, loader="torch")
+    assert cli(["train", str(config)]) == 0
+    run, evaluate = tmp_path / "runs" / "bars", ["--steps", "1", "--restarts", "1"]
+    assert prepare("dali", [*arguments, "--overwrite", "--storage", "raw"]) == 0
+    assert cli(["evaluate", str(run), *evaluate]) == 0
+    for file in images(data, "train"):
+        shutil.copy(file, file.with_name(f"again_{file.name}"))
+    assert prepare("dali", [*arguments, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert cli(["evaluate", str(run), *evaluate]) == 2
+    assert f"the training images in {files} are no longer those that {run} was begun with" in capsys.readouterr().err
+    (run / DIGEST).unlink()  # as of an earlier version
+    assert cli(["evaluate", str(run), *evaluate]) == 0

@@ -313,6 +313,16 @@ class Phases:
             self.loader.close()
 
 
+def digest(config: Config) -> str | None:
+    """A digest of a config's prepared training images, of which some are held out: the same where they were written anew
+    from the same source. None where none are held out of prepared files."""
+    kind, place = kind_of_files(config), config.data.prepared
+    if not config.data.held_out or kind is None or place is None:
+        return None
+    found = READERS[kind](Path(place), "train", stored(config, config.phases[0]))
+    return found.manifest.get("fingerprint") or found.checksum()
+
+
 def still(config: Config, split: str, limit: int | None) -> sets.ImageSet:
     """The images of a split of a resolved config, or `limit` of them (see `Choice.of`), at the resolution of the last
     phase: the square in the middle of each. Training images are those that `data.limit` leaves. If the run trains from
