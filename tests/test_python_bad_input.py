@@ -7,10 +7,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from python_runs import TRAIN, Net, fit
 
 import fastrobust
-from fastrobust.data import sets
+from fastrobust.data import given, sets
 from fastrobust.runtime.errors import DataError, FastrobustError
 
 
@@ -146,3 +147,21 @@ def test_files_of_one_class_or_with_labels_from_1_are_refused(tmp_path, first, s
     np.savez(tmp_path / "a.npz", train_images=images, train_labels=labels)
     with pytest.raises(DataError, match=says):
         sets.load("arrays", "train", tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("mode", ["P", "YCbCr", "RGBA", "CMYK", "LA", "1"])
+def test_pictures_of_other_modes_are_read_as_those_of_files_are(mode):
+    """A Dataset of Pillow's images: a palette's numbers are no colours."""
+    rng = np.random.default_rng(0)
+    made = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(4)]
+    pictures = [image.convert(mode) for image in made]
+    expected = np.stack([np.asarray(picture.convert("L" if mode == "1" else "RGB")) for picture in pictures])
+    for data in ([(picture, k % 2) for k, picture in enumerate(pictures)], (pictures, [0, 1, 0, 1])):
+        assert np.array_equal(given.read(data).images.squeeze(), expected)
+
+
+def test_pictures_of_more_than_8_bits_are_not_clipped():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert given.read([(Image.fromarray(values), k) for k in (0, 1)]).images.max() == 255
+    with pytest.raises(DataError, match=r"images must be uint8, .* they are uint16"):
+        given.read([(Image.fromarray((values * 65535).astype(np.uint16)), k) for k in (0, 1)])

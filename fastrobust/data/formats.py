@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from fastrobust.data.colours import DEEP, rgb
 from fastrobust.runtime import limits
 from fastrobust.runtime.errors import DataError
 from fastrobust.runtime.files import kind_of, mistaken
@@ -370,11 +371,7 @@ def open_upright(member: Member) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith(DEEP) or bits_of(content) > 8:  # converting these would clip, not scale
             raise unusable(member.where, "its pixels have more than 8 bits", CONVERT)
-        if image.mode == "P":  # RGBA first, the way for palettes with transparency
-            image = image.convert("RGBA")
-        if image.mode != "RGB":
-            image = image.convert("RGB")
-        return image
+        return image if image.mode == "RGB" else rgb(image)
     except (MemoryError, DataError):
         raise
     except UnidentifiedImageError as error:  # Pillow tells the address of an object
@@ -393,7 +390,6 @@ def bits_of(content: bytes) -> int:
 
 REPLACE = "put a good copy in its place (a run that was begun goes on with --resume)"
 CONVERT = "convert it to PNG or JPEG with 8 bits"
-DEEP = ("I", "F")  # the beginnings of Pillow's modes of more than 8 bits
 
 
 def unusable(where: str, problem: Exception | str, advice: str = REPLACE) -> DataError:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+from fastrobust.data.colours import plain
 from fastrobust.data.image_set import ImageSet
 from fastrobust.runtime.errors import DataError, first_line
 from fastrobust.runtime.progress import Progress
@@ -94,7 +96,7 @@ def _items(data: Any) -> tuple[list, list]:
                 raise DataError(
                     f"item {i} of the data set cannot be read: {type(error).__name__}: {first_line(error)}"
                 ) from error
-            images.append(image if isinstance(image, Tensor) else np.asarray(image))
+            images.append(image if isinstance(image, Tensor) else pixels_of(image))
             labels.append(label)
             bar.advance(1, "" if bar.due() else None)
     shapes = {tuple(image.shape) for image in images}
@@ -102,6 +104,11 @@ def _items(data: Any) -> tuple[list, list]:
         found = "; ".join(map(str, sorted(shapes)[:3])) or "no images"
         raise DataError(f"the images must be of one shape, found {found}: resize them first")
     return (torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)), labels
+
+
+def pixels_of(image: Any) -> np.ndarray:
+    """One of Pillow's images, or what is an array already."""
+    return np.asarray(plain(image) if isinstance(image, Image) else image)
 
 
 FROM_ONE = "no label is 0: classes are numbered from 0. Where they count from 1, subtract 1; else name all with `classes`"
@@ -119,7 +126,7 @@ def whole_numbers(labels: Any) -> np.ndarray:
 
 def channels_first(images: Any) -> np.ndarray:
     """Images that are no tensor as an array N x C x H x W; they may be N x H x W, or N x H x W x C with C 1 or 3."""
-    found = np.asarray(images)
+    found = np.asarray([pixels_of(image) for image in images] if isinstance(images, list | tuple) else images)
     found = found[..., None] if found.ndim == 3 else found
     return found.transpose(0, 3, 1, 2) if found.ndim == 4 and found.shape[3] in (1, 3) else found
 
