@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from conftest import bar_images
 from torch import nn
 from torch.utils.data import ConcatDataset, Subset
@@ -176,3 +177,20 @@ def test_names_without_images_are_no_matter(run, tmp_path):
     found = fastrobust.fit(nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)), part, test=part, **options)
     assert found.classes == ("h", "b") and found.summary["images"]["train"].keys() == {"h", "b"}
     assert fastrobust.evaluate(run.model, part, epsilon=0.0, attack="pgd-1-1").clean_accuracy > 0.9
+
+
+def test_sections_of_config_are_merged_with_those_of_fit(tmp_path):
+    """One that names another part takes the place of fit's: its keys are others."""
+    sections = {
+        "data": {"augment": {"flip": True}},
+        "data.augment": {"crop": "pad"},
+        "evaluation": {"steps": 5, "restarts": 1},
+        "schedule": {"name": "multistep", "lr": 0.01, "milestones": [0.5]},
+        "phases.0.epochs": 1,
+    }
+    found = fit(tmp_path, Named(200, 2, NAMES), config=sections)
+    made = yaml.safe_load((found.directory / "config.yaml").read_text())
+    assert made["data"]["dataset"] == "arrays"
+    assert (made["data"]["augment"]["flip"], made["data"]["augment"]["crop"]) == (True, "pad")
+    assert (made["evaluation"]["limit"], made["evaluation"]["steps"]) == (1000, 5)
+    assert made["schedule"]["name"] == "multistep" and made["phases"][0]["epochs"] == 1

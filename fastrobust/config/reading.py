@@ -236,6 +236,18 @@ def put(data: dict[str, Any], key: str, value: Any, override: str) -> None:
         node[last] = value
 
 
+def merge(data: dict[str, Any], key: str, value: Any, override: str) -> None:
+    """`put`, where a section is merged with the one that is there, unless it names another part. Raises ConfigError."""
+    head, _, rest = key.partition(".")
+    there, value = data.get(head), {rest: value} if rest else value
+    sections = isinstance(there, dict) and isinstance(value, dict)
+    if sections and value.get("name", there.get("name")) == there.get("name"):
+        for below, part in value.items():
+            merge(there, str(below), part, override)
+    else:
+        put(data, key, value[rest] if rest else value, override)
+
+
 def _item(node: list, part: str, override: str) -> Any:
     if not (part.isascii() and part.isdecimal() and len(part) < 9) or int(part) >= len(node):
         raise ConfigError(f"'{override}': '{part}' must be a number from 0 to {len(node) - 1}")

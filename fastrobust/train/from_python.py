@@ -80,8 +80,9 @@ def fit(
     epsilon: radius in pixels of [0, 1]. method: a name, or a dict of the config's section. lr: the highest learning rate of
     SGD with the cyclic schedule. mean, std: normalisation by a first layer before the network; default: none for a network,
     the data set's for a name. resolution: side in pixels, for folders. name, output: the run goes to OUTPUT/NAME.
-    resume: go on with the run that is there. config: other keys, such as {"norm": "l2", "phases.0.epochs": 5}; see
-    docs/configuration.md. Images that are given go into the run directory, so that it can be evaluated later.
+    resume: go on with the run that is there. config: other keys, such as {"norm": "l2", "phases.0.epochs": 5}, or
+    sections, such as {"data": {"augment": {"flip": True}}}; see docs/configuration.md. Images that are given go into the
+    run directory, so that it can be evaluated later.
 
     Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""
     if isinstance(classes, str) or (classes is not None and len(set(classes)) != len(classes)):
@@ -124,7 +125,7 @@ def fit(
         settings["data"] = {"dataset": dataset} | ({"path": path} if path else {})
         settings["model"] |= {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
         for key, value in (config or {}).items():
-            reading.put(settings, key, value, f"config[{key!r}]")
+            reading.merge(settings, str(key), value, f"config[{key!r}]")
         parsed = reading.parse(settings, "fit")
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with interrupt.left_alone(), torch.random.fork_rng(devices), distributed.joined(parsed.device) as (world, device):
