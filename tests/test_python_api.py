@@ -16,6 +16,7 @@ from conftest import bar_images
 from PIL import Image
 from python_runs import FEW, TEST, TRAIN, Net, bars, fit
 from torch import nn
+from torch.utils.data import TensorDataset
 
 import fastrobust
 from fastrobust.__main__ import main as cli
@@ -41,9 +42,12 @@ def test_adversarial_images_are_what_evaluate_counts(run, norm, epsilon, kind):
         assert torch.equal(run.model(found).argmax(1) == labels, counted.robust)
 
 
-def test_adversarial_images_wants_tensors_and_attacks_that_exist(run):
-    with pytest.raises(DataError, match="the images must be a tensor"):
-        fastrobust.adversarial_images(run.model, TEST[0].numpy(), TEST[1], epsilon=0.1)
+def test_adversarial_images_takes_what_evaluate_takes(run):
+    options = {"epsilon": 0.08, "attack": "pgd-3-1"}
+    expected = fastrobust.adversarial_images(run.model, *TEST, **options)
+    last = TEST[0].permute(0, 2, 3, 1).numpy()
+    for given in ((last, TEST[1].numpy()), ((last, TEST[1]),), (TensorDataset(*TEST),)):
+        assert torch.equal(fastrobust.adversarial_images(run.model, *given, **options), expected)
     with pytest.raises(ConfigError, match="attack"):
         fastrobust.adversarial_images(run.model, *TEST, epsilon=0.1, attack="pgd50")
 
@@ -138,6 +142,13 @@ def test_data_in_every_form_gives_the_same_run(run, tmp_path):
         assert all(torch.equal(t, reference[name]) for name, t in found.model.state_dict().items()), i
 
 
+def test_one_number_is_the_normalisation_of_all_channels_and_bfloat16_is_read(tmp_path):
+    few = {"epochs": 1, "data": (TRAIN[0].bfloat16() / 255, TRAIN[1])}
+    for name, network in (("given", Net()), ("named", "mnist_net")):
+        found = fit(network, tmp_path, name=name, mean=0.5, std="1/4", **few).model
+        assert (found.mean.flatten().tolist(), found.std.flatten().tolist()) == ([0.5] * 3, [0.25] * 3)
+
+
 def test_it_leaves_signals_and_random_numbers_alone(tmp_path):
     """In another thread too, as notebooks may do."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
@@ -180,6 +191,10 @@ def test_a_network_that_was_given_is_needed_to_open_the_run(run, capsys):
     opened = fastrobust.load(run.directory, model=Net())
     x = TEST[0].float() / 255
     assert torch.equal(opened(x), run.model(x))
+    with pytest.raises(RunError, match=r"it is the class Net: give Net\("):
+        fastrobust.load(run.directory, model=Net)
+    with pytest.raises(RunError, match="it is a function: give the network itself"):
+        fastrobust.load(run.directory, model=fit)
     with pytest.raises(RunError, match=r"Net was given from Python .*fastrobust.load\(RUN, model=NETWORK\)"):
         fastrobust.load(run.directory)
     assert cli(["evaluate", str(run.directory)]) == 2
@@ -212,6 +227,15 @@ def test_a_named_model_on_given_images_can_be_used_by_every_command(tmp_path, ca
         ({"test": (TEST[0], TEST[1] + 1)}, DataError, "label 10 is none of the 10 classes"),
         ({"data": "cifra10", "test": None}, DataError, "did you mean 'cifar10'"),
         ({"data": 7}, DataError, "not a int"),
+        ({"data": TRAIN[0]}, DataError, "the labels are missing"),
+        ({"data": (TRAIN[0][:0], TRAIN[1][:0])}, DataError, "there are no images"),
+        ({"data": TensorDataset(TRAIN[0][:0], TRAIN[1][:0])}, DataError, "there are no images: the TensorDataset is empty"),
+        ({"data": (TensorDataset(*TRAIN), TRAIN[1])}, DataError, "a Dataset holds its labels: give it alone"),
+        ({"test": (TEST[0][..., :20, :20], TEST[1])}, DataError, "images are 28 x 28 x 3 and the test images 20 x 20 x 3"),
+        ({"epsilon": [0.1]}, ConfigError, r"epsilon must be one number; it is \[0.1\]"),
+        ({"mean": (0.5, "a", 0.5)}, ConfigError, "mean: 'a' is not a number"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(10))}, ConfigError, "has lazy layers .*: call it once"),
+        ({"model": Net().half()}, ConfigError, r"its weights are torch.float16, give model.float\(\)"),
         ({"name": "a/b"}, ConfigError, "name: 'a/b' is no name for a folder"),
         ({"name": ".."}, ConfigError, "name: '..' is no name for a folder"),
         ({"name": "caf\udce9"}, ConfigError, "is no name for a folder"),
@@ -254,7 +278,17 @@ class Pair(Net):
         (Net(), *TEST, {"epsilon": 8}, "did you mean 8/255"),
         (Net(), *TEST, {"attack": "pgd50"}, "'pgd50' is not one of pgd, pgd-t, apgd-ce"),
         (Net().to("meta"), *TEST, {}, "on the device `meta`, where it has no values"),
-        (lambda x: x, *TEST, {}, "must be an nn.Module with parameters, it is a function"),
+        (lambda x: x, *TEST, {}, "must be an nn.Module; it is a function: give the network itself"),
+        (Net, *TEST, {}, r"it is the class Net: give Net\("),
+        (nn.Flatten(), *TEST, {}, "must be an nn.Module with parameters, a Flatten has none"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(10)), *TEST, {}, "has lazy layers .*: call it once"),
+        (Net().half(), *TEST, {}, r"its weights are torch.float16, give model.float\(\)"),
+        (Net().double(), *TEST, {}, r"its weights are torch.float64, give model.float\(\)"),
+        (Net(), TensorDataset(*TEST), TEST[1], {}, "not a TensorDataset; a Dataset holds its labels: give it alone"),
+        (Net(), TEST[0], None, {}, "the labels are missing"),
+        (Net(), TEST[0].numpy(), None, {}, "the labels are missing"),
+        (Net(), TEST[0][:0], TEST[1][:0], {}, "there are no images"),
+        (Net(), *TEST, {"epsilon": [0.1, 0.2]}, r"epsilon must be one number; it is \[0.1, 0.2\]"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(network, images, labels, options, says):

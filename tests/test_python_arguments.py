@@ -109,6 +109,9 @@ def test_the_callers_mode_of_gradients_does_not_matter(run, tmp_path, mode):
         if mode is torch.inference_mode:
             with pytest.raises(FastrobustError, match=r"made under torch\.inference_mode"):
                 fit(tmp_path / "other", Named(200, 2, NAMES), Net())
+            for call in (fastrobust.evaluate, fastrobust.adversarial_images):
+                with pytest.raises(FastrobustError, match=r"made under torch\.inference_mode.*: make it outside"):
+                    call(Net(), inside, y, **options)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +141,8 @@ def test_others_of_verify_load_and_fit(run, tmp_path):
     x, y = torch.zeros(2, 3, 28, 28, dtype=torch.uint8), torch.tensor([0, 1])
     with pytest.raises(FastrobustError, match="workers must be a whole number from 1"):
         fastrobust.verify(run.model, x, y, epsilon=0.1, workers=-1)
+    with pytest.raises(FastrobustError, match="epsilon must be one number"):
+        fastrobust.verify(run.model, x, y, epsilon=[0.1])
     with pytest.raises(FastrobustError, match="it was given a NoneType"):
         fastrobust.load(None)
     for classes in ("abcdefghij", ("a", "a", *NAMES[2:])):

@@ -32,6 +32,8 @@ def read(data: Any, classes: Sequence[str] | None = None) -> Given:
     x H x W x C, or PIL images; labels are whole numbers from 0. Raises DataError."""
     if isinstance(data, tuple | list) and len(data) == 2 and not isinstance(data[0], tuple):
         images, labels = data
+    elif hasattr(data, "__array__"):
+        raise DataError("the labels are missing: give them beside the images")
     elif hasattr(data, "__len__") and hasattr(data, "__getitem__"):
         classes = names_of(data) if classes is None else classes
         images, labels = _items(data)
@@ -40,8 +42,8 @@ def read(data: Any, classes: Sequence[str] | None = None) -> Given:
             f"data must be (images, labels), a Dataset with a length, a folder or the name of a data set, not a "
             f"{type(data).__name__}"
         )
-    labels = whole_numbers(labels)
     pixels = to_uint8(images)
+    labels = whole_numbers(labels)
     if len(pixels) != len(labels):
         raise DataError(f"there are {len(pixels)} images and {len(labels)} labels")
     names = tuple(map(str, range(int(labels.max()) + 1) if classes is None else classes))
@@ -88,6 +90,8 @@ def names_of(data: Any) -> Sequence[str] | None:
 
 def _items(data: Any) -> tuple[list, list]:
     images, labels = [], []
+    if not len(data):
+        raise DataError(f"there are no images: the {type(data).__name__} is empty")
     with Progress("read images", len(data)) as bar:
         for i in range(len(data)):
             try:
@@ -101,7 +105,7 @@ def _items(data: Any) -> tuple[list, list]:
             bar.advance(1, "" if bar.due() else None)
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) != 1:
-        found = "; ".join(map(str, sorted(shapes)[:3])) or "no images"
+        found = "; ".join(map(str, sorted(shapes)[:3]))
         raise DataError(f"the images must be of one shape, found {found}: resize them first")
     return (torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)), labels
 
@@ -116,7 +120,7 @@ FROM_ONE = "no label is 0: classes are numbered from 0. Where they count from 1,
 
 def whole_numbers(labels: Any) -> np.ndarray:
     """Labels as int64 N. Raises DataError."""
-    found = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
+    found = as_numpy(labels) if isinstance(labels, Tensor) else np.asarray(labels)
     if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
         raise DataError(f"labels must be whole numbers, one for each image; they are {found.dtype} {found.shape}")
     if found.min() < 0:
@@ -124,8 +128,19 @@ def whole_numbers(labels: Any) -> np.ndarray:
     return found.astype(np.int64)
 
 
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor's values; NumPy has no bfloat16."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().cpu().numpy()
+
+
 def channels_first(images: Any) -> np.ndarray:
-    """Images that are no tensor as an array N x C x H x W; they may be N x H x W, or N x H x W x C with C 1 or 3."""
+    """Images that are no tensor as an array N x C x H x W; they may be N x H x W, or N x H x W x C with C 1 or 3. Raises
+    DataError for a Dataset."""
+    if not isinstance(images, list | tuple) and not hasattr(images, "__array__"):
+        raise DataError(
+            f"images with labels beside them are a tensor or an array, not a {type(images).__name__}; a Dataset holds its "
+            "labels: give it alone"
+        )
     found = np.asarray([pixels_of(image) for image in images] if isinstance(images, list | tuple) else images)
     found = found[..., None] if found.ndim == 3 else found
     return found.transpose(0, 3, 1, 2) if found.ndim == 4 and found.shape[3] in (1, 3) else found
@@ -139,10 +154,12 @@ def check_bytes(images: np.ndarray | Tensor) -> None:
 
 def to_uint8(images: Any) -> np.ndarray:
     """uint8 N x H x W x C. Floats are rounded to steps of 1/255, which is said where it changes them. Raises DataError."""
-    found = images.detach().cpu().numpy() if isinstance(images, Tensor) else channels_first(images)
+    found = as_numpy(images) if isinstance(images, Tensor) else channels_first(images)
+    if not found.size:
+        raise DataError("there are no images")
     found = found[:, None] if found.ndim == 3 else found
     found = found.transpose(0, 2, 3, 1) if found.ndim == 4 else found
-    if found.ndim != 4 or found.shape[3] not in (1, 3) or found.shape[1] != found.shape[2] or not len(found):
+    if found.ndim != 4 or found.shape[3] not in (1, 3) or found.shape[1] != found.shape[2]:
         shape = tuple(images.shape) if hasattr(images, "shape") else found.shape
         raise DataError(f"images must be N x C x H x W with C 1 or 3, and square; they are {shape}")
     if found.dtype == np.uint8:

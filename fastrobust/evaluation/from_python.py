@@ -18,6 +18,7 @@ from fastrobust.data.sets import ImageSet
 from fastrobust.evaluation import results
 from fastrobust.evaluation.accuracy import arithmetic_of, as_named, attack_names, report, run_attacks
 from fastrobust.models import Normalized
+from fastrobust.models.given import advice, check_module, check_tensors
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime.errors import ConfigError, DataError, first_line
 
@@ -95,8 +96,8 @@ def evaluate(
 @torch.enable_grad()
 def adversarial_images(
     model: nn.Module,
-    images: Tensor,
-    labels: Any,
+    images: Any,
+    labels: Any = None,
     *,
     epsilon: float,
     norm: str = "linf",
@@ -109,15 +110,13 @@ def adversarial_images(
     """The images as an attack changes them: float N x C x H x W in [0, 1], on the device of `images`, each in the ball
     around its own and in the box. An image that withstands the attack, or that is misclassified as it is, is given back as
     it is: an image that differs is one that the model gets right, and its change one that it gets wrong. Arguments as for
-    `evaluate`; only `images` must be a tensor. Raises FastrobustError."""
-    if not isinstance(images, Tensor):
-        raise DataError(f"the images must be a tensor, N x C x H x W; they are a {type(images).__name__}")
+    `evaluate`; images that are no tensor come back on the CPU. Raises FastrobustError."""
     names, options = asked(attack, epsilon, norm, alpha, batch_size, seed, precision)
     data = image_set(model, images, labels)
     check_model(model, data.images[:1])
     found = to_unit(data.images).clone()
     run_attacks(model, data, names, **options, found=found)
-    return found.to(images.device)
+    return found.to(images.device) if isinstance(images, Tensor) else found
 
 
 def asked(
@@ -126,8 +125,8 @@ def asked(
     """The names of the attacks, and the other arguments of `run_attacks`. Raises ConfigError for what cannot be meant."""
     if not isinstance(attack, str):
         raise ConfigError(f"attack must be text, several with commas, such as 'pgd-50-10,autoattack'; it is {attack!r}")
-    epsilon = _number("epsilon", epsilon)
-    alpha = epsilon / 4 if alpha is None else _number("alpha", alpha)
+    epsilon = number("epsilon", epsilon)
+    alpha = epsilon / 4 if alpha is None else number("alpha", alpha)
     if epsilon < 0 or alpha < 0 or (alpha == 0 < epsilon):
         raise ConfigError(f"epsilon must not be negative and alpha be more than 0; they are {epsilon:g} and {alpha:g}")
     for name, value, least in (("batch_size", batch_size, 1), ("seed", seed, 0)):
@@ -139,11 +138,14 @@ def asked(
     return attack_names(attack), options | {"precision": precision}
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """An argument that is one number, also written `8/255`. Raises ConfigError."""
     try:
         found = float(parse_number(value))
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"{name}: {first_line(error)}") from None
+    except (TypeError, RuntimeError):
+        raise ConfigError(f"{name} must be one number; it is {value!r:.80}") from None
     if not math.isfinite(found):
         raise ConfigError(f"{name} must be a finite number; it is {found:g}")
     return found
@@ -159,6 +161,8 @@ def image_set(model: nn.Module, images: Any, labels: Any = None) -> ImageSet:
             torch.from_numpy(found.images).permute(0, 3, 1, 2), torch.from_numpy(found.labels), found.classes, ""
         )
     pixels = torch.as_tensor(images if isinstance(images, Tensor) else given.channels_first(images)).detach().cpu()
+    if not pixels.numel():
+        raise DataError("there are no images")
     numbers = torch.from_numpy(given.whole_numbers(labels))
     pixels = pixels.clone() if pixels.is_inference() else pixels
     if pixels.is_floating_point():
@@ -171,9 +175,11 @@ def image_set(model: nn.Module, images: Any, labels: Any = None) -> ImageSet:
 
 def check_model(model: nn.Module, image: Tensor) -> None:
     """Raise ConfigError or DataError unless the model takes the image (1 x C x H x W) and gives logits."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    check_module(model)
+    parameter = next(model.parameters(), None)
     if parameter is None:
-        raise ConfigError(f"the model must be an nn.Module with parameters, it is a {type(model).__name__}")
+        raise ConfigError(f"the model must be an nn.Module with parameters, a {type(model).__name__} has none")
+    check_tensors(model)
     if parameter.is_meta:
         raise ConfigError("the model is on the device `meta`, where it has no values: load its weights onto another")
     try:
@@ -181,7 +187,7 @@ def check_model(model: nn.Module, image: Tensor) -> None:
             logits = model((image.float() / 255 if image.dtype == torch.uint8 else image).to(parameter.device))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         shape = " x ".join(map(str, image.shape[1:]))
-        raise DataError(f"the model does not take images of {shape}: {first_line(error)}") from None
+        raise DataError(f"the model does not take images of {shape}: {first_line(error)}{advice(model)}") from None
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise ConfigError(f"the model must give logits, N x classes; for one image it gives {found}")

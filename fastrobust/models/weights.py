@@ -15,6 +15,7 @@ from fastrobust import __version__
 from fastrobust.config import places, reading
 from fastrobust.config.schema import Config
 from fastrobust.models import Normalized, create
+from fastrobust.models.given import check_module
 from fastrobust.runtime.errors import FastrobustError, RunError
 from fastrobust.runtime.files import SAFETENSORS, kind_of_file, write_atomically
 from fastrobust.runtime.run_directory import CONFIG, WEIGHTS
@@ -99,6 +100,8 @@ def load(run: str | Path, model: nn.Module | None = None) -> nn.Module:
     if not isinstance(run, str | os.PathLike):
         raise RunError(f"load takes a run directory or a .safetensors file; it was given a {type(run).__name__}")
     try:
+        if model is not None:
+            check_module(model)
         return read_weights(places.expand(run), model)[0]
     except FastrobustError as error:
         raise RunError(str(error)) from None

@@ -22,7 +22,9 @@ from fastrobust.config.places import expand
 from fastrobust.data import arrays, given, loaders
 from fastrobust.evaluation import results
 from fastrobust.evaluation.answers import alike, answers
+from fastrobust.evaluation.from_python import number
 from fastrobust.models import GIVEN
+from fastrobust.models.given import check_module, check_tensors
 from fastrobust.models.weights import read_weights, weights_digest
 from fastrobust.runtime import distributed, interrupt, run_directory
 from fastrobust.runtime.errors import ConfigError, DataError, RunError
@@ -63,8 +65,8 @@ def fit(
     epochs: int = 15,
     batch_size: int = 128,
     lr: float = 0.1,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
     classes: Sequence[str] | None = None,
     resolution: int | None = None,
     name: str | None = None,
@@ -78,21 +80,20 @@ def fit(
     data: (images, labels), a Dataset with a length, a folder of images, a `.npz` file, or a data set's name such as
     "cifar10". Images are uint8, or floats in [0, 1]. test: the same for the test images, where `data` holds none.
     epsilon: radius in pixels of [0, 1]. method: a name, or a dict of the config's section. lr: the highest learning rate of
-    SGD with the cyclic schedule. mean, std: normalisation by a first layer before the network; default: none for a network,
-    the data set's for a name. resolution: side in pixels, for folders. name, output: the run goes to OUTPUT/NAME.
-    resume: go on with the run that is there. config: other keys, such as {"norm": "l2", "phases.0.epochs": 5}, or
-    sections, such as {"data": {"augment": {"flip": True}}}; see docs/configuration.md. Images that are given go into the
-    run directory, so that it can be evaluated later.
+    SGD with the cyclic schedule. mean, std: normalisation by a first layer before the network, a number or one for each
+    channel; default: none for a network, the data set's for a name. classes: their names, in the order of the logits.
+    resolution: side in pixels, for folders. name, output: the run goes to OUTPUT/NAME. resume: go on with the run that is
+    there. config: other keys, such as {"norm": "l2", "phases.0.epochs": 5}, or sections, such as {"data": {"augment":
+    {"flip": True}}}; see docs/configuration.md. Images that are given go into the run directory, so that it can be
+    evaluated later.
 
     Installs no signal handlers and leaves the random generators as they were. Raises FastrobustError."""
     if isinstance(classes, str) or (classes is not None and len(set(classes)) != len(classes)):
         raise DataError(f"classes must be names, each once; they are {classes!r}")
     network = None if isinstance(model, str) else model
-    if network is not None and not isinstance(network, nn.Module):
-        found = f"the class {model.__name__}: give {model.__name__}(…)" if isinstance(model, type) else f"{model!r:.80}"
-        raise ConfigError(f"the model must be an nn.Module, or the name of a model; it is {found}")
-    if isinstance(network, nn.Module) and any(p.is_inference() for p in network.parameters()):
-        raise ConfigError("the model was made under torch.inference_mode, where nothing can be trained: make it outside")
+    if network is not None:
+        check_module(network, ", or the name of a model")
+        check_tensors(network)
     title = model.rpartition("/")[2].replace(":", "_") if isinstance(model, str) else type(model).__name__
     kind = method if isinstance(method, str) else str(method.get("name"))
     try:
@@ -109,7 +110,7 @@ def fit(
     settings: dict[str, Any] = {
         "name": name,
         "output": str(directory.parent),
-        "epsilon": float(epsilon),
+        "epsilon": number("epsilon", epsilon),
         "model": {
             "name": model if isinstance(model, str) else GIVEN + f"{type(model).__module__}.{type(model).__qualname__}"
         },
@@ -123,18 +124,20 @@ def fit(
         settings["phases"][0]["resolution"] = resolution
     with _placed(data, test, classes, directory) as (dataset, path):
         settings["data"] = {"dataset": dataset} | ({"path": path} if path else {})
-        settings["model"] |= {key: list(value) for key, value in (("mean", mean), ("std", std)) if value is not None}
+        pixels = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+        each = {key: number(key, value) for key, value in pixels.items() if np.ndim(value) == 0}
+        settings["model"] |= {key: [number(key, one) for one in value] for key, value in pixels.items() if key not in each}
         for key, value in (config or {}).items():
             reading.merge(settings, str(key), value, f"config[{key!r}]")
         parsed = reading.parse(settings, "fit")
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with interrupt.left_alone(), torch.random.fork_rng(devices), distributed.joined(parsed.device) as (world, device):
-            if network is not None:  # without a normalisation, unless one is given
+            each = ({} if network is None else {"mean": 0.0, "std": 1.0}) | each  # a network has none unless one is given
+            if each:
                 facts = parsed.facts
                 if facts.channels is None:
                     facts = world.first(lambda: loaders.resolve(parsed, device)).facts
-                none = {"mean": [0.0] * facts.channels, "std": [1.0] * facts.channels}
-                settings["model"] = none | settings["model"]
+                settings["model"] = {key: [value] * facts.channels for key, value in each.items()} | settings["model"]
                 parsed = reading.parse(settings, "fit")
             summary = start.run(parsed, directory, device, world, again=resume, network=network)
     trained, _, names = read_weights(directory, network)
@@ -175,6 +178,10 @@ def _placed(data: Any, test: Any, classes: Sequence[str] | None, directory: Path
     if classes is None and given.names_of(data) is None and train.labels.min() > 0:
         raise DataError(given.FROM_ONE)
     held = given.read_for(train.classes, test, "the model")
+    forms = [" x ".join(map(str, found.images.shape[1:])) for found in (train, held)]
+    if forms[0] != forms[1]:
+        told = f"the training images are {forms[0]} and the test images {forms[1]}"
+        raise DataError(f"{told} (height, width, channels): give them one form")
     file = directory / IMAGES
     if file.exists():
         for split, mine in (("train", train), ("test", held)):

@@ -15,6 +15,7 @@ from fastrobust.config.sections import Augment
 from fastrobust.data.augment import Alternation, augment, mixed, to_unit
 from fastrobust.data.batch import Batch
 from fastrobust.models import fused
+from fastrobust.models.given import advice
 from fastrobust.models.pixels import Sees
 from fastrobust.models.weights import build_model
 from fastrobust.runtime.distributed import ALONE, World
@@ -205,4 +206,5 @@ def check_model(model: nn.Module, config: Config, channels: int, classes: int) -
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
                 f"model.name: {config.model.name} cannot take {resolution} x {resolution} pixels ({first_line(error)})"
+                f"{advice(model)}"
             ) from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastrobust.config.schema import Config
 from fastrobust.models import fused, products, winograd
+from fastrobust.models.given import advice
 from fastrobust.models.weights import build_model
 from fastrobust.runtime import half, memory, trial
 from fastrobust.runtime.errors import ConfigError, first_line
@@ -102,6 +103,8 @@ def passes(config: Config, network: nn.Module | None, most: int) -> Iterator[tup
         yield model, x, lambda x: loss(x).backward()
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError) as error:
         pixels = f"{phase.resolution} x {phase.resolution} pixels"
-        raise ConfigError(f"model.name: {config.model.name} cannot take {pixels} ({first_line(error)})") from None
+        raise ConfigError(
+            f"model.name: {config.model.name} cannot take {pixels} ({first_line(error)}){advice(network)}"
+        ) from None
     finally:
         torch.set_rng_state(state)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastrobust.config.places import expand
 from fastrobust.evaluation.answers import answers
-from fastrobust.evaluation.from_python import check_model, image_set
+from fastrobust.evaluation.from_python import check_model, image_set, number
 from fastrobust.models.weights import weights_digest
 from fastrobust.runtime import limits
 from fastrobust.runtime.distributed import pick_device
@@ -54,6 +54,7 @@ def verify(
         from fastrobust.verification import workers as pool
     except ImportError as error:
         raise FastrobustError(f"verification needs {error.name}: {installing('verify')}") from None
+    epsilon, timeout = number("epsilon", epsilon), number("timeout", timeout)
     if not 0 < epsilon <= 1 or not 0 < timeout < 1e7:
         raise FastrobustError(f"epsilon must lie in (0, 1] and timeout be positive; they are {epsilon:g} and {timeout:g}")
     if workers is not None and (not isinstance(workers, int) or workers < 1):
@@ -65,12 +66,12 @@ def verify(
     check_model(model, data.images[:1])
     network = lowering.lower_model(model, tuple(data.images.shape[1:]))
     numbers = list(range(len(data.labels)))
-    settings = {"epsilon": float(epsilon), "weights": weights_digest(model), "images": data.checksum()}
+    settings = {"epsilon": epsilon, "weights": weights_digest(model), "images": data.checksum()}
     settings["answers"] = answers(model, data.images.shape[1:])
     with tempfile.TemporaryDirectory() as temporary:
         kept = Verdicts(Path(temporary if output is None else expand(output)), settings, settings)
         todo = [i for i in numbers if not pool.settled(kept.found.get(i), timeout)]
-        pool.decide_all(model, network, data, kept, todo, numbers, float(epsilon), timeout, workers or limits.cores(), where)
+        pool.decide_all(model, network, data, kept, todo, numbers, epsilon, timeout, workers or limits.cores(), where)
         verdicts = [kept.found[i]["verdict"] for i in numbers]
     verified, undecided = verdicts.count("verified"), verdicts.count("timeout")
-    return Verification(verified / len(numbers), (verified + undecided) / len(numbers), float(epsilon), verdicts)
+    return Verification(verified / len(numbers), (verified + undecided) / len(numbers), epsilon, verdicts)
