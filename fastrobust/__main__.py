@@ -143,7 +143,7 @@ def pixels(text: str) -> float:
 
 
 def distance(text: str) -> float:
-    """A radius or step size, whose largest value depends on the norm: what `evaluate` refuses later."""
+    """A radius or a mean of pixels, whose largest value `evaluate` knows and refuses later."""
     value = float(told_by(parse_number, text))
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 0")
@@ -256,7 +256,7 @@ def evaluate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--dataset", metavar="NAME", action=Once, help="the data set of --model, as data.dataset in a config")
     p.add_argument("--resolution", type=count, metavar="N", help="side of photographs for --model (default: 224)")
     told = "of --model's images, for pixels in [0, 1], such as 0.5 (default: the file's, or usual ones are tried)"
-    p.add_argument("--mean", type=float, nargs="+", metavar="X", help=f"normalisation {told}")
+    p.add_argument("--mean", type=distance, nargs="+", metavar="X", help=f"normalisation {told}")
     p.add_argument("--std", type=positive, nargs="+", metavar="X", help="the standard deviations that belong to --mean")
     told = "instead of an attack: accuracy under common corruptions, of files as CIFAR-10-C's or folders as ImageNet-C's"
     p.add_argument("--corruptions", type=place, metavar="FOLDER", help=told)

@@ -112,6 +112,10 @@ def opened(arguments, place: str | None, device) -> Trained:
 
     if (arguments.mean is None) != (arguments.std is None):
         raise ConfigError("--mean and --std belong together: give both")
+    for option, values in (("--mean", arguments.mean or ()), ("--std", arguments.std or ())):
+        if (largest := max(values, default=0)) > 1:
+            meant = f"did you mean {largest:g}/255?"
+            raise ConfigError(f"{option}: {largest:g} is larger than the pixel range [0, 1]; {meant}")
     constants = (arguments.mean, arguments.std) if arguments.mean else None
     options = {"norm": arguments.norm or "linf", "data": place, "resolution": arguments.resolution}
     options |= {"constants": constants, "device": device}

@@ -54,6 +54,7 @@ def test_fractions_are_exact():
     for _ in range(100):
         a, b = rng.randint(-500, 500), rng.randint(1, 500)
         assert parse_number(f"{a}/{b}") == float(Fraction(a, b)) == a / b
+    assert parse_number("123.675 / 255") == 123.675 / 255
 
 
 @pytest.mark.parametrize(

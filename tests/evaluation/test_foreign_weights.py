@@ -15,6 +15,8 @@ from fastrobust.evaluation.foreign import open_foreign
 from fastrobust.models.weights import load
 from fastrobust.runtime import run_directory
 
+BARS = ("--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1")
+
 
 @pytest.fixture(scope="module")
 def theirs(finished_run, tmp_path_factory):
@@ -62,6 +64,41 @@ def test_a_normalisation_that_is_given_is_taken(theirs, bars, capsys):
     assert trained.config.model.std == pytest.approx((0.2, 0.3, 0.4)) and "normalisation" not in capsys.readouterr().out
 
 
+def test_constants_may_be_fractions(theirs, bars, capsys):
+    common = (*BARS, "--data", bars, "--resolution", "28", "--attack", "pgd-1-1", "--limit", "20", "--mean")
+    a = evaluate(capsys, theirs, *common, "123.675/255", "116.28/255", "103.53/255", "--std", "58.395/255", "0.224", "0.225")
+    b = evaluate(capsys, theirs, *common, "0.485", "0.456", "0.406", "--std", "0.229", "57.12/255", "57.375/255")
+    assert a["clean_accuracy"] == b["clean_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("constants", [None, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+def test_classes_in_another_order_are_warned_of(theirs, bars, tmp_path, capsys, constants):
+    options = {"epsilon": 0.05, "data": str(bars), "resolution": 28, "constants": constants}
+    open_foreign(theirs, "mnist_net", "image_folder", **options)
+    assert "warning" not in capsys.readouterr().err
+    weights = torch.load(theirs, weights_only=True)["state_dict"]
+    for name in list(weights)[-2:]:
+        weights[name] = weights[name].roll(1, 0)
+    torch.save(weights, tmp_path / "rolled.pth")
+    open_foreign(tmp_path / "rolled.pth", "mnist_net", "image_folder", **options)
+    told = capsys.readouterr().err
+    assert "no better than guessing (10.0%): the weights, the model, the normalisation or the order of the classes" in told
+    assert "the order of image_folder's 10 classes: bar0, bar1, bar2, bar3, bar4, bar5, bar6, bar7, bar8, bar9\n" in told
+
+
+def test_a_model_that_gives_probabilities_is_refused(bars, tmp_path, capsys, monkeypatch):
+    (tmp_path / "ends_in_softmax.py").write_text(
+        "from torch import nn\n\n"
+        "def model(channels, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 784, classes), nn.Softmax(1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"1.weight": torch.randn(10, 3 * 784), "1.bias": torch.zeros(10)}, tmp_path / "theirs.pth")
+    words = ["--model", "ends_in_softmax:model", *BARS[2:], "--data", str(bars), "--resolution", "28"]
+    assert cli(["evaluate", str(tmp_path / "theirs.pth"), *words]) == 2
+    assert "the model gives probabilities, and needs to give logits" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -72,9 +109,15 @@ def test_a_normalisation_that_is_given_is_taken(theirs, bars, capsys):
         (["--mean", "0.5"], "--mean belongs to weights of another program"),
         (["--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1", "--mean", "0.5"], "give both"),
         (
-            ["--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1", "--mean", "1", "2", "--std", "1", "2"],
+            ["--model", "mnist_net", "--dataset", "image_folder", "--epsilon", "0.1", "--mean", "0", "1", "--std", "1", "1"],
             "need one number, or one for each of 3 channels; there are 2",
         ),
+        (
+            [*BARS, "--mean", "123.675", "116.28", "103.53", "--std", "58.395", "57.12", "57.375"],
+            "--mean: 123.675 is larger than the pixel range [0, 1]; did you mean 123.675/255?",
+        ),
+        ([*BARS, "--mean", "0.4", "--std", "57.12"], "--std: 57.12 is larger than the pixel range [0, 1]; did you mean"),
+        (["--model", "mnist_net", "--dataset", "cifar10", "--epsilon", "0.1", "--resolution", "224"], "are 32 x 32 pixels"),
         ([], "`fastrobust evaluate FILE --model NAME --dataset NAME --epsilon RADIUS`"),
     ],
 )
