@@ -31,6 +31,23 @@ OBJECTS = ("nsupported global", "unsupported GLOBAL", "allowlisted", "unrecogniz
 LISTED = 6  # names in a message
 
 
+class Unread:
+    """What stands where a file has one of NumPy's numbers, such as its best accuracy: nobody asks for it. So what the file
+    says of it is dropped, and none of NumPy's own code sees it."""
+
+    def __init__(self, *of: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+NUMPY = [  # the names that a NumPy number has in a file, of NumPy 2 and 1: torch looks them up by module and name
+    type(name, (Unread,), {"__module__": module, "__qualname__": name})
+    for module, name in (("numpy._core.multiarray", "scalar"), ("numpy.core.multiarray", "scalar"), ("numpy", "dtype"))
+]
+
+
 class Fit(NamedTuple):
     """How a file's tensors fit a model. tensors: those to load, by the model's names. head: tensors of the last layer that
     the file has for another number of classes. mean, std: the normalisation that the file holds, or None."""
@@ -61,7 +78,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], str]:
     try:
         if kind == SAFETENSORS:
             return load_file(path), ""
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace, *NUMPY]):
             found = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise RunError(f"{path} is damaged: {first_line(error)}") from None
@@ -69,7 +86,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], str]:
         reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error) or type(error).__name__
         if any(word in reason for word in OBJECTS):
             raise RunError(objects) from None
-        raise RunError(f"{path} is not a file of weights, or damaged: {reason.splitlines()[0][:200]}") from None
+        reason = "perhaps it was cut short" if kind == CUT or isinstance(error, EOFError) else reason.splitlines()[0][:200]
+        raise RunError(f"{path} is not a file of weights, or damaged: {reason}") from None
     return _section(found, path)
 
 

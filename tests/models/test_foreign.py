@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import pickle
+import re
 import tarfile
 import zipfile
 
@@ -39,6 +40,7 @@ WRAPPINGS = {
     | {f"module.normalize.{k}": v for k, v in CONSTANTS.items()},
     "a sequence": {f"1.{k}": v for k, v in THEIRS.items()} | {"0.mean": CONSTANTS["mu"], "0.std": CONSTANTS["sigma"]},
     "options of a command line": {"args": argparse.Namespace(lr=0.1), "state_dict": THEIRS},
+    "NumPy's numbers": {"best_acc1": np.float64(3.2), "epoch": np.int64(3), "last": np.bool_(True), "state_dict": THEIRS},
     "averaged weights beside live ones": {"state_dict": network(seed=7).network.state_dict(), "ema": THEIRS},
     "half precision": {k: v.half() for k, v in THEIRS.items()},
 }
@@ -96,6 +98,33 @@ def test_classes_of_a_run_are_matched_by_name(tmp_path):
     assert torch.equal(after["7.weight"], before) and torch.equal(after["5.weight"], THEIRS["5.weight"])
 
 
+@pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
+def test_numbers_of_numpy_1_and_2_are_read(tmp_path, module):
+    torch.save({"best": np.float32(3.2), "state_dict": THEIRS}, tmp_path / "a.pt")
+    other = tmp_path / "other.pt"
+    with zipfile.ZipFile(tmp_path / "a.pt") as theirs, zipfile.ZipFile(other, "w") as file:
+        for name in theirs.namelist():
+            file.writestr(name, re.sub(rb"numpy\._?core(?=\.multiarray\nscalar)", module, theirs.read(name)))
+    with zipfile.ZipFile(other) as file:
+        assert module + b".multiarray\nscalar" in file.read("a/data.pkl")
+    assert foreign.read(other)[0].keys() == THEIRS.keys()
+
+
+class Harmful:
+    def __init__(self, call, *of):
+        self.call, self.of = call, of
+
+    def __reduce__(self):
+        return self.call, self.of
+
+
+@pytest.mark.parametrize("call", [np.load, np.fromfile, np.array, np.ndarray.tofile, np.lib.format.open_memmap])
+def test_nothing_else_of_numpy_is_called(tmp_path, call):
+    torch.save({"best": Harmful(call, str(tmp_path / "file")), "state_dict": THEIRS}, tmp_path / "a.pt")
+    with pytest.raises(RunError, match="holds Python objects, which could run code when read"):
+        foreign.read(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -140,7 +169,7 @@ class Whole(torch.nn.Linear):
         (lambda f: f.write_bytes(b""), "is empty"),
         (lambda f: torch.save([1, 2], f), "holds no state dict.* but a list"),
         (lambda f: torch.save({"epoch": 3, "optimizer": {}}, f), "holds no state dict.*it holds epoch, optimizer"),
-        (lambda f: f.write_bytes(b"PK\x03\x04 not a zip"), "is not a file of weights, or damaged"),
+        (lambda f: f.write_bytes(b"PK\x03\x04 not a zip"), "or damaged: perhaps it was cut short$"),
         (lambda f: None, "there is no weights file"),
     ],
 )
