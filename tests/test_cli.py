@@ -102,6 +102,17 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(quick, tmp_path, capsys, mo
     assert capsys.readouterr().err == ""
 
 
+def test_epochs_of_free_that_are_rounded_up_are_told(quick, capsys):
+    """It trains whole passes, each of which counts as many epochs as there are replays."""
+    made = str(quick(method={"name": "free", "replays": 2}))
+    told = "note: phases.0.epochs is 3, and 4 epochs are trained: a pass is 2, one for each replay. Choose a multiple of 2\n"
+    for words in (["--dry-run"], []):
+        assert cli(["train", made, "phases.0.epochs=3", *words]) == 0
+        assert told in capsys.readouterr().out
+    assert cli(["train", made, "phases.0.epochs=4", "--dry-run"]) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
 def test_a_finished_run_is_resumed_by_showing_its_summary(finished_run, capsys):
     def state():
         return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in finished_run.iterdir() if file.is_file()}

@@ -164,7 +164,10 @@ class Model(Section):
 
 
 class Phase(Section):
-    epochs: Count = key("length. For `free` every replay counts as an epoch, as in the paper")
+    epochs: Count = key(
+        "length. For `free` every replay counts as an epoch, as in the paper; it trains whole passes, so this is rounded up "
+        "to a multiple of the replays, and a note says so"
+    )
     batch_size: Count = key("images in a batch, of all processes together")
     accumulate: Count = key(
         "a batch passes through the model in so many parts, one after the other, and their gradients are averaged for its "

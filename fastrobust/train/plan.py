@@ -64,7 +64,7 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
             begun += phase.epochs
         attack_step = seconds_per_attack_step(training_step, test, settings, tick)
     console.print(table)
-    for line in rates:
+    for line in rounded_epochs(config) + rates:
         console.print(line, soft_wrap=True)
     evaluation = len(settings.epsilon) * settings.restarts * settings.steps * len(test.labels) * attack_step / world.size
     where = f"{device}, {world.size} processes" if world.size > 1 else str(device)
@@ -81,6 +81,17 @@ def show_plan(config: Config, device: torch.device, world: World = ALONE) -> Non
     console.print(f"evaluation at most {duration(evaluation)}: examples that break early are left alone")
     console.print(f"  PGD-{settings.steps}-{settings.restarts} at {radii}, {len(test.labels)} images", soft_wrap=True)
     console.print(f"files would go to {Path(config.output) / config.name}/; nothing was written", soft_wrap=True)
+
+
+def rounded_epochs(config: Config) -> list[str]:
+    """A note for each phase that trains more epochs than the config says: a pass of `free` is one for each replay."""
+    found, replays = [], config.replays
+    for index, phase in enumerate(config.phases):
+        trained = config.passes(phase) * replays
+        if trained != phase.epochs:
+            asked = f"phases.{index}.epochs is {phase.epochs}, and {trained} epochs are trained"
+            found.append(f"note: {asked}: a pass is {replays}, one for each replay. Choose a multiple of {replays}")
+    return found
 
 
 def seconds_per_step(training_step: step.Step, threads: Threads, batches, tick: Callable[[], None]) -> float:

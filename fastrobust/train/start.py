@@ -31,7 +31,7 @@ from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
 from fastrobust.runtime.progress import Overall, duration
 from fastrobust.train import changes, curves, engine, precision, selection, trials, work
-from fastrobust.train.plan import show_plan
+from fastrobust.train.plan import rounded_epochs, show_plan
 from fastrobust.train.training import Training, summarize
 
 
@@ -101,7 +101,7 @@ def run(
     else:
         together = f", {world.size} processes" if world.size > 1 else ""
         what = f"{config.name}: {config.method.name} on {config.data.dataset}, {config.model.name}, {device}{together}"
-        print(what, flush=True)
+        print("\n".join([what, *rounded_epochs(config)]), flush=True)
     config = resolve(config, device, world, network)
     if begun:
         with held(directory, world), interrupt.resumable(directory):
