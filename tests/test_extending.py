@@ -147,7 +147,51 @@ def test_a_method_resumes_within_an_epoch(outside, run, evaluate, monkeypatch, t
     assert summaries[0]["evaluations"][0]["robust_accuracy"] == summaries[1]["evaluations"][0]["robust_accuracy"]
 
 
+def test_a_method_that_makes_no_update_is_explained(outside, config_file, few_bars, tmp_path, capsys):
+    (tmp_path / "idle.py").write_text(
+        "from fastrobust.train.methods.base import Method\n\n\nclass Idle(Method):\n"
+        "    def step(self, learner, batch, threat, scale, state):\n        learner.forward(batch.x)\n"
+    )
+    file = str(config_file(tmp_path, method={"name": "idle:Idle"}, data__path=str(few_bars)))
+    for command in (["train", file], ["lr-range", file, "--output", str(tmp_path / "page.html")]):
+        assert cli(command) == 2
+        told = "error: method.name: the step of idle:Idle made no update: it must call learner.update(x, y), which"
+        assert told in capsys.readouterr().err
+
+
 # ---- an attack
+
+
+@pytest.mark.parametrize(
+    ("returned", "told"),
+    [
+        ("None", "None"),
+        ("y < 0", "bool {n}"),
+        ("[1, 2]", "a int and a int"),
+        ("(y < 0, x[:, :1])", "bool {n} and float32 {n} x 1 x 28 x 28"),
+        ("(y, x)", "int64 {n} and float32 {n} x 3 x 28 x 28"),
+        ("1 / 0", None),
+    ],
+)
+def test_what_an_attack_must_return_is_said(outside, finished_run, tmp_path, monkeypatch, capsys, returned, told):
+    """And one that fails in its first call leaves no record."""
+    (tmp_path / "odd.py").write_text(
+        "from fastrobust.attack.base import Attack\n\n\nclass Odd(Attack):\n"
+        f"    def run(self, x, y, start):\n        return {returned}\n"
+    )
+    monkeypatch.delitem(sys.modules, "odd", raising=False)
+    directory = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(directory / "evaluations", ignore_errors=True)
+    command = ["evaluate", str(directory), "--attack", "odd:Odd"]
+    if told is None:
+        with pytest.raises(ZeroDivisionError):
+            cli(command)
+    else:
+        assert cli(command) == 2
+        says = r"error: attack: run of Odd must return \(survived, points\), bool (\d+) and .*"
+        error = re.search(says, capsys.readouterr().err)
+        assert error[0].endswith(f"float {error[1]} x 3 x 28 x 28 here; it returned {told.format(n=error[1])}")
+    assert not list((directory / "evaluations").iterdir())
 
 
 def test_an_attack_by_name(outside, run, evaluate, monkeypatch):

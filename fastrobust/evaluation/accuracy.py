@@ -279,7 +279,7 @@ def _run(
             record.broken = (record.attacked.to(robust.device) & ~robust).cpu()
             if record.place is not None:
                 record.place = Place(record.place.round, record.place.batches, record.place.alive.cpu())
-            if folder is not None:
+            if folder is not None and (record.place is not None or record.facts["finished"]):
                 record.save(folder)
 
         def one_step(images: Tensor, labels: Tensor) -> None:

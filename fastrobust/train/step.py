@@ -111,6 +111,15 @@ class Step:
         self.take(Batch(*batch))
         self.learner.read_sums()  # waits for the device
 
+    def sums(self) -> tuple[float, int, int]:
+        """(sum of losses, correct answers, examples) since the learner's last reset. Waits for the device. Raises
+        ConfigError where the method has made no update."""
+        found = self.learner.read_sums()
+        if not found[2]:
+            told = "it must call learner.update(x, y), which trains the model and adds to the sums of loss and accuracy"
+            raise ConfigError(f"method.name: the step of {self.method.name} made no update: {told}")
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that a step changes, the random generators aside."""
         return self.learner.state_dict() | {"state": {name: t.clone() for name, t in self.state.items()}}

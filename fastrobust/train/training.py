@@ -164,7 +164,7 @@ class Training:
     def _end_pass(self, seconds: float, bar: Progress) -> None:
         position = self.position
         self._check_numbers()
-        loss_sum, correct, seen = self.world.total(*self.learner.read_sums())
+        loss_sum, correct, seen = self.world.total(*self.step.sums())
         position.epoch_seconds = 0.0
         position.train_seconds += seconds
         position.passes += 1
@@ -343,7 +343,8 @@ class Training:
 
     def _detail(self) -> str:
         loss_sum, correct, seen = self.learner.read_sums()
-        return f"epoch {self.epochs_done() + 1}  loss {loss_sum / seen:.3f}  accuracy {correct / seen:.1%}"
+        found = f"  loss {loss_sum / seen:.3f}  accuracy {correct / seen:.1%}" if seen else ""
+        return f"epoch {self.epochs_done() + 1}{found}"
 
 
 def summarize(training: Training, evaluations: list[dict]) -> dict[str, Any]:

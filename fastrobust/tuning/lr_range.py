@@ -76,7 +76,7 @@ def losses_of(training_step: Step, loader, config: Config, rates: list[float]) -
     for batch in loader.batches(config.seed, 0, config.phases[0].batch_size, 0, len(rates)):
         learner.reset_sums()
         training_step(batch)
-        loss_sum, _, seen = learner.read_sums()
+        loss_sum, _, seen = training_step.sums()
         yield loss_sum / seen
 
 
