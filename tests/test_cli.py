@@ -113,6 +113,22 @@ def test_epochs_of_free_that_are_rounded_up_are_told(quick, capsys):
     assert "note: " not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("place", "made"), [("training", False), ("create", False), ("finish", True)])
+def test_ctrl_c_says_how_to_go_on(quick, tmp_path, capsys, monkeypatch, place, made):
+    """Before the run directory is made there is nothing to resume."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, place, interrupted)
+    directory = tmp_path / "runs" / "bars"
+    assert cli(["train", str(quick())]) == 130
+    nothing = "nothing was saved yet: start again with the same command, without --resume"
+    go_on = f"go on with: {to_paste('train', '--resume', directory)}" if made else nothing
+    assert capsys.readouterr().err == f"stopped by the keyboard; {go_on}\n"
+    assert directory.exists() == made
+
+
 def test_a_finished_run_is_resumed_by_showing_its_summary(finished_run, capsys):
     def state():
         return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in finished_run.iterdir() if file.is_file()}

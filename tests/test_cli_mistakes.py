@@ -112,7 +112,7 @@ def test_a_mistake_in_resuming_is_explained(quick, copied_run, tmp_path, capsys,
     (copied_run / "summary.json").unlink()
     argv, message = {
         "no run": (["--resume", str(tmp_path)], "is not a run directory"),
-        "absent": (["--resume", str(tmp_path / "absent")], "is not a run directory"),
+        "absent": (["--resume", str(tmp_path / "absent")], "absent does not exist: no run was saved there"),
         "other config": ([str(quick()), "--resume", str(copied_run), "epsilon=0.03"], "epsilon: 0.05 before, 0.03 now"),
         "overrides": (["--resume", str(copied_run), "seed=1"], "seed: 0 before, 1 now"),
         "damaged checkpoint": (["--resume", str(copied_run)], "checkpoint.pt is damaged"),

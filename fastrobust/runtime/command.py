@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastrobust.runtime.errors import FastrobustError, first_line, is_out_of_memory
 
@@ -19,7 +20,7 @@ def main_with_errors(command: Callable[[], int]) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = command()
+        status = interruptible(command)
         sys.stdout.flush()
         return status
     except FastrobustError as error:
@@ -27,8 +28,8 @@ def main_with_errors(command: Callable[[], int]) -> int:
         if not getattr(error, "silent", False):
             print(f"{'error: ' if status == 2 else ''}{error}", file=sys.stderr)
         return status
-    except KeyboardInterrupt:
-        print("stopped by the keyboard", file=sys.stderr)
+    except KeyboardInterrupt as stopped:  # what it holds says how to go on
+        print("; ".join(["stopped by the keyboard", *map(str, stopped.args)]), file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -42,6 +43,20 @@ def main_with_errors(command: Callable[[], int]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
+
+
+def interruptible(command: Callable[[], Any]) -> Any:
+    """Run a command. What Ctrl-C became on its way, such as an ImportError of a library that it met in the middle of its
+    import, is a KeyboardInterrupt again."""
+    try:
+        return command()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not hasattr(error, "status"):
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt(*cause.args) from error
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def to_paste(*words: object) -> str:

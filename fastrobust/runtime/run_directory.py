@@ -112,6 +112,8 @@ def read_digest(run: Path) -> str | None:
 def open_run(run: str | Path) -> tuple[Path, Config]:
     """An existing run directory and its config. Raises RunError."""
     run = Path(run)
+    if not run.exists():
+        raise RunError(f"{run} does not exist: no run was saved there")
     if not (run / CONFIG).is_file():
         raise RunError(f"{run} is not a run directory: it has no {CONFIG}")
     with explained(f"{run / CONFIG} cannot be read"):

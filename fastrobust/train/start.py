@@ -25,7 +25,7 @@ from fastrobust.evaluation.answers import answers
 from fastrobust.models import foreign
 from fastrobust.models.weights import save_weights, weights_digest
 from fastrobust.runtime import distributed, half, interrupt, limits, memory, run_directory
-from fastrobust.runtime.command import to_paste
+from fastrobust.runtime.command import interruptible, to_paste
 from fastrobust.runtime.distributed import World
 from fastrobust.runtime.errors import ConfigError, RunError
 from fastrobust.runtime.files import write_json, write_text
@@ -66,8 +66,18 @@ def command(arguments) -> int:
             config = world.first(lambda: loaders.resolve(config, device))
             world.first(lambda: run_directory.change(directory, config, changed))
         again = bool(arguments.resume) or distributed.restarted()
-        show_summary(run(config, directory, device, world, again=again), directory)
+        try:
+            found = interruptible(lambda: run(config, directory, device, world, again=again))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(how_to_go_on(directory)) from None
+        show_summary(found, directory)
     return 0
+
+
+def how_to_go_on(directory: Path) -> str:
+    if (directory / run_directory.CONFIG).exists():
+        return f"go on with: {to_paste('train', '--resume', directory)}"
+    return "nothing was saved yet: start again with the same command, without --resume"
 
 
 def warn_of_precision(config: Config, device: torch.device, world: World) -> None:

@@ -27,6 +27,7 @@ from fastrobust.config.sections import Place
 from fastrobust.reporting.charts import Line, chart, escape, page, ranged, table
 from fastrobust.reporting.stored import Run, read_run
 from fastrobust.runtime import distributed, run_directory
+from fastrobust.runtime.command import interruptible
 from fastrobust.runtime.errors import ConfigError, FastrobustError, RunError, installing
 from fastrobust.runtime.files import explained, write_json, write_text
 from fastrobust.runtime.interrupt import Interrupted
@@ -188,7 +189,7 @@ def train_here(sweep: Sweep, todo: list[Point], everything: list[Point]) -> dict
         try:
             train_point(point.config)
         except Interrupted as error:
-            stop = FastrobustError(f"{error}\nor with the whole sweep by the command that you gave")
+            stop = FastrobustError(f"{error}\nor with the whole sweep: the same command goes on")
             stop.status = error.status
             raise stop from None
         except FastrobustError as error:
@@ -368,10 +369,13 @@ def command(arguments) -> int:
             print(f"{point.directory}  {'finished' if point.config.name in done else 'open'}")
         print(f"{len(everything)} runs, {len(todo)} of them open; nothing was written")
         return 0
-    if arguments.cluster and todo:
-        failed = submit(sweep, todo, arguments.cluster, arguments.options)
-    else:
-        failed = train_here(sweep, todo, everything)
+    try:
+        if arguments.cluster and todo:
+            failed = interruptible(lambda: submit(sweep, todo, arguments.cluster, arguments.options))
+        else:
+            failed = interruptible(lambda: train_here(sweep, todo, everything))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("the same command goes on with the sweep") from None
     head, rows = write_results(sweep, everything)
     shown = Table(*head, title=f"sweep {sweep.name}", title_justify="left")
     for row in rows:

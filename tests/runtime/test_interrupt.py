@@ -11,6 +11,7 @@ import torch
 
 from fastrobust.runtime import interrupt, run_directory
 from fastrobust.runtime.command import main_with_errors, to_paste
+from fastrobust.runtime.errors import ConfigError
 
 RUN = Path("runs/a")
 
@@ -28,6 +29,28 @@ def test_a_signal_ends_the_command_with_a_status_that_says_resume_me(capsys, sig
     command = to_paste("train", "--resume", RUN)
     assert command.endswith("train --resume runs/a")
     assert capsys.readouterr().err == f"stopped by {signum.name}; go on with: {command}\n"
+
+
+def test_what_ctrl_c_became_in_a_library_is_ctrl_c_again(capsys):
+    """NumPy and matplotlib, interrupted in the middle of their import, raise an ImportError of it."""
+
+    def importing(cause):
+        try:
+            raise cause
+        except type(cause) as error:
+            raise ImportError("initialization failed") from error
+
+    def explaining():
+        try:
+            importing(KeyboardInterrupt())
+        except ImportError:
+            raise ConfigError("matplotlib is not installed") from None
+
+    for command in (lambda: importing(KeyboardInterrupt()), explaining):
+        assert main_with_errors(command) == 130
+        assert capsys.readouterr().err == "stopped by the keyboard\n"
+    with pytest.raises(ImportError):
+        main_with_errors(lambda: importing(ValueError()))
 
 
 def test_ignored_signals_stay_ignored_and_the_others_are_given_back():

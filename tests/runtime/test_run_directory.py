@@ -50,7 +50,7 @@ def test_create_explains_an_output_folder_that_cannot_be_made(config, tmp_path):
 def test_open_run_explains_what_is_no_run(tmp_path, config):
     with pytest.raises(RunError, match=r"is not a run directory: it has no config\.yaml"):
         run_directory.open_run(tmp_path)
-    with pytest.raises(RunError, match="is not a run directory"):
+    with pytest.raises(RunError, match="absent does not exist"):
         run_directory.open_run(tmp_path / "absent")
     directory = run_directory.create(config)
     (directory / run_directory.CONFIG).write_bytes(b"\xff\xfe name: x")

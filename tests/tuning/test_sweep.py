@@ -106,7 +106,7 @@ def test_a_sweep_trains_and_tells(sweep_file, tmp_path, capsys, monkeypatch):
     assert ((directory / "results.csv").read_text(), (directory / "results.html").read_text()) == content
 
 
-def test_an_interrupted_sweep_goes_on(sweep_file, tmp_path, monkeypatch):
+def test_an_interrupted_sweep_goes_on(sweep_file, tmp_path, monkeypatch, capsys):
     """Stopped in its second run after an epoch's checkpoint: the first is left alone, the second resumes, and all give the
     weights of a sweep that was not stopped."""
     whole = tmp_path / "runs" / "whole"
@@ -123,6 +123,7 @@ def test_an_interrupted_sweep_goes_on(sweep_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(start, "finish", stops)
     assert cli(["sweep", str(file)]) == 130
+    assert capsys.readouterr().err.endswith("stopped by the keyboard; the same command goes on with the sweep\n")
     assert (directory / "max_lr-0.001_seed-0" / "summary.json").exists()
     assert not (directory / "max_lr-0.001_seed-1" / "summary.json").exists()
     first = state(directory / "max_lr-0.001_seed-0")
