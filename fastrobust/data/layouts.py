@@ -279,8 +279,7 @@ def side_of(
     """The folder that a split is read from. Raises DataError."""
     there = [name for name in SPLITS[split] if name in groups]
     if not there:
-        apart = "or train with data.held_out=N, which tests on N training images that are set apart"
-        hold = f"; give a place that has test images too, {apart}" if "train" in groups else ""
+        hold = f"; {test_images_elsewhere(Path(source))}" if "train" in groups else ""
         if labels:
             raise DataError(f"{labels} has images of {', '.join(sorted(groups))}, so there are no {split} images{hold}")
         tops = {top(member.name) for member in without_top_folder(members) if not is_hidden(member.name)}
@@ -293,6 +292,13 @@ def side_of(
     if len(there) > 1:
         tell(f"note: {source}: test images are those in {there[0]}/; {', '.join(there[1:])}/ is not used")
     return there[0]
+
+
+def test_images_elsewhere(place: Path) -> str:
+    """What to do where a place has training images alone, in words that fit a training and an evaluation."""
+    beside = any((place.parent / name).is_dir() for name in SPLITS["test"])
+    found = f"{place.parent}, which has test images too" if beside else "a place with test/<class>/<image> too"
+    return f"give {found}. A run can be trained without test images: data.held_out=N sets training images apart"
 
 
 def first_five(names: Iterable[str]) -> str:

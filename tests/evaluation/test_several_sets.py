@@ -168,6 +168,11 @@ def test_what_cannot_be_saved_is_said_first(run, tmp_path, capsys, monkeypatch, 
     assert_explained(capsys, evaluate(run, *words), message)
 
 
+def test_training_images_alone_lead_to_the_test_images_beside_them(run, bars, capsys):
+    """The advice fits a run that is trained."""
+    assert_explained(capsys, evaluate(run, "--data", bars / "train"), f"give {bars}, which has test images too.")
+
+
 def test_too_little_memory_for_the_images_is_said_first(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastrobust.runtime.limits.available_memory", lambda: 10**6)
     assert_explained(capsys, evaluate(run, "--save-images", tmp_path / "x.npz"), "--limit")
