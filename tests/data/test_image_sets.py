@@ -199,7 +199,7 @@ def test_cifar_images_must_be_32_pixels(tmp_path):
     [
         (
             image_set(folders=("train",)),
-            "one of test/.*images in train, so there are no test images; give a place with test/.* A run can be .*held_out=N",
+            "one of test/.*images in train, so there are no test images; give a place with test/.* A run can .*held_out=N",
         ),
         (image_set(folders=("val",)), "images in val, so there are no train images$"),
         ({"train/1.png": noise_png(), "val/a/readme": b""}, "images in no such folder, so there are no train images$"),
