@@ -87,9 +87,10 @@ class Part(Attack):
         self.passes, self.attack.device = 0, x.device
         self.attack.seed = (self.setting.seed + 1009 * start) % 2**31
         x = x.contiguous()
-        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            points = self.attack.perturb(x.clone(), y.clone()).detach()
-        with torch.no_grad():
+        devices = [x.device] if x.device.type == "cuda" else []
+        # APGD's best points would keep the points of all iterations alive: gradients only where the package asks for them
+        with torch.random.fork_rng(devices), torch.no_grad():
+            points = self.attack.perturb(x.clone(), y.clone())
             return correct(self.model(points), y), points
 
 

@@ -77,6 +77,24 @@ def test_a_part_of_autoattack_finds_what_the_librarys_own_evaluation_finds(model
     assert 0 < expected.sum() < record.clean.sum()
 
 
+@pytest.mark.parametrize("kind", [autoattack.ApgdCe, autoattack.ApgdT])
+def test_the_best_points_of_apgd_keep_no_others_alive(model, data, kind):
+    attack = kind(Setting(model, data.images, Threat(EPSILON), 0.0, 60, 0))
+    cheaper(attack.attack)
+    attack.tick = lambda share: None
+    single, found = attack.attack.attack_single_run, []
+
+    def noted(*arguments):
+        found.append(single(*arguments))
+        return found[-1]
+
+    attack.attack.attack_single_run = noted
+    with evaluating(model):
+        survived, _ = attack.run(to_unit(data.images), data.labels, 0)
+    assert len(found) >= 1 and not survived.all()
+    assert not any(tensor.requires_grad for tensors in found for tensor in tensors)
+
+
 def test_autoattack_leaves_torchs_random_numbers_alone(model, data):
     state = torch.get_rng_state()
     run(model, ImageSet(data.images[:3], data.labels[:3], data.classes, ""), ["apgd-ce"])
