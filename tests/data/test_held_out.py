@@ -105,6 +105,7 @@ def test_prepared_files_of_a_part_are_refused(no_test, tmp_path, capsys):
     phases = [{"epochs": 1, "batch_size": 6, "resolution": 32, "resize": "original"}]
     data = {"held_out": 6, "prepared": str(tmp_path)}
     config = loaders.resolve(config_for(no_test / "source", data=data, loader="torch", phases=phases), CPU)
+    assert f"the prepared training images in {tmp_path} were written with --limit 20" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"needs all training images, and those in .* were written with --limit 20"):
         loaders.Phases(config, CPU).enter(0)
     with pytest.raises(DataError, match="held out of its prepared files: leave out --data"):

@@ -50,7 +50,7 @@ def resolve(config: Config, device: torch.device) -> Config:
     if kind is not None and place is None:
         raise ConfigError(f"loader: {name} reads prepared files: set data.prepared to the folder they were written to")
     if kind is not None:
-        tell_older(place, [stored(config, phase) for phase in config.phases])
+        tell_of(place, [stored(config, phase) for phase in config.phases])
     if data.prepared and place is None and ":" not in name:
         readers = "ffcv or dali" if config.facts.size is None else "ffcv, dali or torch"
         print(f"note: data.prepared is not used: the loader is {name}, which reads the source; set loader: {readers}")
@@ -115,10 +115,12 @@ def stored(config: Config, phase) -> records.Size:
     return phase.resize if config.facts.size is None else "original"
 
 
-def tell_older(place: Path, sizes: list[records.Size]) -> None:
-    """Say so where JPEGs are of a version that did not make them for partial decoding."""
+def tell_of(place: Path, sizes: list[records.Size]) -> None:
+    """Say so where files are of a part of the images, and where JPEGs were not made for partial decoding."""
     with contextlib.suppress(DataError):  # told where they are opened
         found = [records.read_manifest(place, "train", size) for size in sizes]
+        if problem := next(filter(None, map(not_whole, found)), None):
+            print(f"note: the prepared training images in {place} {problem}", flush=True)
         if any(one["format"] < records.MANIFEST_FORMAT and one.get("storage") != "raw" for one in found):
             told = f"note: {place} was written by an older version, so that images are decoded whole"
             print(f"{told}: written again with --overwrite they load up to twice as fast", flush=True)
