@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from fastrobust.models.weights import read_weights, weights_digest
+
 FILES = {
     "evaluations",
     "config.yaml",
@@ -21,6 +23,10 @@ FILES = {
 
 def summary_of(directory):
     return json.loads((directory / "summary.json").read_text())
+
+
+def digest(run) -> str:
+    return weights_digest(read_weights(run)[0])
 
 
 def metrics_of(directory):

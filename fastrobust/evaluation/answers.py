@@ -50,7 +50,7 @@ def unsteady(model: nn.Module, images: Tensor) -> str | None:
         logits, again, alone = model(x).float(), model(x).float(), model(x[:1]).float()
     far = CLOSE * logits.abs().max()
     if ((again - logits).abs() > far).any():
-        return "the model answers the same images otherwise each time (dropout?): accuracies hold for these draws alone"
+        return "the model gives different answers for the same images (dropout?): accuracies hold for these draws alone"
     if ((alone - logits[:1]).abs() > far).any():
         return "the model's answers depend on the other images of a batch (BatchNorm?): accuracies hold for this batch size"
     return None

@@ -26,7 +26,7 @@ class AlwaysDropout(nn.Module):
         ([], None),
         ([nn.BatchNorm2d(4)], None),
         ([nn.Dropout(0.5)], None),
-        ([AlwaysDropout()], "otherwise each time"),
+        ([AlwaysDropout()], "different answers for the same images"),
         ([nn.BatchNorm2d(4, track_running_stats=False)], "other images of a batch"),
     ],
     ids=["plain", "BatchNorm", "dropout in eval mode", "dropout always", "BatchNorm of the batch"],
